@@ -1,0 +1,377 @@
+"""What every script shares: colours, flags, figures, results, hooks and caches, the model loader, head scores."""
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: threads that spin while they wait are ten times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # beside a busy neighbour; a short spin (GNU OpenMP) keeps the idle machine fast
+
+import contextlib
+import dataclasses
+import difflib
+import fnmatch
+import importlib.metadata
+import itertools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import plotly.graph_objects as go
+import torch as t
+import torch.nn as nn
+from dotenv import dotenv_values
+from einops import einsum
+from torch import Tensor
+
+purple = '\x1b[38;2;255;0;255m'
+blue = '\x1b[38;2;0;0;255m'
+cyan = '\x1b[38;2;0;255;255m'
+yellow = '\x1b[38;2;255;255;0m'
+green = '\x1b[38;2;0;255;0m'
+red = '\x1b[38;2;255;0;0m'
+gray = '\x1b[38;2;127;127;127m'
+orange = '\x1b[38;2;255;165;0m'
+bold = '\033[1m'
+underline = '\033[4m'
+endc = '\033[0m'
+
+BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]")  # tqdm: information on the left
+
+
+#%% Basics: failing with one line, memory, seeds, devices, secrets
+def fail(message: str) -> NoReturn:
+    """End the program (or the cell) with one red line and exit code 1."""
+    raise SystemExit(f"{red}{message}{endc}")
+
+
+def tec() -> None:
+    if t.cuda.is_available(): t.cuda.empty_cache()
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    t.manual_seed(seed)
+
+
+def pick_device(device: str = "auto") -> str:
+    """auto is cuda, then mps, then cpu; a device asked for by name must exist."""
+    usable = {"cuda": t.cuda.is_available(), "mps": t.backends.mps.is_available(), "cpu": True}
+    if device == "auto": return next(name for name, ok in usable.items() if ok)
+    kind = device.split(":")[0]
+    if kind not in usable: fail(f"unknown --device {device}: use auto, cuda, mps or cpu")
+    if not usable[kind]: fail(f"--device {device}: torch {t.__version__} sees no {kind} here; use --device cpu or auto")
+    return device
+
+
+def pick_dtype(device: str, dtype: str = "auto") -> t.dtype:
+    """auto is bfloat16 on a GPU that has it, else float32."""
+    if dtype == "auto": return t.bfloat16 if device.startswith("cuda") and t.cuda.is_bf16_supported() else t.float32
+    names = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
+    if dtype not in names: fail(f"unknown --dtype {dtype}: use auto, {', '.join(names)}")
+    return names[dtype]
+
+
+def secret(name: str) -> str | None:
+    """A key from the .env file beside the scripts, or None; the shell's environment is not looked at."""
+    return dotenv_values(Path(__file__).parent / ".env").get(name) or None
+
+
+def in_kernel() -> bool:
+    """True in Jupyter and VS Code cells, where argv belongs to the kernel; `%run script.py --flags` is a script."""
+    return "kernel_launcher" in sys.argv[0]
+
+
+def flags[Config](config: type[Config], description: str = "") -> Config:
+    """A dataclass of settings from the command line: one --flag per field; in a notebook, its defaults."""
+    if in_kernel(): return config()
+    import tyro
+    return tyro.cli(config, description=description)
+
+
+#%% Figures and results: a notebook shows figures, a script writes them
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
+
+
+def show(fig: go.Figure, name: str) -> None:
+    """name is 'script/figure'. A notebook shows it; a script writes figs/script/figure.html, with one plotly.min.js per folder."""
+    fig.update_layout(template="plotly_white", colorway=COLORS, margin=dict(t=90), title=dict(font=dict(size=16)))
+    if in_kernel(): return fig.show()
+    path = Path("figs") / f"{name}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.write_html(path, include_plotlyjs="directory")
+    print(f"{gray}figure: {path}{endc}")
+
+
+def show_page(html: str, name: str) -> None:
+    """Like show, for a self-contained HTML page."""
+    if in_kernel():
+        from IPython.display import HTML, display
+        return display(HTML(f'<iframe srcdoc="{html.replace("&", "&amp;").replace(chr(34), "&quot;")}" width="100%" height="500"></iframe>'))
+    path = Path("figs") / f"{name}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html)
+    print(f"{gray}page: {path}{endc}")
+
+
+def array(x: Tensor | np.ndarray | list) -> np.ndarray:
+    return x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def imshow(
+    z: Tensor | np.ndarray, title: str, xlabel: str, ylabel: str, x: list | None = None, y: list | None = None,
+    panels: list[str] | None = None, diverging: bool = True, value: str = "value", hover: list | np.ndarray | None = None, columns: int = 4,
+) -> go.Figure:
+    """
+    Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one colour scale for all.
+    Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like z.
+    """
+    from plotly.subplots import make_subplots
+    z = array(z)
+    z = z if panels else z[None]
+    n_cols = min(columns, len(z))
+    n_rows = -(-len(z) // n_cols)
+    fig = make_subplots(n_rows, n_cols, subplot_titles=panels, horizontal_spacing=0.04, vertical_spacing=0.35 / n_rows if n_rows > 1 else 0.1)
+    text = None if hover is None else (np.asarray(hover) if panels else np.asarray(hover)[None])
+    for i, panel in enumerate(z):
+        cell = f"{ylabel} %{{y}}<br>{xlabel} %{{x}}<br>{value} %{{z:.4g}}" + ("<br>%{text}" if text is not None else "") + "<extra></extra>"
+        fig.add_trace(go.Heatmap(z=panel, x=x, y=y, text=None if text is None else text[i], hovertemplate=cell, coloraxis="coloraxis"), row=i // n_cols + 1, col=i % n_cols + 1)
+    finite = z[np.isfinite(z)]
+    top = float(np.abs(finite).max()) or 1.0
+    fig.update_layout(title=title, height=max(450, 380 * n_rows), coloraxis=dict(colorscale="RdBu" if diverging else "Blues", cmin=-top if diverging else min(0.0, float(finite.min())), cmax=top, colorbar=dict(title=value)))
+    fig.update_yaxes(autorange="reversed")
+    fig.update_xaxes(title=xlabel, row=n_rows)
+    fig.update_yaxes(title=ylabel, col=1)
+    return fig
+
+
+def line(
+    lines: dict[str, Tensor | np.ndarray | list], title: str, xlabel: str, ylabel: str, x: list | Tensor | None = None,
+    markers: bool = False, logx: bool = False, dashed: tuple[str, ...] = (),
+) -> go.Figure:
+    """One line per entry of lines; the names in dashed are references (floors, baselines)."""
+    fig = go.Figure()
+    for name, y in lines.items():
+        fig.add_trace(go.Scatter(x=None if x is None else array(x), y=array(y), name=name, mode="lines+markers" if markers else "lines", line=dict(dash="dash" if name in dashed else "solid"), hovertemplate=f"{name}<br>{xlabel} %{{x}}<br>{ylabel} %{{y:.4f}}<extra></extra>"))
+    fig.update_layout(title=title, xaxis_title=xlabel, yaxis_title=ylabel)
+    if logx: fig.update_xaxes(type="log")
+    return fig
+
+
+def visible(token: str) -> str:
+    """A token as a figure can print it: spaces and newlines made visible."""
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "∅"
+
+
+def label_tokens(tokens: list[str]) -> list[str]:
+    """Axis labels: visible tokens, suffixed with their position so that repeats stay apart."""
+    return [f"{visible(token)}_{i}" for i, token in enumerate(tokens)]
+
+
+def save_results(script: str, config: object, **numbers) -> None:
+    """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
+    versions = {"python": sys.version.split()[0], "torch": t.__version__, **{p: importlib.metadata.version(p) for p in ("transformers", "transformer-lens", "sae-lens")}}
+    path = Path("results") / f"{script}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_aside(path, lambda p: p.write_text(json.dumps({**numbers, "config": dataclasses.asdict(config), "versions": versions}, indent=1, default=lambda x: x.tolist()) + "\n"))
+    print(f"{gray}numbers: {path}{endc}")
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the target, then rename: a kill or a full disk never leaves half a file under the real name."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+#%% Hooks: one way for our own models and for a TransformerBridge
+class HookPoint(nn.Module):
+    """Identity that lets functions fn(activation, hook) see or replace what flows through, as in TransformerLens."""
+
+    def __init__(self):
+        super().__init__()
+        self.name: str | None = None
+        self.fwd_hooks: list[tuple[Callable, int | None]] = []
+
+    def add_hook(self, fn: Callable, level: int | None = None) -> None:
+        self.fwd_hooks.append((fn, level))
+
+    def remove_hooks(self, level: int | None = None) -> None:
+        self.fwd_hooks = [(fn, at) for fn, at in self.fwd_hooks if level is not None and at != level]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for fn, _ in self.fwd_hooks:
+            y = fn(x, hook=self)
+            if y is not None: x = y
+        return x
+
+
+GATES = {"hook_result": "use_attn_result", "hook_attn_in": "use_attn_in", "hook_mlp_in": "use_hook_mlp_in", **{f"hook_{x}_input": "use_split_qkv_input" for x in "qkv"}}
+LEVELS = itertools.count(1000)  # each `hooks` context removes its own and leaves the others
+
+
+def hook_points(model: nn.Module) -> dict[str, nn.Module]:
+    """All hook points by name, aliases such as blocks.0.hook_resid_pre included."""
+    if hasattr(model, "hook_dict"): return model.hook_dict
+    points = {name: module for name, module in model.named_modules() if isinstance(module, HookPoint)}
+    for name, point in points.items(): point.name = name
+    return points
+
+
+def find_hooks(model: nn.Module, names: str | list[str] | Callable[[str], bool] | None) -> list[str]:
+    """Hook names for a name, a *-pattern, a list of these, or a predicate; None is every name. Raises KeyError where nothing fits."""
+    known = hook_points(model)
+    if names is None: return list(known)
+    if callable(names):
+        if not (found := [name for name in known if names(name)]): raise KeyError("no hook name satisfies the predicate")
+        return found
+    found = []
+    for pattern in [names] if isinstance(names, str) else names:
+        hits = [pattern] if pattern in known else fnmatch.filter(known, pattern)
+        if not hits: raise KeyError(f"unknown hook name {pattern!r}; close: {difflib.get_close_matches(pattern, known, 3, 0.3)}")
+        found += hits
+    for name in found:
+        gate = GATES.get(name.split(".")[-1])
+        if gate and hasattr(model, f"set_{gate}") and not getattr(model.cfg, gate):
+            raise KeyError(f"{name} is gated and would never fire: call model.set_{gate}(True) first")
+    return list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def hooks(model: nn.Module, fwd_hooks: list[tuple[str | list[str] | Callable[[str], bool], Callable]], must_fire: bool = True) -> Iterator[None]:
+    """
+    Attach (names, fn) pairs for the length of the context; fn(activation, hook) returns a replacement or None.
+    Raises KeyError on an unknown or gated name, and RuntimeError when a hook has not fired by the end.
+    """
+    points, level, silent = hook_points(model), next(LEVELS), set()
+
+    def counted(name: str, fn: Callable) -> Callable:
+        def run(activation: Tensor, hook: nn.Module) -> Tensor | None:
+            silent.discard((name, fn))
+            return fn(activation, hook=hook)
+        return run
+
+    chosen = [(name, fn) for names, fn in fwd_hooks for name in find_hooks(model, names)]
+    silent.update(chosen)
+    try:
+        for name, fn in chosen: points[name].add_hook(counted(name, fn), level=level)
+        yield
+    finally:
+        for name, _ in chosen: points[name].remove_hooks(level=level)
+    if silent and must_fire: raise RuntimeError(f"hooks that never fired: {sorted({name for name, _ in silent})[:5]}")
+
+
+def run_with_hooks(model: nn.Module, tokens: Tensor, fwd_hooks: list[tuple], **kwargs) -> Tensor:
+    with hooks(model, fwd_hooks): return model(tokens, **kwargs)
+
+
+class Cache(dict):
+    """Activations by hook name; cache['pattern', 0] is cache['blocks.0.attn.hook_pattern'], as in TransformerLens."""
+
+    def __missing__(self, key: str | tuple[str, int]) -> Tensor:
+        if isinstance(key, tuple): return self[act_name(*key)]
+        raise KeyError(f"{key!r} was not cached; cached: {list(self)[:8]} ...")
+
+
+def act_name(short: str, layer: int) -> str:
+    room = "attn." if short in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result") else "mlp." if short in ("pre", "post") else ""
+    return f"blocks.{layer}.{room}hook_{short}"
+
+
+def run_with_cache(model: nn.Module, tokens: Tensor, names: str | list[str] | Callable[[str], bool] | None = None, detach: bool = True, **kwargs) -> tuple[Tensor, Cache]:
+    """
+    (logits, cache of the named activations). None caches every hook that fires; a named hook that does not fire raises.
+    detach=False keeps the graph, for gradients with respect to activations.
+    """
+    cache = Cache()
+
+    def save(name: str) -> Callable:
+        def fn(activation: Tensor, hook: nn.Module) -> None: cache[name] = activation.detach() if detach else activation
+        return fn
+
+    optional = names is None
+    wanted = [name for name in hook_points(model) if not (optional and name.split(".")[-1] in GATES)] if optional else find_hooks(model, names)
+    with hooks(model, [(name, save(name)) for name in wanted], must_fire=not optional): out = model(tokens, **kwargs)
+    return out, cache
+
+
+#%% Models: a hub name, a folder, or one of our own, by one call
+SHORT_NAMES = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
+SHORT_OWNERS = {"pythia-": "EleutherAI/", "gemma-": "google/", "Qwen": "Qwen/", "Mistral-": "mistralai/", "Meta-Llama-": "meta-llama/", "SmolLM": "HuggingFaceTB/"}
+
+
+def full_name(name: str) -> str:
+    """The hub name behind a short name: gpt2-small, pythia-70m, gemma-2b ..."""
+    if name in SHORT_NAMES or "/" in name: return SHORT_NAMES.get(name, name)
+    return next((owner + name for prefix, owner in SHORT_OWNERS.items() if name.startswith(prefix)), name)
+
+
+def read_config(name: str) -> dict:
+    """config.json of a folder or a hub model."""
+    if Path(name).is_dir():
+        if not (path := Path(name) / "config.json").exists(): fail(f"no config.json in {name}: not a model folder")
+        return json.loads(path.read_text())
+    if name.startswith((".", "/", "~")): fail(f"no such model folder: {name}")
+    from transformers import PretrainedConfig
+    try: return PretrainedConfig.get_config_dict(name, token=secret("HF_TOKEN"))[0]
+    except OSError as error: fail(f"cannot load model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+
+
+def load_model(name: str, ours: tuple[type, ...] = (), device: str = "auto", dtype: str = "auto", base: str | None = None, hf_model: nn.Module | None = None) -> nn.Module:
+    """
+    A hooked model in eval mode with .cfg and .tokenizer, from a hub name, a short name or a folder.
+    ours: classes with `architectures` and `from_folder(folder, device, dtype)`; one that takes the architecture is used (torch only, seconds),
+    else TransformerBridge (imports transformer_lens, 10 s). base: architecture and tokenizer to put the weights of name (or hf_model) on.
+    """
+    device, name = pick_device(device), full_name(name)
+    torch_dtype = pick_dtype(device, dtype)
+    architecture = (read_config(name).get("architectures") or ["unknown"])[0]
+    if Path(name).is_dir() and base is None and hf_model is None:
+        for own in ours:
+            if architecture in own.architectures: return own.from_folder(name, device=device, dtype=torch_dtype).eval()
+    print(f"{gray}loading {name} ({architecture}, {str(torch_dtype)[6:]}, {device}) through TransformerBridge ...{endc}")
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+    token = secret("HF_TOKEN")
+    if base and hf_model is None: hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, token=token)
+    if hf_model is not None: hf_model.config.architectures = [type(hf_model).__name__]
+    model = TransformerBridge.boot_transformers(full_name(base) if base else name, device=device, dtype=torch_dtype, hf_model=hf_model)
+    del hf_model
+    tec()
+    return model.eval()
+
+
+#%% Head scores on repeated random tokens: what makes a head an induction, previous-token or duplicate-token head
+def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
+    """(batch, [bos] + 2 * half): random tokens, said twice. vocab: the number of tokens, or the ids to draw from."""
+    generator = t.Generator().manual_seed(seed)
+    pool = vocab if isinstance(vocab, Tensor) else t.arange(vocab)
+    once = pool[t.randint(len(pool), (batch, half), generator=generator)]
+    return t.cat([*([t.full((batch, 1), bos)] if bos is not None else []), once, once], dim=1)
+
+
+def stripe(pattern: Tensor, offset: int, start: int = 0) -> Tensor:
+    """Mean attention (head) that queries from position start on pay to the key `offset` places back. pattern: (batch, head, query, key)."""
+    return pattern.diagonal(-offset, dim1=-2, dim2=-1)[..., max(start - offset, 0):].mean((0, -1))
+
+
+def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> dict[str, Tensor]:
+    """
+    Each score (layer, head) in 0..1, on tokens from repeated_tokens: 'prefix_matching' (attention to the token after the earlier
+    copy, Olsson et al. 2022), 'previous_token', 'duplicate_token' (attention to the earlier copy itself), 'first_token'.
+    """
+    second = tokens.shape[1] - half
+    scores: dict[str, list[Tensor]] = {"prefix_matching": [], "previous_token": [], "duplicate_token": [], "first_token": []}
+    with t.no_grad(): _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
+    for layer in range(n_layers):
+        pattern = cache["pattern", layer].float()
+        scores["prefix_matching"].append(stripe(pattern, half - 1, second))
+        scores["previous_token"].append(stripe(pattern, 1, 2))
+        scores["duplicate_token"].append(stripe(pattern, half, second))
+        scores["first_token"].append(pattern[:, :, 2:, 0].mean((0, 2)))
+    return {name: t.stack(rows).cpu() for name, rows in scores.items()}
