@@ -129,6 +129,7 @@ class Corpus:
     tokenizer: Tokenizer
     train: dict[str, np.ndarray]
     heldout: dict[str, np.ndarray]
+    key: str  # names the text by its hash, and the tokenizer
 
     @property
     def d_vocab(self) -> int: return self.tokenizer.get_vocab_size()
@@ -196,7 +197,7 @@ def load_corpus(data: str = "stdlib", vocab: int = 512, tokenizer: str | None = 
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     dtype = np.dtype(json.loads((folder / "meta.json").read_text())["dtype"])
     splits = {split: {file.name.split(".")[0]: np.memmap(file, dtype, "r") for file in sorted(folder.glob(f"*.{split}.bin"))} for split in ("train", "heldout")}
-    corpus = Corpus(data, own, **splits)
+    corpus = Corpus(data, own, **splits, key=key)
     print(f"{gray}text {data}: {cyan}{sum(map(len, corpus.train.values())) / 1e6:.2f}M tokens of {corpus.d_vocab} kinds{gray}, {sum(map(len, corpus.heldout.values())) / 1e3:.0f}k held out{endc}")
     return corpus
 

@@ -37,7 +37,7 @@ bold = '\033[1m'
 underline = '\033[4m'
 endc = '\033[0m'
 
-BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]")  # tqdm: information on the left
+BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", mininterval=0.2 if sys.stderr.isatty() else 10)  # tqdm: information on the left
 
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
