@@ -9,7 +9,7 @@ from typing import Literal
 
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
 from train import TrainConfig, context_at, train
-from utils import Cache, HookPoint, act_name, cyan, endc, fail, flags, gray, green, head_scores, hooks, imshow, label_tokens, line, pick_device, purple, repeated_tokens, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, stripe, visible, yellow
+from utils import HookPoint, act_name, cyan, endc, fail, flags, green, head_scores, hooks, imshow, label_tokens, line, pick_device, purple, repeated_tokens, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, yellow
 
 import numpy as np
 import torch as t
@@ -481,16 +481,17 @@ if __name__ == "__main__":
     best = head_names[int(prefix.argmax())]
     previous = int(scores["previous_token"][0].argmax())
     control_prefix = head_scores(control, 1, repeats, half)["prefix_matching"] if control else None
-    numbers |= {"best_prefix_matching": prefix.max().item(), "best_prefix_matching_1_layer": control_prefix.max().item() if control else float("nan"), "previous_token_score": scores["previous_token"][0, previous].item(), "copying_of_best_head": scores["copying"].flatten()[int(prefix.argmax())].item(), "ov_eigenvalue_copying_of_best_head": scores["OV eigenvalues"].flatten()[int(prefix.argmax())].item(), "induction_heads": induction_heads}
+    at = divmod(int(prefix.argmax()), n_heads)
+    numbers |= {"best_prefix_matching": prefix.max().item(), "best_prefix_matching_1_layer": control_prefix.max().item() if control else float("nan"), "induction_heads": induction_heads}
+    numbers |= {"previous_token_score": scores["previous_token"][0, previous].item(), "copying_of_best_head": scores["copying"][at].item(), "ov_eigenvalue_copying_of_best_head": scores["OV eigenvalues"][at].item()}
     print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}" + (f"; 1-layer control {control_prefix.max():.3f}" if control else "") + endc)
 
 
 #%% Training watched: prefix matching, previous-token attention and in-context learning against tokens seen
 if __name__ == "__main__" and histories:
-    curves, watched = {}, {n: [w[key] for w in h["watch"]] for n, h in histories.items() for key in ["tokens"]}
-    for n, h in histories.items():
-        for key in ("prefix_matching", "previous_token", "icl_score"): curves[f"{key.replace('_', ' ')}, {n} layer{'s' * (n > 1)}"] = [w[key] for w in h["watch"]]
-    fig = line(curves, f"Phase change: best head of {len(repeats) // 2} random rows, ICL score on 48 held-out rows (seed {cfg.seed})", "tokens seen", "score; ICL in nats", watched[n_layers], markers=True)
+    curves = {(key.replace("_", " "), n): [w[key] for w in h["watch"]] for n, h in sorted(histories.items(), reverse=True) for key in ("prefix_matching", "previous_token", "icl_score")}
+    curves = {f"{key}, {n} layer{'s' * (n > 1)}": curve for (key, n), curve in curves.items()}
+    fig = line(curves, f"Phase change of {about}: best head's scores on 32 rows of random tokens, ICL score on 48 held-out rows (seed {cfg.seed})", "tokens seen", "score (ICL: nats)", [w["tokens"] for w in histories[n_layers]["watch"]], markers=True, dashed=[name for name in curves if name.endswith("1 layer") and n_layers > 1])
     for step in (share * cfg.steps for share in cfg.context_steps[:len(cfg.contexts) - 1]): fig.add_vline(step * cfg.tokens_per_step, line_dash="dot", annotation_text="longer context")
     show(fig, "attn_only/phase_change")
     show(line({f"{n} layer{'s' * (n > 1)}": np.convolve(h["loss"], np.ones(10) / 10, "valid") for n, h in histories.items()}, f"Training loss, mean of 10 steps of {cfg.tokens_per_step} tokens, {cfg.repeats:.0%} rows with repeats", "tokens seen", "loss (nats)", histories[n_layers]["tokens"][9:]), "attn_only/loss")
@@ -551,7 +552,7 @@ if __name__ == "__main__":
     tokens_shown = [visible(token) for token in str_tokens(tokenizer, frequent)]
     where = f"direct path, {'biases, ' * (model.cfg.bias != 'none')}{'embedding divided by its own RMS' if model.cfg.norm == 'rms' else 'no norm'}"
     with t.no_grad():
-        for layer, head in sorted({(0, previous), divmod(int(prefix.argmax()), n_heads)}):
+        for layer, head in sorted({(0, previous), at}):
             show(imshow(ov_circuit(model, layer, head, frequent, frequent), f"OV circuit of L{layer}H{head}: logit written when it attends to the source ({where}; {len(frequent)} most frequent tokens)", "output", "source", tokens_shown, tokens_shown, value="logit"), f"attn_only/ov_L{layer}H{head}")
         show(imshow(t.stack([qk_circuit(model, 0, h, frequent, frequent, 1) for h in range(n_heads)]), f"QK circuits of layer 0 at offset 1 ({where}, {model.cfg.positions} positions)", "key", "query", tokens_shown, tokens_shown, [f"L0H{h}" for h in range(n_heads)], columns=2, value="score"), "attn_only/qk_layer_0")
         one_layer = models.get(1, model)
@@ -584,9 +585,10 @@ if __name__ == "__main__":
     patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])
     show(imshow(patterns, f"Attention of {about} on {cfg.prompt!r}", "key", "query", labels, labels, head_names, diverging=False, value="attention"), "attn_only/attention")
     show_page(attention_page(str_tokens(tokenizer, prompt[0]), patterns, head_names, f"Attention of {about}", start=head_names.index(best)), "attn_only/attention_text")
-    layer, head = divmod(int(prefix.argmax()), n_heads)
+    layer, head = at
     norms = norm_based(model, prompt, layer)
-    show(imshow(t.stack([norms["attention"][head], norms["weighted"][head], norms["block"], norms["normed"]]), f"Norm-based analysis of layer {layer}: raw attention of {best}, then what is really moved (Kobayashi et al.)", "key", "query", labels, labels, [f"{best} attention", f"{best} ||alpha f(x)||", "layer ||sum alpha f(x) + x||", "the same after the next norm"], columns=2, diverging=False, value="weight or norm"), "attn_only/norm_based")
+    panels = {f"{best} attention": norms["attention"][head], f"{best} ||alpha f(x)||": norms["weighted"][head], "layer ||sum alpha f(x) + x||": norms["block"], "the same after the next norm": norms["normed"]}
+    show(imshow(t.stack(list(panels.values())), f"Norm-based analysis of layer {layer}: raw attention of {best}, then what is really moved (Kobayashi et al.); each panel on its own scale", "key", "query", labels, labels, list(panels), columns=2, diverging=False, value="weight or norm", one_scale=False), "attn_only/norm_based")
     numbers["mixing_ratio"] = [norm_based(model, prompt, l)["mixing"].mean().item() for l in range(n_layers)]
     print(f"{cyan}share of a layer's output that comes from other positions: {', '.join(f'layer {l} {x:.2f}' for l, x in enumerate(numbers['mixing_ratio']))}{endc}")
 

@@ -185,15 +185,15 @@ def load_corpus(data: str = "stdlib", vocab: int = 512, tokenizer: str | None = 
     elif path.exists(): documents = sources = read_files(path)
     elif data.startswith((".", "/", "~")) or path.suffix in TEXT_SUFFIXES: fail(f"--data {data}: no such file or folder")
     else: documents, sources = None, {"hub": f"{data} {megabytes}"}
-    key = f"{path.stem or 'root'}-{Path(tokenizer).name if tokenizer else f'bpe{vocab}'}-{text_hash(sources)}"
+    own = load_tokenizer(tokenizer) if tokenizer else None
+    key = f"{path.stem or 'root'}-{text_hash({'tokenizer': own.to_str()})[:6] if own else f'bpe{vocab}'}-{text_hash(sources)}"
     folder = Path(cache) / key
     if not folder.exists():
         print(f"{gray}reading {data} and {f'tokenizing it with {tokenizer}' if tokenizer else f'training a byte-level BPE of {vocab} tokens on it'} ...{endc}")
         if data == "stdlib": parts = stdlib_documents(sources)
         elif documents is None: parts = {"text": fetch(data, megabytes)}
         else: parts = {"text": documents}
-        own = load_tokenizer(tokenizer) if tokenizer else train_bpe((text for part in parts.values() for text in part.values()), vocab)
-        write_corpus(folder, own, parts)
+        write_corpus(folder, own or train_bpe((text for part in parts.values() for text in part.values()), vocab), parts)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     dtype = np.dtype(json.loads((folder / "meta.json").read_text())["dtype"])
     splits = {split: {file.name.split(".")[0]: np.memmap(file, dtype, "r") for file in sorted(folder.glob(f"*.{split}.bin"))} for split in ("train", "heldout")}

@@ -22,7 +22,6 @@ import plotly.graph_objects as go
 import torch as t
 import torch.nn as nn
 from dotenv import dotenv_values
-from einops import einsum
 from torch import Tensor
 
 purple = '\x1b[38;2;255;0;255m'
@@ -122,10 +121,10 @@ def array(x: Tensor | np.ndarray | list) -> np.ndarray:
 
 def imshow(
     z: Tensor | np.ndarray, title: str, xlabel: str, ylabel: str, x: list | None = None, y: list | None = None,
-    panels: list[str] | None = None, diverging: bool = True, value: str = "value", hover: list | np.ndarray | None = None, columns: int = 4,
+    panels: list[str] | None = None, diverging: bool = True, value: str = "value", hover: list | np.ndarray | None = None, columns: int = 4, one_scale: bool = True,
 ) -> go.Figure:
     """
-    Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one colour scale for all.
+    Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one_scale=False gives each panel its own colour scale.
     Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like z.
     """
     from plotly.subplots import make_subplots
@@ -137,10 +136,13 @@ def imshow(
     text = None if hover is None else (np.asarray(hover) if panels else np.asarray(hover)[None])
     for i, panel in enumerate(z):
         cell = f"{ylabel} %{{y}}<br>{xlabel} %{{x}}<br>{value} %{{z:.4g}}" + ("<br>%{text}" if text is not None else "") + "<extra></extra>"
-        fig.add_trace(go.Heatmap(z=panel, x=x, y=y, text=None if text is None else text[i], hovertemplate=cell, coloraxis="coloraxis"), row=i // n_cols + 1, col=i % n_cols + 1)
-    finite = z[np.isfinite(z)]
-    top = float(np.abs(finite).max()) or 1.0
-    fig.update_layout(title=title, height=max(450, 380 * n_rows), coloraxis=dict(colorscale="RdBu" if diverging else "Blues", cmin=-top if diverging else min(0.0, float(finite.min())), cmax=top, colorbar=dict(title=value)))
+        fig.add_trace(go.Heatmap(z=panel, x=x, y=y, text=None if text is None else text[i], hovertemplate=cell, coloraxis=f"coloraxis{i + 1 if i and not one_scale else ''}"), row=i // n_cols + 1, col=i % n_cols + 1)
+    for i, part in enumerate([z] if one_scale else z):
+        finite = part[np.isfinite(part)]
+        top = float(np.abs(finite).max()) or 1.0
+        scale = dict(colorscale="RdBu" if diverging else "Blues", cmin=-top if diverging else min(0.0, float(finite.min())), cmax=top, colorbar=dict(title=value), showscale=one_scale)
+        fig.update_layout({f"coloraxis{i + 1 if i else ''}": scale})
+    fig.update_layout(title=title, height=max(450, 380 * n_rows))
     fig.update_yaxes(autorange="reversed")
     fig.update_xaxes(title=xlabel, row=n_rows)
     fig.update_yaxes(title=ylabel, col=1)
@@ -149,7 +151,7 @@ def imshow(
 
 def line(
     lines: dict[str, Tensor | np.ndarray | list], title: str, xlabel: str, ylabel: str, x: list | Tensor | None = None,
-    markers: bool = False, logx: bool = False, dashed: tuple[str, ...] = (),
+    markers: bool = False, logx: bool = False, dashed: list[str] | tuple[str, ...] = (),
 ) -> go.Figure:
     """One line per entry of lines; the names in dashed are references (floors, baselines)."""
     fig = go.Figure()

@@ -1,0 +1,28 @@
+"""The scripts as a notebook user runs them: cell by cell in a real ipykernel, with the settings edited in the cell."""
+import os
+
+import jupytext
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+SMALL = {
+    "attn_only.py": "Config(steps=8, tokens_per_step=1024, contexts=(32, 96), context_steps=(0.5,))",
+    "zero_layer.py": "Config(steps=20)",
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monkeypatch):
+    notebook = jupytext.reads((ROOT / script).read_text(), fmt="py:percent")
+    settings = [cell for cell in notebook.cells if "cfg = flags(Config" in cell.source]
+    assert len(settings) == 1 and len(notebook.cells) > 8
+    settings[0].source += f"\n    from dataclasses import asdict; assert asdict(cfg) == asdict(Config())\n    cfg = {SMALL[script]}\n    device = 'cpu'"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
+    NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(workdir)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) >= 4
+    assert nbformat.validate(notebook) is None and "PYTHONPATH" in os.environ

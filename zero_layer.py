@@ -1,0 +1,338 @@
+"""Zero-layer transformer, W_E -> W_U: fitted to next-token prediction it becomes the bigram table, as far as its rank allows."""
+import dataclasses
+import keyword
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from utils import COLORS, HookPoint, array, cyan, endc, fail, flags, gray, green, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
+from data import find_tokens, load_corpus, str_tokens
+from train import TrainConfig, train
+
+import numpy as np
+import plotly.graph_objects as go
+import torch as t
+import torch.nn as nn
+import torch.nn.functional as F
+from plotly.subplots import make_subplots
+from scipy.sparse import coo_matrix, csr_matrix
+from tabulate import tabulate
+from torch import Tensor
+
+DENSE = 4096  # up to this vocabulary the whole count matrix is one dense tensor
+CHUNK = 512  # rows of logits held at once when a model is measured: 100 MB for 50257 tokens
+ALPHAS = np.geomspace(1e-4, 3, 19)
+RARE = 50  # "what predicts X" asks only tokens seen this often
+TABLE_GATE = 0.05  # bits per token under which we say that the model is the bigram table
+
+
+@dataclass
+class Config(TrainConfig):
+    data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
+    tokenizer: str | None = None  # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
+    vocab: int = 1024  # size of that BPE
+    d_model: int = 128
+    fit: Literal["counts", "tokens"] = "counts"  # exact loss from the count matrix; or plain SGD on sampled tokens
+    token: str = "import"  # what follows it, what predicts it
+    ranks: tuple[int, ...] = (8, 32, 64, 128, 256)  # values of d_model to compare, each fitted for half the steps
+    steps: int = 200
+    tokens_per_step: int = 4096  # --fit tokens, and vocabularies above 4096: tokens drawn per step
+    lr: float = 0.1  # AdamW
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    decay: float = 1.0
+    clip: float = 0.0
+    contexts: tuple[int, ...] = (2,)  # not used: a bigram model sees one token
+    autocast: Literal["auto", "on", "off"] = "off"
+    save_every: int = 0
+
+
+#%% The model: look up the token's row of W_E, multiply by W_U
+class ZeroLayer(nn.Module):
+    def __init__(self, d_vocab: int, d_model: int):
+        super().__init__()
+        self.W_E, self.W_U = nn.Parameter(0.1 * t.randn(d_vocab, d_model)), nn.Parameter(0.1 * t.randn(d_model, d_vocab))
+        self.hook_embed = HookPoint()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.hook_embed(F.embedding(tokens, self.W_E)) @ self.W_U
+
+
+#%% The text as counts[x, y]: how often y comes right after x, documents joined by their beginning-of-text token included
+def bigram_counts(streams: Iterable[np.ndarray], d_vocab: int) -> csr_matrix:
+    x, y = bigrams(streams).T
+    return coo_matrix((np.ones(len(x)), (x, y)), (d_vocab, d_vocab)).tocsr()
+
+
+def bigrams(streams: Iterable[np.ndarray]) -> np.ndarray:
+    """(pair, 2): all neighbours in each stream."""
+    return np.concatenate([np.stack([stream[:-1], stream[1:]], 1).astype(np.int32) for stream in streams])
+
+
+def dense(counts: csr_matrix, rows: np.ndarray, device: str = "cpu") -> Tensor:
+    return t.from_numpy(counts[rows].toarray()).float().to(device)
+
+
+def row_totals(counts: csr_matrix) -> np.ndarray:
+    return np.asarray(counts.sum(1)).ravel()
+
+
+def entropy_floor(counts: csr_matrix) -> float:
+    """Entropy of the next token given this one, in nats per token: no model that sees one token has a lower loss on these counts."""
+    return float(-(counts.data * np.log(counts.data / np.repeat(row_totals(counts), np.diff(counts.indptr)))).sum() / counts.sum())
+
+
+def mutual_information(counts: csr_matrix) -> float:
+    """Bits per token that knowing this token tells about the next: the KL of a model that knows only frequencies."""
+    p = np.asarray(counts.sum(0)).ravel() / counts.sum()
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum() - entropy_floor(counts)) / math.log(2)
+
+
+def add_alpha_loss(counts: csr_matrix, text: csr_matrix, alpha: float) -> float:
+    """Loss in nats per token, on the pairs of text, of the table (counts + alpha) / (row total + alpha * d_vocab)."""
+    text = text.tocoo()
+    seen = np.asarray(counts[text.row, text.col]).ravel()
+    return float(-(text.data * np.log((seen + alpha) / (row_totals(counts)[text.row] + alpha * counts.shape[0]))).sum() / text.sum())
+
+
+def choose_alpha(streams: list[np.ndarray], d_vocab: int) -> float:
+    """The alpha that best predicts the last sixteenth of each training stream from the rest of it."""
+    cuts = [len(stream) * 15 // 16 for stream in streams]
+    counts, text = bigram_counts([s[:cut] for s, cut in zip(streams, cuts)], d_vocab), bigram_counts([s[cut:] for s, cut in zip(streams, cuts)], d_vocab)
+    return float(min(ALPHAS, key=lambda alpha: add_alpha_loss(counts, text, alpha)))
+
+
+#%% The loss depends on the counts alone, so one step on the count matrix is a step on the whole text at once
+def count_loss(model: nn.Module, rows: Tensor, counts: Tensor) -> Tensor:
+    """Cross-entropy in nats per token. counts (row, next): one row for each token in rows."""
+    return F.cross_entropy(model(rows).float(), counts, reduction="sum") / counts.sum()
+
+
+@t.no_grad()
+def measure(model: nn.Module, counts: csr_matrix) -> float:
+    """Exact loss on all counts in nats per token, summed in float64 over chunks of rows."""
+    total, device = 0.0, model.W_E.device
+    seen = np.flatnonzero(row_totals(counts))
+    for rows in np.array_split(seen, -(-len(seen) // CHUNK)):
+        total += F.cross_entropy(model(t.from_numpy(rows).to(device)), dense(counts, rows, device), reduction="none").double().sum().item()
+    return total / counts.sum()
+
+
+def draw_rows(totals: np.ndarray, n: int, seed: tuple[int, ...]) -> Tensor:
+    """(row, 2): the distinct tokens among n drawn from the text, and how often each was drawn."""
+    drawn = np.random.default_rng(seed).multinomial(n, totals / totals.sum())
+    return t.from_numpy(np.stack([np.flatnonzero(drawn), drawn[drawn > 0]], 1))
+
+
+def drawn_loss(model: nn.Module, drawn: Tensor, counts: csr_matrix) -> Tensor:
+    """Loss on drawn rows, each with its whole next-token distribution; its expectation is the loss on all counts."""
+    table = dense(counts, drawn[:, 0].cpu().numpy(), drawn.device)
+    return count_loss(model, drawn[:, 0], table * (drawn[:, 1:] / table.sum(1, keepdim=True)))
+
+
+def fit(cfg: Config, streams: list[np.ndarray], counts: csr_matrix, name: str = "zero_layer", watch: Callable[[nn.Module], dict] | None = None, watch_every: int = 50) -> tuple[ZeroLayer, dict]:
+    """
+    --fit tokens: each step samples pairs, so its gradient is noisy, and needs a row of d_vocab logits per pair where counts need one per distinct token.
+    --fit counts: the exact gradient; above 4096 tokens, where the matrix of logits does not fit, an unbiased estimate from drawn rows.
+    """
+    set_seed(cfg.seed)
+    d_vocab, per_batch = counts.shape[0], cfg.tokens_per_step
+    if cfg.fit == "tokens":
+        pairs = bigrams(streams)
+        def batch(i: int) -> Tensor: return t.from_numpy(pairs[np.random.default_rng((cfg.seed, i)).integers(len(pairs), size=cfg.tokens_per_step)]).long()
+        def loss(model: nn.Module, drawn: Tensor) -> Tensor: return F.cross_entropy(model(drawn[:, 0]).float(), drawn[:, 1])
+    elif d_vocab <= DENSE:
+        table, per_batch = dense(counts, np.arange(d_vocab), pick_device(cfg.device)), int(counts.sum())
+        def batch(i: int) -> Tensor: return t.arange(d_vocab)
+        def loss(model: nn.Module, rows: Tensor) -> Tensor: return count_loss(model, rows, table)
+    else:
+        totals = row_totals(counts)
+        def batch(i: int) -> Tensor: return draw_rows(totals, cfg.tokens_per_step, (cfg.seed, i))
+        def loss(model: nn.Module, drawn: Tensor) -> Tensor: return drawn_loss(model, drawn, counts)
+    model = ZeroLayer(d_vocab, cfg.d_model)
+    cfg = dataclasses.replace(cfg, token="", ranks=())  # a checkpoint does not depend on what is asked of it
+    return model, train(model, batch, cfg, name, loss, watch and (lambda step: watch(model)), watch_every, per_batch, text_tokens=int(counts.sum()))
+
+
+#%% The closed form that fails: the best rank-d_model table in squared error of log-probabilities, by SVD
+def svd_table(counts: csr_matrix, alpha: float) -> tuple[Tensor, Tensor, float]:
+    """W_E, W_U at full rank, largest singular values first, of the add-alpha log-table (rows centred, weighted by frequency), and the share of its weighted square in pairs that never occur."""
+    table = dense(counts, np.arange(counts.shape[0]))
+    logs = (table + alpha).log()
+    weight = (table + alpha).sum(1, keepdim=True).sqrt()
+    weighted = weight * (logs - logs.mean(1, keepdim=True))
+    u, s, v = t.linalg.svd(weighted, full_matrices=False)
+    return u * s / weight, v, float(weighted[table == 0].square().sum() / weighted.square().sum())
+
+
+def truncated(W_E: Tensor, W_U: Tensor, rank: int) -> ZeroLayer:
+    model = ZeroLayer(len(W_E), rank)
+    model.W_E.data, model.W_U.data = W_E[:, :rank], W_U[:rank]
+    return model
+
+
+#%% Reading the table: what follows a token, what predicts it, what kind of token it is
+@t.no_grad()
+def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> list[dict]:
+    """The k tokens likeliest after token, and the k tokens seen at least RARE times after which token is likeliest, with P by model and by counts."""
+    totals, device = row_totals(counts), model.W_E.device
+    after = model(t.tensor([token], device=device)).softmax(-1)[0].cpu()
+    asked = np.flatnonzero(totals >= min(RARE, totals.max()))
+    before = t.cat([model(t.from_numpy(rows).to(device)).softmax(-1)[:, token].cpu() for rows in np.array_split(asked, -(-len(asked) // CHUNK))])
+    table = []
+    for y, x in zip(after.topk(k).indices.tolist(), asked[before.topk(min(k, len(asked))).indices.tolist()].tolist()):
+        table.append(dict(next=y, p_next=after[y].item(), counted_next=counts[token, y] / max(1, totals[token]), previous=x, p_given_previous=before[np.searchsorted(asked, x)].item(), counted_previous=counts[x, token] / totals[x]))
+    return table
+
+
+def kind_of(token: str) -> str:
+    word = token.strip()
+    if not word: return "white space"
+    if keyword.iskeyword(word): return "Python keyword"
+    if word.isdigit(): return "number"
+    if not any(c.isalnum() for c in word): return "punctuation"
+    if word[0].isupper(): return "capitalised"
+    return "word after a space" if token[0] == " " else "word or piece"
+
+
+#%% Config and text: every adjacent pair of tokens is one count
+if __name__ == "__main__":
+    cfg = flags(Config, __doc__)
+    if min(cfg.steps, cfg.d_model, cfg.vocab, cfg.tokens_per_step, *cfg.ranks) < 1: fail("--steps, --d-model, --vocab, --tokens-per-step and --ranks must be at least 1")
+    print(f"{purple}Zero layers: W_E -> W_U{endc}")
+    corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
+    asked = find_tokens(corpus.tokenizer, cfg.token)
+    streams, d_vocab = list(corpus.train.values()), corpus.d_vocab
+    counts, heldout = bigram_counts(streams, d_vocab), bigram_counts(corpus.heldout.values(), d_vocab)
+    n_pairs, names = int(counts.sum()), str_tokens(corpus.tokenizer, range(d_vocab))
+    if not heldout.sum(): fail(f"--data {cfg.data}: too little text, its held-out part has no pair of tokens")
+    set_title = f"{cfg.data}, {n_pairs / 1e6:.2f}M training tokens, zero-layer model, d_vocab {d_vocab}"
+
+#%% Baselines: the bigram entropy floor, and the table that add-alpha smoothing makes of the same counts
+if __name__ == "__main__":
+    floor, frequencies = entropy_floor(counts), mutual_information(counts)
+    alpha = choose_alpha(streams, d_vocab)
+    table_loss = add_alpha_loss(counts, heldout, alpha)
+    unseen_pairs = heldout - heldout.multiply(counts > 0)
+    unseen = float(unseen_pairs.sum() / heldout.sum())
+    table_unseen = add_alpha_loss(counts, unseen_pairs, alpha) if unseen else 0.0
+    print(f"{gray}bigram entropy floor {cyan}{floor:.3f}{gray} nats per predicted token; a model of frequencies alone has KL {cyan}{frequencies:.3f}{gray} bits per token{endc}")
+    print(f"{gray}held out {cyan}{unseen:.1%}{gray} of the pairs never occur in training, where the raw table's loss is infinite; with alpha {cyan}{alpha:.2g}{gray}, chosen on training text, the table has {cyan}{table_loss:.3f}{gray} nats per token{endc}")
+
+#%% Gates: the loss on counts is the loss on tokens, KL is loss less floor, and chunks of rows have the whole gradient
+if __name__ == "__main__":
+    sample = np.asarray(streams[0][:4001])
+    probe, some, pairs = ZeroLayer(d_vocab, cfg.d_model), bigram_counts([sample], d_vocab), t.from_numpy(bigrams([sample])).long()
+    rows, totals = np.flatnonzero(row_totals(some)), row_totals(some)
+    with t.no_grad():
+        on_tokens = sum(F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item() for part in pairs.split(CHUNK)) / len(pairs)
+        log_q = t.cat([probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]) for part in pairs.split(CHUNK)])[:, 0].double().numpy()
+    log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
+    on_counts = measure(probe, some)
+    assert abs(on_counts - on_tokens) < 1e-4, "the loss on counts is not the loss on tokens"
+    assert abs((log_p - log_q).mean() - (on_counts - entropy_floor(some))) < 1e-4, "KL is not the loss less the entropy floor"
+    whole = t.autograd.grad(count_loss(probe, t.from_numpy(rows), dense(some, rows)), probe.W_U)[0]
+    chunks = [(t.from_numpy(np.stack([part, totals[part]], 1)).long(), totals[part].sum() / totals.sum()) for part in np.array_split(rows, 3)]
+    summed = sum(share * t.autograd.grad(drawn_loss(probe, chunk, some), probe.W_U)[0] for chunk, share in chunks)
+    assert t.allclose(whole, summed, rtol=1e-4, atol=1e-7), "the gradient summed over chunks of rows is not the gradient on all counts"
+    print(f"{gray}gates passed: loss on counts = loss on tokens, KL = loss - floor, gradient over chunks = whole gradient{endc}")
+
+#%% Training on the count matrix: the train loss meets the floor, the held-out loss turns up again
+if __name__ == "__main__":
+    print(f"{purple}Fit {d_vocab} tokens with d_model {cfg.d_model}{endc}")
+    if cfg.fit == "counts" and d_vocab > DENSE: print(f"{gray}a step draws {cfg.tokens_per_step} tokens of the text and takes the whole next-token distribution of each distinct one: unbiased{endc}")
+    model, history = fit(cfg, streams, counts, watch=lambda model: dict(train=measure(model, counts), heldout=measure(model, heldout), unseen=measure(model, unseen_pairs) if unseen else 0.0), watch_every=max(1, cfg.steps // (40 if d_vocab <= DENSE else 5)))
+    watched = {key: np.array([point[key] for point in history["watch"]]) for key in ("step", "train", "heldout", "unseen")}
+    best = int(watched["heldout"].argmin())
+    kl = (watched["train"][-1] - floor) / math.log(2)
+    assert kl > -1e-5, "KL divergence below 0: the floor or the loss is wrong"
+    common = np.argsort(-row_totals(counts), kind="stable")[:min(1000, np.count_nonzero(row_totals(counts)))]
+    with t.no_grad(): logits = array(model(t.from_numpy(common).to(model.W_E.device)))
+    agree = float(np.average(logits.argmax(1) == np.asarray(counts[common].argmax(1)).ravel(), weights=row_totals(counts)[common]))
+    print(f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} bits per token, in {cyan}{history['seconds']:.1f}{gray} s; likeliest next token as in the table for {cyan}{agree:.1%}{gray} of the text{endc}")
+    print(f"{gray}held-out loss {cyan}{watched['heldout'][-1]:.3f}{gray} nats, at best {cyan}{watched['heldout'][best]:.3f}{gray} (step {cyan}{watched['step'][best]}{gray}); on its never-seen pairs {cyan}{watched['unseen'][-1]:.2f}{gray} nats, at that step {cyan}{watched['unseen'][best]:.2f}{endc}")
+    table_name = f"add-alpha table, alpha {alpha:.2g}"
+    fig = line(
+        {"train": watched["train"], "held out": watched["heldout"], "bigram entropy floor (train)": [floor] * len(watched["step"]), f"{table_name} (held out)": [table_loss] * len(watched["step"])},
+        f"The train loss meets the bigram floor, the held-out loss turns up again<br><sup>{set_title}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
+        "training step", "cross-entropy (nats per token)", x=watched["step"], dashed=("bigram entropy floor (train)", f"{table_name} (held out)"),
+    )
+    show(fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6]), "zero_layer/loss")
+    fig = line(
+        {"zero-layer model": watched["unseen"], table_name: [table_unseen] * len(watched["step"])},
+        f"What overfits: held-out pairs that never occur in training ({unseen:.1%} of them) become ever less likely<br><sup>{set_title}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
+        "training step", "cross-entropy on never-seen pairs (nats per token)", x=watched["step"], dashed=(table_name,),
+    )
+    show(fig, "zero_layer/unseen")
+
+#%% The rank limit: d_model dimensions hold only so much of the table, and the SVD of the log-table wastes them
+if __name__ == "__main__":
+    fitted, closed, never = {}, {}, None
+    if d_vocab > DENSE: print(f"{gray}rank sweep and SVD need the dense table: skipped above {DENSE} tokens{endc}")
+    else:
+        ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
+        *factors, never = svd_table(counts, alpha)
+        print(f"{gray}in the log-table {cyan}{never:.0%}{gray} of the squared size that SVD tries to fit lies in pairs that never occur{endc}")
+        for rank in ranks:
+            short = dataclasses.replace(cfg, d_model=rank, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False)
+            fitted[rank] = (measure(fit(short, streams, counts, f"d_model {rank}")[0], counts) - floor) / math.log(2)
+            closed[rank] = (measure(truncated(*factors, rank), counts) - floor) / math.log(2)
+            print(f"{gray}d_model {rank}: KL {cyan}{fitted[rank]:.3f}{gray} fitted, {cyan}{closed[rank]:.3f}{gray} by SVD (bits per token){endc}")
+        fig = line(
+            {"fitted to next tokens": list(fitted.values()), "SVD of the log-table": list(closed.values()), "frequencies alone": [frequencies] * len(ranks)},
+            f"KL to the bigram table falls with d_model; SVD of the log-table is a poor start<br><sup>{set_title}, {short.steps} steps each; SVD: {never:.0%} of the squared log-table lies in pairs that never occur</sup>",
+            "d_model", "KL (bits per token)", x=ranks, markers=True, logx=True, dashed=("frequencies alone",),
+        )
+        show(fig.update_yaxes(type="log").update_xaxes(tickvals=ranks), "zero_layer/rank")
+
+#%% What follows a token, and what predicts it: the same table read by row and by column
+if __name__ == "__main__":
+    asked_tables = {names[token]: [dict(row, next=names[row["next"]], previous=names[row["previous"]]) for row in neighbours(model, counts, token)] for token in asked}
+    for token, table in asked_tables.items():
+        print(f"{purple}token {visible(token)!r}: what follows it, and what predicts it{endc}")
+        cells = [[visible(row["next"]), row["p_next"], row["counted_next"], visible(row["previous"]), row["p_given_previous"], row["counted_previous"]] for row in table]
+        print(cyan + tabulate(cells, ["next", "P model", "P counts", "previous", "P model", "P counts"], floatfmt=".3f", disable_numparse=[0, 3]) + endc)
+
+#%% W_E in two dimensions, by PCA and by t-SNE: tokens that are followed by the same tokens lie together
+if __name__ == "__main__":
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    embed = array(model.W_E)[common]
+    pca = PCA(2, random_state=cfg.seed).fit(embed)
+    maps = [pca.transform(embed), TSNE(2, metric="cosine", perplexity=min(30, len(common) / 4), max_iter=500, random_state=cfg.seed).fit_transform(embed)]
+    kinds = np.array([kind_of(names[token]) for token in common])
+    likely = [visible(names[y]) for y in logits.argmax(1)]
+    text = np.array([f"'{visible(names[token])}' ({kind})<br>seen {row_totals(counts)[token]:.0f} times<br>likeliest next '{y}'" for token, kind, y in zip(common, kinds, likely)])
+    fig = make_subplots(1, 2, subplot_titles=[f"PCA ({pca.explained_variance_ratio_.sum():.0%} of the variance)", "t-SNE (cosine distance)"])
+    for color, kind in zip(COLORS, sorted(set(kinds), key=lambda kind: -(kinds == kind).sum())):
+        for col, xy in enumerate(maps):
+            fig.add_trace(go.Scatter(x=xy[kinds == kind, 0], y=xy[kinds == kind, 1], mode="markers", name=kind, legendgroup=kind, showlegend=not col, text=text[kinds == kind], hovertemplate="%{text}<extra></extra>", marker=dict(size=6, color=color)), row=1, col=col + 1)
+    fig.update_layout(title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{set_title}, d_model {cfg.d_model}; text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>")
+    for col, name in enumerate(("principal component", "t-SNE")): fig.update_xaxes(title=f"{name} 1 (no unit)", col=col + 1).update_yaxes(title=f"{name} 2 (no unit)", col=col + 1)
+    show(fig, "zero_layer/embedding")
+
+#%% The logit table of the most frequent tokens: drag to zoom, double-click to go back
+if __name__ == "__main__":
+    most, unigram = common[:100], np.asarray(counts.sum(0)).ravel() / n_pairs
+    table = logits[:len(most)]
+    p_model, seen = np.exp(table - np.logaddexp.reduce(table, 1, keepdims=True))[:, most], counts[most][:, most].toarray()
+    hover = [[f"P model {p:.4f}, counts {n / total:.4f} (seen {n:.0f} times)" for p, n in zip(*row)] for *row, total in zip(p_model, seen, row_totals(counts)[most])]
+    labels = label_tokens([names[token] for token in most])
+    fig = imshow(
+        (table - table @ unigram[:, None])[:, most], f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{set_title}, d_model {cfg.d_model}, KL {kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
+        "next token", "this token", x=labels, y=labels, value="logit", hover=hover,
+    )
+    show(fig.update_layout(height=950), "zero_layer/logits")
+
+#%% Conclusion: the finding and the gate it passed
+if __name__ == "__main__":
+    loss, heldout_loss, best_heldout, best_step = watched["train"][-1], watched["heldout"][-1], watched["heldout"][best], watched["step"][best]
+    save_results(
+        "zero_layer", cfg, kl_to_bigram=kl, heldout_loss=heldout_loss, bigram_floor=floor, train_loss=loss, train_seconds=history["seconds"], d_vocab=d_vocab, train_pairs=n_pairs, kl_frequencies=frequencies,
+        heldout_best=best_heldout, heldout_best_step=best_step, heldout_add_alpha=table_loss, alpha=alpha, unseen_share=unseen, unseen_loss=watched["unseen"][-1], unseen_loss_at_best=watched["unseen"][best],
+        top1_agreement=agree, kl_by_rank=fitted, kl_by_rank_svd=closed, svd_square_in_unseen=never, tokens=asked_tables, watch=watched, units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training text",
+    )
+    finding = f"W_E W_U with d_model {cfg.d_model} is {kl:.4f} bits per token from the bigram table of {d_vocab} tokens"
+    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})" + (f" after a best of {best_heldout:.3f} at step {best_step}: it goes on to learn which pairs never occurred." if best_step < cfg.steps else ", still falling.")
+    if kl <= TABLE_GATE: print(f"{green}{finding}: it has learned the table (gate: at most {TABLE_GATE}). {overfit}{endc}")
+    else: print(f"{yellow}{finding} after {cfg.steps} steps: not the table (gate: at most {TABLE_GATE}). {overfit}{endc}")
