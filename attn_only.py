@@ -58,6 +58,25 @@ def rotate(x: Tensor, dims: int, base: float) -> Tensor:
     return t.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, hook_scores: HookPoint, hook_pattern: HookPoint, bias: Tensor | None = None, window: int | None = None) -> Tensor:
+    """
+    Causal attention: z (batch, pos, head, d_head) from q and k, v (which may have fewer heads). bias (head, query, key) is added to the scores;
+    window hides keys that many places back or more. Scores and pattern are formed only where a hook listens, a bias asks or it is faster.
+    """
+    T, group = q.shape[1], q.shape[2] // k.shape[2]
+    distance = t.arange(T, device=q.device)[:, None] - t.arange(T, device=q.device)
+    hidden = distance < 0 if window is None or T <= window else (distance < 0) | (distance >= window)
+    slow_fused = q.device.type == "cpu" and q.dtype == t.bfloat16 and t.is_grad_enabled()
+    if bias is None and not slow_fused and not hook_scores.fwd_hooks and not hook_pattern.fwd_hooks:
+        fused = dict(is_causal=True) if window is None or T <= window else dict(attn_mask=~hidden)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=group > 1, **fused).transpose(1, 2)
+    if group > 1: k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    mask = (t.zeros(1, device=q.device) if bias is None else bias).masked_fill(hidden, -t.inf).to(q.dtype)
+    scores = hook_scores(mask + (q / math.sqrt(q.shape[-1])).transpose(1, 2) @ k.permute(0, 2, 3, 1))
+    pattern = hook_pattern(scores.softmax(-1).to(v.dtype))
+    return (pattern @ v.transpose(1, 2)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with TransformerLens's hooks. W_Q, W_K, W_V are (head, d_model, d_head), W_O is (head, d_head, d_model)."""
 
@@ -95,12 +114,11 @@ class Attention(nn.Module):
             dims = 2 * int(cfg.rotary_share * cfg.d_head / 2)
             q, k = self.hook_rot_q(rotate(q, dims, cfg.rotary_base)), self.hook_rot_k(rotate(k, dims, cfg.rotary_base))
         distance = t.arange(T, device=x.device)[:, None] - t.arange(T, device=x.device)
-        mask = self.score_bias(distance.clamp(min=0)).masked_fill(distance < 0, -t.inf).to(q.dtype)
-        scores = self.hook_attn_scores(mask + (q / math.sqrt(cfg.d_head)).transpose(1, 2) @ k.permute(0, 2, 3, 1))
-        pattern = self.hook_pattern(scores.softmax(-1).to(v.dtype))
-        z = self.hook_z((pattern @ v.transpose(1, 2)).transpose(1, 2))
-        if self.hook_result.fwd_hooks: return self.hook_result(einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")).sum(2)
-        return self.o(z.flatten(2))
+        bias = self.score_bias(distance.clamp(min=0)) if cfg.positions == "relative" else None
+        z = self.hook_z(attend(q, k, v, self.hook_attn_scores, self.hook_pattern, bias))
+        if not self.hook_result.fwd_hooks: return self.o(z.flatten(2))
+        out = self.hook_result(einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")).sum(2)
+        return out if self.o.bias is None else out + self.o.bias
 
 
 class AttnBlock(nn.Module):
