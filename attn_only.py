@@ -445,7 +445,7 @@ def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[
         icl = icl_score(loss_by_position(model, natural))[0] if max(cfg.contexts) >= 80 else float("nan")
         return {"prefix_matching": scores["prefix_matching"].max().item(), "previous_token": scores["previous_token"][0].max().item(), "icl_score": icl}
 
-    history = train(model, batch, cfg, f"attn_only/{n_layers}_layers", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key)
+    history = train(model, batch, cfg, f"attn_only/{n_layers}_layers", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key, repeats=cfg.repeats, english=cfg.english)
     return model, history
 
 
@@ -620,4 +620,4 @@ if __name__ == "__main__":
     if n_layers == 2 and induction_heads: found += f", fed by the previous-token head L0H{previous} through {numbers['strongest_path']}: without it {without[previous].max():.2f}, without another layer-0 head at least {min(others):.2f}"
     if control: found += f"; one layer reaches {control_prefix.max():.2f}"
     print(f"{green}{found}. Gate: attribution exact to {numbers['attribution_max_error']:.0e}.{endc}")
-    if cfg.repeats == 0 and not cfg.model: print(f"{yellow}trained without planted repeats: at this size natural text alone is known to show no induction within 6M tokens{endc}")
+    if cfg.repeats == 0 and not cfg.model: print(f"{yellow}trained on natural text alone, without planted repeats: induction comes later and weaker, if at all{endc}")

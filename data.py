@@ -14,7 +14,7 @@ from utils import cyan, endc, fail, full_name, gray, secret
 
 import numpy as np
 import torch as t
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 BOS_NAMES = ("<|endoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[CLS]")
@@ -224,3 +224,12 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, 
     (aside / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.json and tokenizer_config.json as transformers reads them; like our training rows, its texts begin with beginning-of-text."""
+    bos = tokenizer.id_to_token(bos_id(tokenizer))
+    own = Tokenizer.from_str(tokenizer.to_str())
+    if own.post_processor is None: own.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id(own))])
+    own.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": bos, "clean_up_tokenization_spaces": False}, indent=1) + "\n")

@@ -93,8 +93,8 @@ FREE = ("resume", "wandb", "save_every", "device", "compile")  # settings that m
 
 
 def identity(cfg: TrainConfig, **more) -> dict:
-    """What two runs must share for one to go on from the other's checkpoint."""
-    return {**{k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE}, **more}
+    """What two runs must share for one to go on from the other's checkpoint: the training settings, and what the script adds (shape, data)."""
+    return {**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(TrainConfig) if field.name not in FREE}, **more}
 
 
 def save_checkpoint(path: Path, run: dict, step: int, model: nn.Module, optimizers: list[t.optim.Optimizer], history: dict) -> None:
@@ -165,6 +165,7 @@ def train(
         if watch and ((step + 1) % watch_every == 0 or last):
             model.eval()
             history["watch"].append({"step": step + 1, "tokens": seen, **watch(step + 1)})
+            assert all(type(value) in (int, float) for value in history["watch"][-1].values()), "watch returns Python numbers: they go into the checkpoint"
             model.train()
         if board: board.log({"loss": total, "tokens": seen, **{k: v for k, v in (history["watch"][-1] if history["watch"] else {}).items() if isinstance(v, float)}}, step=step)
         if step % 10 == 0 or last: bar.set_description(f"{name} loss {cyan}{total:.3f}{endc} nats {seen / 1e6:.2f}M tokens")

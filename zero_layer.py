@@ -23,7 +23,8 @@ from torch import Tensor
 DENSE = 4096  # up to this vocabulary the whole count matrix is one dense tensor
 CHUNK = 512  # rows of logits held at once when a model is measured: 100 MB for 50257 tokens
 ALPHAS = np.geomspace(1e-4, 3, 19)
-RARE = 50  # "what predicts X" asks only tokens seen this often
+RARE = 50  # what predicts X: only tokens seen this often are asked
+MAPPED = 600  # tokens in the maps, the most frequent
 TABLE_GATE = 0.05  # bits per token under which we say that the model is the bigram table
 
 
@@ -34,17 +35,17 @@ class Config(TrainConfig):
     vocab: int = 1024  # size of that BPE
     d_model: int = 128
     fit: Literal["counts", "tokens"] = "counts"  # exact loss from the count matrix; or plain SGD on sampled tokens
-    token: str = "import"  # what follows it, what predicts it
-    ranks: tuple[int, ...] = (8, 32, 64, 128, 256)  # values of d_model to compare, each fitted for half the steps
+    token: str | None = None  # what follows it, what predicts it; default: the most frequent word
+    ranks: tuple[int, ...] = (2, 8, 32, 128)  # values of d_model to compare, each fitted for half the steps
     steps: int = 200
-    tokens_per_step: int = 4096  # --fit tokens, and vocabularies above 4096: tokens drawn per step
-    lr: float = 0.1  # AdamW
-    optimizer: Literal["muon", "adamw"] = "adamw"
-    decay: float = 1.0
-    clip: float = 0.0
-    contexts: tuple[int, ...] = (2,)  # not used: a bigram model sees one token
-    autocast: Literal["auto", "on", "off"] = "off"
-    save_every: int = 0
+    tokens_per_step: int = 4096  # drawn per step by --fit tokens, and where the vocabulary is above 4096 (gpt2's 50257: 4 GB at peak)
+    lr: float = 0.1
+    optimizer: Literal["muon", "adamw"] = "adamw"  # Muon has no hidden matrix to work on here
+    decay: float = 1.0  # share of the steps in which the learning rate falls to 0 (wsd)
+    clip: float = 0.0  # gradient norm; 0 does not clip
+    contexts: tuple[int, ...] = (2,)  # of no effect: a bigram model sees one token
+    autocast: Literal["auto", "on", "off"] = "off"  # bfloat16 in training
+    save_every: int = 0  # steps between checkpoints; 0 writes none
 
 
 #%% The model: look up the token's row of W_E, multiply by W_U
@@ -115,7 +116,7 @@ def measure(model: nn.Module, counts: csr_matrix) -> float:
     seen = np.flatnonzero(row_totals(counts))
     for rows in np.array_split(seen, -(-len(seen) // CHUNK)):
         total += F.cross_entropy(model(t.from_numpy(rows).to(device)), dense(counts, rows, device), reduction="none").double().sum().item()
-    return total / counts.sum()
+    return total / float(counts.sum())
 
 
 def draw_rows(totals: np.ndarray, n: int, seed: tuple[int, ...]) -> Tensor:
@@ -150,19 +151,16 @@ def fit(cfg: Config, streams: list[np.ndarray], counts: csr_matrix, name: str = 
         def batch(i: int) -> Tensor: return draw_rows(totals, cfg.tokens_per_step, (cfg.seed, i))
         def loss(model: nn.Module, drawn: Tensor) -> Tensor: return drawn_loss(model, drawn, counts)
     model = ZeroLayer(d_vocab, cfg.d_model)
-    cfg = dataclasses.replace(cfg, token="", ranks=())  # a checkpoint does not depend on what is asked of it
-    return model, train(model, batch, cfg, name, loss, watch and (lambda step: watch(model)), watch_every, per_batch, text_tokens=int(counts.sum()))
+    return model, train(model, batch, cfg, name, loss, watch and (lambda step: watch(model)), watch_every, per_batch, text_tokens=int(counts.sum()), shape=[d_vocab, cfg.d_model], fit=cfg.fit)
 
 
 #%% The closed form that fails: the best rank-d_model table in squared error of log-probabilities, by SVD
-def svd_table(counts: csr_matrix, alpha: float) -> tuple[Tensor, Tensor, float]:
-    """W_E, W_U at full rank, largest singular values first, of the add-alpha log-table (rows centred, weighted by frequency), and the share of its weighted square in pairs that never occur."""
-    table = dense(counts, np.arange(counts.shape[0]))
-    logs = (table + alpha).log()
-    weight = (table + alpha).sum(1, keepdim=True).sqrt()
-    weighted = weight * (logs - logs.mean(1, keepdim=True))
-    u, s, v = t.linalg.svd(weighted, full_matrices=False)
-    return u * s / weight, v, float(weighted[table == 0].square().sum() / weighted.square().sum())
+def svd_table(counts: csr_matrix, alpha: float) -> tuple[Tensor, Tensor]:
+    """W_E, W_U at full rank, largest singular values first: their product is the add-alpha log-table, rows centred (softmax does not see it), weighted by frequency."""
+    table = dense(counts, np.arange(counts.shape[0])) + alpha
+    weight = table.sum(1, keepdim=True).sqrt()
+    u, s, v = t.linalg.svd(weight * (table.log() - table.log().mean(1, keepdim=True)), full_matrices=False)
+    return u * s / weight, v
 
 
 def truncated(W_E: Tensor, W_U: Tensor, rank: int) -> ZeroLayer:
@@ -173,20 +171,22 @@ def truncated(W_E: Tensor, W_U: Tensor, rank: int) -> ZeroLayer:
 
 #%% Reading the table: what follows a token, what predicts it, what kind of token it is
 @t.no_grad()
-def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> list[dict]:
-    """The k tokens likeliest after token, and the k tokens seen at least RARE times after which token is likeliest, with P by model and by counts."""
+def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> list[tuple]:
+    """k rows (next, P by model, P by counts, previous, P by model, P by counts): the likeliest after token, and the tokens (seen RARE times) that make token likeliest."""
     totals, device = row_totals(counts), model.W_E.device
-    after = model(t.tensor([token], device=device)).softmax(-1)[0].cpu()
+    after = array(model(t.tensor([token], device=device)).softmax(-1)[0])
     asked = np.flatnonzero(totals >= min(RARE, totals.max()))
-    before = t.cat([model(t.from_numpy(rows).to(device)).softmax(-1)[:, token].cpu() for rows in np.array_split(asked, -(-len(asked) // CHUNK))])
-    table = []
-    for y, x in zip(after.topk(k).indices.tolist(), asked[before.topk(min(k, len(asked))).indices.tolist()].tolist()):
-        table.append(dict(next=y, p_next=after[y].item(), counted_next=counts[token, y] / max(1, totals[token]), previous=x, p_given_previous=before[np.searchsorted(asked, x)].item(), counted_previous=counts[x, token] / totals[x]))
-    return table
+    before = np.concatenate([array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token]) for rows in np.array_split(asked, -(-len(asked) // CHUNK))])
+    follows, predicts = after.argsort()[::-1][:k], before.argsort()[::-1][:k]
+    return [
+        (int(y), float(after[y]), counts[token, y] / max(1, totals[token]), int(asked[i]), float(before[i]), counts[asked[i], token] / totals[asked[i]])
+        for y, i in zip(follows, predicts)
+    ]
 
 
 def kind_of(token: str) -> str:
     word = token.strip()
+    if "\ufffd" in word or word.startswith("<|"): return "byte or special"
     if not word: return "white space"
     if keyword.iskeyword(word): return "Python keyword"
     if word.isdigit(): return "number"
@@ -199,14 +199,17 @@ def kind_of(token: str) -> str:
 if __name__ == "__main__":
     cfg = flags(Config, __doc__)
     if min(cfg.steps, cfg.d_model, cfg.vocab, cfg.tokens_per_step, *cfg.ranks) < 1: fail("--steps, --d-model, --vocab, --tokens-per-step and --ranks must be at least 1")
+    set_seed(cfg.seed)
     print(f"{purple}Zero layers: W_E -> W_U{endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-    asked = find_tokens(corpus.tokenizer, cfg.token)
     streams, d_vocab = list(corpus.train.values()), corpus.d_vocab
     counts, heldout = bigram_counts(streams, d_vocab), bigram_counts(corpus.heldout.values(), d_vocab)
     n_pairs, names = int(counts.sum()), str_tokens(corpus.tokenizer, range(d_vocab))
-    if not heldout.sum(): fail(f"--data {cfg.data}: too little text, its held-out part has no pair of tokens")
-    set_title = f"{cfg.data}, {n_pairs / 1e6:.2f}M training tokens, zero-layer model, d_vocab {d_vocab}"
+    common = np.argsort(-row_totals(counts), kind="stable")[:min(MAPPED, np.count_nonzero(row_totals(counts)))]
+    if not heldout.sum() or len(common) < 10: fail(f"--data {cfg.data}: too little text")
+    words = [names[x].strip() for x in common if len(names[x].strip()) > 2 and names[x].strip().isalpha()]
+    asked = find_tokens(corpus.tokenizer, cfg.token or (words or [names[common[0]]])[0])
+    about = f"{cfg.data}, {n_pairs / 1e6:.2f}M training tokens, zero-layer model, d_vocab {d_vocab}"
 
 #%% Baselines: the bigram entropy floor, and the table that add-alpha smoothing makes of the same counts
 if __name__ == "__main__":
@@ -246,33 +249,34 @@ if __name__ == "__main__":
     best = int(watched["heldout"].argmin())
     kl = (watched["train"][-1] - floor) / math.log(2)
     assert kl > -1e-5, "KL divergence below 0: the floor or the loss is wrong"
-    common = np.argsort(-row_totals(counts), kind="stable")[:min(1000, np.count_nonzero(row_totals(counts)))]
     with t.no_grad(): logits = array(model(t.from_numpy(common).to(model.W_E.device)))
     agree = float(np.average(logits.argmax(1) == np.asarray(counts[common].argmax(1)).ravel(), weights=row_totals(counts)[common]))
-    print(f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} bits per token, in {cyan}{history['seconds']:.1f}{gray} s; likeliest next token as in the table for {cyan}{agree:.1%}{gray} of the text{endc}")
+    print(f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} bits per token, in {cyan}{history['seconds']:.1f}{gray} s; after {cyan}{agree:.1%}{gray} of the tokens it likes the same next token best{endc}")
     print(f"{gray}held-out loss {cyan}{watched['heldout'][-1]:.3f}{gray} nats, at best {cyan}{watched['heldout'][best]:.3f}{gray} (step {cyan}{watched['step'][best]}{gray}); on its never-seen pairs {cyan}{watched['unseen'][-1]:.2f}{gray} nats, at that step {cyan}{watched['unseen'][best]:.2f}{endc}")
     table_name = f"add-alpha table, alpha {alpha:.2g}"
     fig = line(
         {"train": watched["train"], "held out": watched["heldout"], "bigram entropy floor (train)": [floor] * len(watched["step"]), f"{table_name} (held out)": [table_loss] * len(watched["step"])},
-        f"The train loss meets the bigram floor, the held-out loss turns up again<br><sup>{set_title}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
+        f"Loss over training, against the bigram entropy floor and the add-alpha table<br><sup>{about}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
         "training step", "cross-entropy (nats per token)", x=watched["step"], dashed=("bigram entropy floor (train)", f"{table_name} (held out)"),
     )
     show(fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6]), "zero_layer/loss")
     fig = line(
         {"zero-layer model": watched["unseen"], table_name: [table_unseen] * len(watched["step"])},
-        f"What overfits: held-out pairs that never occur in training ({unseen:.1%} of them) become ever less likely<br><sup>{set_title}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
+        f"What overfits: loss on the {unseen:.1%} of held-out pairs that never occur in training<br><sup>{about}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
         "training step", "cross-entropy on never-seen pairs (nats per token)", x=watched["step"], dashed=(table_name,),
     )
     show(fig, "zero_layer/unseen")
 
 #%% The rank limit: d_model dimensions hold only so much of the table, and the SVD of the log-table wastes them
 if __name__ == "__main__":
-    fitted, closed, never = {}, {}, None
+    fitted, closed, svd_effort, text_share = {}, {}, None, None
     if d_vocab > DENSE: print(f"{gray}rank sweep and SVD need the dense table: skipped above {DENSE} tokens{endc}")
     else:
         ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
-        *factors, never = svd_table(counts, alpha)
-        print(f"{gray}in the log-table {cyan}{never:.0%}{gray} of the squared size that SVD tries to fit lies in pairs that never occur{endc}")
+        factors, table = svd_table(counts, alpha), dense(counts, np.arange(d_vocab))
+        square, unlikely = (factors[0] @ factors[1]).square() * table.sum(1, keepdim=True), table <= 0.01 * table.sum(1, keepdim=True)
+        svd_effort, text_share = float(square[unlikely].sum() / square.sum()), float(table[unlikely].sum() / table.sum())
+        print(f"{gray}next tokens of P at most 1% are {cyan}{svd_effort:.0%}{gray} of the squared log-table, which SVD fits, and {cyan}{text_share:.0%}{gray} of the text, which counts in KL{endc}")
         for rank in ranks:
             short = dataclasses.replace(cfg, d_model=rank, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False)
             fitted[rank] = (measure(fit(short, streams, counts, f"d_model {rank}")[0], counts) - floor) / math.log(2)
@@ -280,20 +284,21 @@ if __name__ == "__main__":
             print(f"{gray}d_model {rank}: KL {cyan}{fitted[rank]:.3f}{gray} fitted, {cyan}{closed[rank]:.3f}{gray} by SVD (bits per token){endc}")
         fig = line(
             {"fitted to next tokens": list(fitted.values()), "SVD of the log-table": list(closed.values()), "frequencies alone": [frequencies] * len(ranks)},
-            f"KL to the bigram table falls with d_model; SVD of the log-table is a poor start<br><sup>{set_title}, {short.steps} steps each; SVD: {never:.0%} of the squared log-table lies in pairs that never occur</sup>",
+            f"KL to the bigram table by d_model: fitted to next tokens, and by SVD of its logarithm<br><sup>{about}, {short.steps} steps each; next tokens of P at most 1%: {svd_effort:.0%} of the squared log-table, {text_share:.0%} of the text</sup>",
             "d_model", "KL (bits per token)", x=ranks, markers=True, logx=True, dashed=("frequencies alone",),
         )
         show(fig.update_yaxes(type="log").update_xaxes(tickvals=ranks), "zero_layer/rank")
 
 #%% What follows a token, and what predicts it: the same table read by row and by column
 if __name__ == "__main__":
-    asked_tables = {names[token]: [dict(row, next=names[row["next"]], previous=names[row["previous"]]) for row in neighbours(model, counts, token)] for token in asked}
-    for token, table in asked_tables.items():
-        print(f"{purple}token {visible(token)!r}: what follows it, and what predicts it{endc}")
-        cells = [[visible(row["next"]), row["p_next"], row["counted_next"], visible(row["previous"]), row["p_given_previous"], row["counted_previous"]] for row in table]
+    tables = {}
+    for token in asked:
+        tables[names[token]] = [(names[y], p, q, names[x], *more) for y, p, q, x, *more in neighbours(model, counts, token)]
+        print(f"{purple}token {visible(names[token])!r}: what follows it, and what predicts it{endc}")
+        cells = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in tables[names[token]]]
         print(cyan + tabulate(cells, ["next", "P model", "P counts", "previous", "P model", "P counts"], floatfmt=".3f", disable_numparse=[0, 3]) + endc)
 
-#%% W_E in two dimensions, by PCA and by t-SNE: tokens that are followed by the same tokens lie together
+#%% W_E in two dimensions, by PCA and by t-SNE, coloured by kind of token
 if __name__ == "__main__":
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -307,7 +312,7 @@ if __name__ == "__main__":
     for color, kind in zip(COLORS, sorted(set(kinds), key=lambda kind: -(kinds == kind).sum())):
         for col, xy in enumerate(maps):
             fig.add_trace(go.Scatter(x=xy[kinds == kind, 0], y=xy[kinds == kind, 1], mode="markers", name=kind, legendgroup=kind, showlegend=not col, text=text[kinds == kind], hovertemplate="%{text}<extra></extra>", marker=dict(size=6, color=color)), row=1, col=col + 1)
-    fig.update_layout(title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{set_title}, d_model {cfg.d_model}; text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>")
+    fig.update_layout(title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}; text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>")
     for col, name in enumerate(("principal component", "t-SNE")): fig.update_xaxes(title=f"{name} 1 (no unit)", col=col + 1).update_yaxes(title=f"{name} 2 (no unit)", col=col + 1)
     show(fig, "zero_layer/embedding")
 
@@ -319,7 +324,7 @@ if __name__ == "__main__":
     hover = [[f"P model {p:.4f}, counts {n / total:.4f} (seen {n:.0f} times)" for p, n in zip(*row)] for *row, total in zip(p_model, seen, row_totals(counts)[most])]
     labels = label_tokens([names[token] for token in most])
     fig = imshow(
-        (table - table @ unigram[:, None])[:, most], f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{set_title}, d_model {cfg.d_model}, KL {kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
+        (table - table @ unigram[:, None])[:, most], f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}, KL {kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
         "next token", "this token", x=labels, y=labels, value="logit", hover=hover,
     )
     show(fig.update_layout(height=950), "zero_layer/logits")
@@ -330,9 +335,9 @@ if __name__ == "__main__":
     save_results(
         "zero_layer", cfg, kl_to_bigram=kl, heldout_loss=heldout_loss, bigram_floor=floor, train_loss=loss, train_seconds=history["seconds"], d_vocab=d_vocab, train_pairs=n_pairs, kl_frequencies=frequencies,
         heldout_best=best_heldout, heldout_best_step=best_step, heldout_add_alpha=table_loss, alpha=alpha, unseen_share=unseen, unseen_loss=watched["unseen"][-1], unseen_loss_at_best=watched["unseen"][best],
-        top1_agreement=agree, kl_by_rank=fitted, kl_by_rank_svd=closed, svd_square_in_unseen=never, tokens=asked_tables, watch=watched, units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training text",
+        top1_agreement=agree, kl_by_rank=fitted, kl_by_rank_svd=closed, svd_square_unlikely=svd_effort, text_share_unlikely=text_share, tokens=tables, watch=watched, units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training text",
     )
     finding = f"W_E W_U with d_model {cfg.d_model} is {kl:.4f} bits per token from the bigram table of {d_vocab} tokens"
-    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})" + (f" after a best of {best_heldout:.3f} at step {best_step}: it goes on to learn which pairs never occurred." if best_step < cfg.steps else ", still falling.")
+    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})" + (f" after a best of {best_heldout:.3f} at step {best_step}; the pairs it never saw cost {watched['unseen'][best]:.2f} nats there and {watched['unseen'][-1]:.2f} at the end." if best_step < cfg.steps else ", still falling.")
     if kl <= TABLE_GATE: print(f"{green}{finding}: it has learned the table (gate: at most {TABLE_GATE}). {overfit}{endc}")
     else: print(f"{yellow}{finding} after {cfg.steps} steps: not the table (gate: at most {TABLE_GATE}). {overfit}{endc}")

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,17 @@ def run(workdir):
     def run(script: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, str(ROOT / script), *args], cwd=cwd or workdir, capture_output=True, text=True, timeout=300)
     return run
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """parity(architecture, max |logit - Hugging Face's| / max |logit|): kept in results/parity.json."""
+    path = ROOT / "results/parity.json"
+    def record(architecture: str, error: float) -> None:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(sorted((known | {architecture: {"max_relative_logit_error": error}}).items())), indent=1) + "\n")
+    return record
 
 
 def one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -10,8 +10,10 @@ import torch as t
 import torch.nn as nn
 from conftest import ROOT
 
-from attn_only import AttnOnly, AttnOnlyConfig
+from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
+from data import load_corpus
 from train import TrainConfig, bf16_is_faster, context_at, make_optimizers, next_token_loss, schedule, train
+from utils import set_seed
 
 SMALL = AttnOnlyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_vocab=20, n_ctx=16)
 CFG = TrainConfig(steps=12, contexts=(16,), device="cpu", autocast="off", save_every=4)
@@ -47,19 +49,20 @@ def test_a_run_cut_off_resumes_to_the_same_loss():
     assert resumed["loss"] == whole["loss"] and resumed["step"] == whole["step"]
 
 
-def test_a_killed_script_resumes_to_the_same_final_loss(workdir, run):
-    flags = ["--n-layers", "1", "--steps", "60", "--contexts", "32", "--context-steps", "1.0", "--tokens-per-step", "1024", "--save-every", "10", "--autocast", "off"]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import attn_only as a; from data import load_corpus; cfg = a.flags(a.Config); a.set_seed(0); m, h = a.train_own(cfg, 1, load_corpus(), 'cpu'); print('FINAL', h['loss'][-1], len(h['loss']))"
-    start = lambda *more: subprocess.Popen([sys.executable, "-c", code, *flags, *more], cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    final = lambda process: process.communicate(timeout=200)[0].strip().splitlines()[-1]
-    whole, checkpoint = final(start()), workdir / "checkpoints/attn_only/1_layers.pt"
-    checkpoint.unlink()
-    process = start()
+def test_a_killed_process_resumes_to_the_same_final_loss(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    cfg = Config(n_layers=1, steps=60, contexts=(32,), tokens_per_step=1024, save_every=10, autocast="off", device="cpu")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import attn_only as a; from data import load_corpus; a.set_seed(0); a.train_own(a.{cfg!r}, 1, load_corpus(), 'cpu')"
+    checkpoint = workdir / "checkpoints/attn_only/1_layers.pt"
+    checkpoint.unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not checkpoint.exists() and process.poll() is None: time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert 0 < t.load(checkpoint)["step"] < 60, "the kill came too late to test anything"
-    assert final(start("--resume")) == whole and whole.startswith("FINAL")
+    assert process.wait() == -signal.SIGKILL and 0 < t.load(checkpoint)["step"] < 60, process.stderr.read()
+    _, resumed = train_own(dataclasses.replace(cfg, resume=True), 1, load_corpus(), "cpu")
+    set_seed(0)
+    _, whole = train_own(cfg, 1, load_corpus(), "cpu")
+    assert resumed["loss"][-1] == pytest.approx(whole["loss"][-1], rel=1e-5) and len(resumed["loss"]) == 60
 
 
 def test_accumulated_micro_batches_equal_one_batch():
