@@ -9,7 +9,7 @@ from typing import Literal
 
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
 from train import TrainConfig, context_at, train
-from utils import HookPoint, act_name, cyan, endc, fail, flags, green, head_scores, hooks, imshow, label_tokens, line, pick_device, purple, repeated_tokens, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, yellow
+from utils import HookPoint, act_name, cyan, endc, fail, flags, green, head_scores, hooks, imshow, label_tokens, line, pick_device, purple, repeated_tokens, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
 
 import numpy as np
 import torch as t
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
-
 
 #%% The model: embed, attention layers that only read and write the residual stream, unembed
 @dataclass
@@ -66,7 +65,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hook_scores: HookPoint, hook_pattern
     T, group = q.shape[1], q.shape[2] // k.shape[2]
     distance = t.arange(T, device=q.device)[:, None] - t.arange(T, device=q.device)
     hidden = distance < 0 if window is None or T <= window else (distance < 0) | (distance >= window)
-    slow_fused = q.device.type == "cpu" and q.dtype == t.bfloat16 and t.is_grad_enabled()
+    slow_fused = q.device.type == "cpu" and v.dtype == t.bfloat16 and t.is_grad_enabled()  # rotary positions leave q and k in float32 under autocast
     if bias is None and not slow_fused and not hook_scores.fwd_hooks and not hook_pattern.fwd_hooks:
         fused = dict(is_causal=True) if window is None or T <= window else dict(attn_mask=~hidden)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=group > 1, **fused).transpose(1, 2)
@@ -77,8 +76,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hook_scores: HookPoint, hook_pattern
     return (pattern @ v.transpose(1, 2)).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention with TransformerLens's hooks. W_Q, W_K, W_V are (head, d_model, d_head), W_O is (head, d_head, d_model)."""
+class HeadWeights:
+    """W_Q, W_K, W_V (head, d_model, d_head) and W_O (head, d_head, d_model) of a module with linear maps q, k, v, o."""
+
+    @property
+    def W_Q(self) -> Tensor: return rearrange(self.q.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+    @property
+    def W_K(self) -> Tensor: return rearrange(self.k.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+    @property
+    def W_V(self) -> Tensor: return rearrange(self.v.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+    @property
+    def W_O(self) -> Tensor: return rearrange(self.o.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.cfg.d_head)
+
+    def write(self, z: Tensor) -> Tensor:
+        """z (batch, pos, head, d_head) through W_O; by head first where hook_result listens."""
+        if not self.hook_result.fwd_hooks: return self.o(z.flatten(2))
+        out = self.hook_result(einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")).sum(2)
+        return out if self.o.bias is None else out + self.o.bias
+
+
+class Attention(nn.Module, HeadWeights):
+    """Causal multi-head attention with TransformerLens's hooks."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -87,15 +105,6 @@ class Attention(nn.Module):
         self.v, self.o = nn.Linear(cfg.d_model, width, bias=cfg.bias == "all"), nn.Linear(width, cfg.d_model, bias=cfg.bias == "all")
         if cfg.positions == "relative": self.distance_bias = nn.Parameter(t.zeros(cfg.n_heads, cfg.n_ctx))
         for name in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result"): setattr(self, f"hook_{name}", HookPoint())
-
-    @property
-    def W_Q(self) -> Tensor: return rearrange(self.q.weight, "(head d_head) d_model -> head d_model d_head", head=self.cfg.n_heads)
-    @property
-    def W_K(self) -> Tensor: return rearrange(self.k.weight, "(head d_head) d_model -> head d_model d_head", head=self.cfg.n_heads)
-    @property
-    def W_V(self) -> Tensor: return rearrange(self.v.weight, "(head d_head) d_model -> head d_model d_head", head=self.cfg.n_heads)
-    @property
-    def W_O(self) -> Tensor: return rearrange(self.o.weight, "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
 
     def score_bias(self, distance: Tensor) -> Tensor:
         """What position alone adds to the attention score, (head, *distance.shape). The factor lets Adam's small steps reach sharp preferences."""
@@ -116,9 +125,7 @@ class Attention(nn.Module):
         distance = t.arange(T, device=x.device)[:, None] - t.arange(T, device=x.device)
         bias = self.score_bias(distance.clamp(min=0)) if cfg.positions == "relative" else None
         z = self.hook_z(attend(q, k, v, self.hook_attn_scores, self.hook_pattern, bias))
-        if not self.hook_result.fwd_hooks: return self.o(z.flatten(2))
-        out = self.hook_result(einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")).sum(2)
-        return out if self.o.bias is None else out + self.o.bias
+        return self.write(z)
 
 
 class AttnBlock(nn.Module):
@@ -165,11 +172,10 @@ class AttnOnly(nn.Module):
         for block in self.blocks: x = block(x, positional)
         return self.unembed(self.ln_final(x))
 
-
 #%% Saving and reopening: safetensors, config.json and the tokenizer in one folder
-def save_own(model: AttnOnly, folder: Path, tokenizer: Tokenizer, **scores) -> None:
+def save_own(model: AttnOnly, folder: Path, tokenizer: Tokenizer, dtype: t.dtype = t.float32, **scores) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, folder / "model.safetensors")
+    write_aside(folder / "model.safetensors", lambda path: save_file({name: x.to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}, path))
     (folder / "config.json").write_text(json.dumps({"architectures": ["AttnOnly"], **dataclasses.asdict(model.cfg), "scores": scores}, indent=1) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -187,7 +193,6 @@ def open_own(folder: Path, device: str) -> tuple[AttnOnly, Tokenizer, dict]:
     if differs: fail(f"{folder}/model.safetensors does not fit its config.json: {differs[:3]}")
     model.load_state_dict(state)
     return model.to(device).eval(), Tokenizer.from_file(str(folder / "tokenizer.json")), scores
-
 
 #%% Behaviour: loss by position, in-context learning, copying
 @t.no_grad()
@@ -218,7 +223,6 @@ def copying_scores(model: nn.Module, tokens: Tensor) -> Tensor:
         attended = (cache["pattern", layer] * centred).sum(-1)
         scores.append(attended.sum((0, 2)) / (cache["pattern", layer] * centred.abs()).sum((0, 2, 3)))
     return t.stack(scores)
-
 
 #%% Circuits from the weights: factored QK and OV, never vocab x vocab beyond the tokens shown
 def read_embed(model: AttnOnly) -> Tensor:
@@ -290,7 +294,6 @@ def skip_trigrams(model: AttnOnly, tokenizer: Tokenizer, head: int, ids: Tensor,
     name = lambda i: visible(tokenizer.decode([int(ids[i])], skip_special_tokens=False))
     return [[f"{name(s)} ... {name(qk[:, s].argmax())} -> {name(ov[s].argmax())}", qk[:, s].max().item(), ov[s].max().item(), ", ".join(name(i) for i in ov[s].topk(4).indices)] for s in best]
 
-
 #%% Attribution: the logit as direct path + every head x every source token, exactly
 @t.no_grad()
 def logit_attribution(model: AttnOnly, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
@@ -308,7 +311,6 @@ def logit_attribution(model: AttnOnly, tokens: Tensor, token: int, position: int
 
 def attribution_error(parts: dict[str, Tensor]) -> float:
     return (parts["direct"] + parts["heads"].sum() - parts["logit"]).abs().item()
-
 
 #%% Norm-based analysis: attention weights alone mislead, since a head may attend to what it hardly moves (Kobayashi et al. 2020, 2021)
 @t.no_grad()
@@ -328,7 +330,6 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
     others = (block.sum(1) - own).norm(dim=-1)
     scale = cache[after][0] if after in cache else 1.0
     return {"attention": pattern, "weighted": moved.norm(dim=-1), "block": block.norm(dim=-1), "normed": block.norm(dim=-1) / scale, "mixing": others / (others + own.norm(dim=-1))}
-
 
 #%% Interventions: ablate a head; patch the path from one head into another's query, key or value
 def zero_head(layer: int, head: int) -> tuple[str, callable]:
@@ -366,7 +367,6 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
                 lost[room][sender, receiver] = (top - log_prob([(act_name(room, 1), fn)])) / (top - bottom)
     return lost, top, bottom
 
-
 #%% A page to read attention by: hover a token and the tokens it attends to are shaded; click to hold it
 PAGE = """<!doctype html><meta charset="utf-8"><title>TITLE</title><style>
 body{font:15px/1.9 ui-monospace,monospace;max-width:1100px;margin:24px auto;padding:0 16px;color:#222}h1{font-size:18px}
@@ -389,7 +389,6 @@ def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title:
     rounded = [[[round(100 * w) for w in row[:q + 1]] for q, row in enumerate(head)] for head in patterns.tolist()]
     data = {"tokens": [visible(token) if token.strip(" ") != token or not token.strip() else token for token in tokens], "labels": label_tokens(tokens), "patterns": rounded, "heads": names, "start": start}
     return PAGE.replace("TITLE", html.escape(title)).replace("DATA", json.dumps(data).replace("</", "<\\/"))
-
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
@@ -419,7 +418,6 @@ if __name__ == "__main__":
     set_seed(cfg.seed)
     print(f"{purple}=== Attention-only transformers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-
 
 #%% Train before your eyes: 2 layers, and 1 layer as the control, while the scores of every head are watched
 def random_repeats(corpus: Corpus, rows: int, half: int, seed: int, at_least: int = 100) -> Tensor:
@@ -471,7 +469,6 @@ if __name__ == "__main__":
     about = f"{n_layers}-layer attention-only, {n_params / 1e3:.0f}k parameters"
     numbers: dict = {"n_params": n_params}
 
-
 #%% The gates: hooks change nothing, attention rows sum to one, the parts of a logit sum to the logit
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
@@ -485,7 +482,6 @@ if __name__ == "__main__":
     numbers["attribution_max_error"] = max(errors)
     assert max(errors) < 1e-4, f"the parts miss the logit by {max(errors)}"
     print(f"{cyan}attention rows sum to 1 within {row_error:.1e}; direct path + heads x sources = logit within {max(errors):.1e} ({len(errors)} logits){endc}")
-
 
 #%% Which heads look where, on random tokens said twice: previous-token heads and induction heads
 if __name__ == "__main__":
@@ -504,7 +500,6 @@ if __name__ == "__main__":
     numbers |= {"previous_token_score": scores["previous_token"][0, previous].item(), "copying_of_best_head": scores["copying"][at].item(), "ov_eigenvalue_copying_of_best_head": scores["OV eigenvalues"][at].item()}
     print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}" + (f"; 1-layer control {control_prefix.max():.3f}" if control else "") + endc)
 
-
 #%% Training watched: prefix matching, previous-token attention and in-context learning against tokens seen
 if __name__ == "__main__" and histories:
     curves = {(key.replace("_", " "), n): [w[key] for w in h["watch"]] for n, h in sorted(histories.items(), reverse=True) for key in ("prefix_matching", "previous_token", "icl_score")}
@@ -513,7 +508,6 @@ if __name__ == "__main__" and histories:
     for step in (share * cfg.steps for share in cfg.context_steps[:len(cfg.contexts) - 1]): fig.add_vline(step * cfg.tokens_per_step, line_dash="dot", annotation_text="longer context")
     show(fig, "attn_only/phase_change")
     show(line({f"{n} layer{'s' * (n > 1)}": np.convolve(h["loss"], np.ones(10) / 10, "valid") for n, h in histories.items()}, f"Training loss, mean of 10 steps of {cfg.tokens_per_step} tokens, {cfg.repeats:.0%} rows with repeats", "tokens seen", "loss (nats)", histories[n_layers]["tokens"][9:]), "attn_only/loss")
-
 
 #%% Loss by position: on repeated random tokens the second time is cheap; on natural text later tokens are cheaper (in-context learning)
 if __name__ == "__main__":
@@ -532,7 +526,6 @@ if __name__ == "__main__":
             numbers["icl_score_1_layer"], numbers["icl_score_1_layer_95"] = icl_score(by_position["1 layer"][1])
             print(f"{cyan}  1-layer control {numbers['icl_score_1_layer']:.3f} +- {numbers['icl_score_1_layer_95']:.3f}{endc}")
 
-
 #%% Ablation: induction needs the previous-token head, and no other head of layer 0
 if __name__ == "__main__" and n_layers == 2:
     print(f"{purple}=== Which layer-0 head does induction need? ==={endc}")
@@ -541,7 +534,6 @@ if __name__ == "__main__" and n_layers == 2:
     others = [without[h].max().item() for h in range(n_heads) if h != previous]
     numbers |= {"prefix_matching_without_previous_token_head": without[previous].max().item(), "prefix_matching_without_another_head_min": min(others)}
     for h in range(n_heads): print(f"{cyan}without L0H{h} (previous-token score {scores['previous_token'][0, h]:.2f}): best prefix matching {without[h].max():.3f}{endc}")
-
 
 #%% The path: previous-token head -> key of the induction head, seen by patching one input at a time
 if __name__ == "__main__" and n_layers == 2:
@@ -553,7 +545,6 @@ if __name__ == "__main__" and n_layers == 2:
     numbers |= {"strongest_path": f"L0H{sender} -> {room} of L1H{receiver}", "strongest_path_share": lost[room][sender, receiver].item(), "log_prob_clean": top, "log_prob_corrupt": bottom}
     print(f"{cyan}strongest path: {numbers['strongest_path']}, which loses {numbers['strongest_path_share']:.0%} of what induction gives{endc}")
 
-
 #%% Composition: how much more than random matrices do the layers read from each other?
 if __name__ == "__main__" and n_layers == 2:
     composed, random_mean, random_std = composition_scores(model)
@@ -561,7 +552,6 @@ if __name__ == "__main__" and n_layers == 2:
     k = composed["K"][previous, int(prefix[1].argmax())].item()
     numbers |= {"k_composition": k, "k_composition_random": random_mean, "k_composition_random_std": random_std}
     print(f"{cyan}K-composition L0H{previous} -> {best}: {k:.3f} against {random_mean:.3f} +- {random_std:.3f} at random{endc}")
-
 
 #%% The circuits themselves: what a head attends to (QK) and what it then writes (OV), and the skip-trigrams of the 1-layer model
 if __name__ == "__main__":
@@ -579,7 +569,6 @@ if __name__ == "__main__":
     print(f"{purple}=== Skip-trigrams of layer 0 ({one_layer.cfg.n_layers}-layer model), {one_layer.cfg.positions} positions at offset 2 ==={endc}")
     print(tabulate(rows, headers=["head", "source ... destination -> out", "QK above mean", "OV logit above mean", "next best outputs"], floatfmt=".2f"))
 
-
 #%% Attribution for a prompt: which token, through which head, made the model say this?
 if __name__ == "__main__":
     prompt = to_tokens(tokenizer, cfg.prompt).to(device)
@@ -596,7 +585,6 @@ if __name__ == "__main__":
     print(tabulate([*ranked[:8], ["the rest", "", sum(part[2] for part in ranked[8:])], ["sum = logit", "", parts["logit"].item()]], headers=["part", "source", "logit"], floatfmt=".3f"))
     show(imshow(parts["heads"].flatten(0, 1), f"Logit of '{said}' = {parts['logit']:.2f}: direct path {parts['direct']:.2f} + heads x sources{', final norm scale frozen' * (model.cfg.norm != 'none')} ({about})", "source token", "head", labels, head_names, value="logit"), "attn_only/attribution")
 
-
 #%% Attention to hover: patterns of every head on the prompt, then weighted by how far they move the residual stream (norm-based analysis)
 if __name__ == "__main__":
     with t.no_grad(): _, cache = run_with_cache(model, prompt, [act_name("pattern", layer) for layer in range(n_layers)])
@@ -609,7 +597,6 @@ if __name__ == "__main__":
     show(imshow(t.stack(list(panels.values())), f"Norm-based analysis of layer {layer}: raw attention of {best}, then what is really moved (Kobayashi et al.); each panel on its own scale", "key", "query", labels, labels, list(panels), columns=2, diverging=False, value="weight or norm", one_scale=False), "attn_only/norm_based")
     numbers["mixing_ratio"] = [norm_based(model, prompt, l)["mixing"].mean().item() for l in range(n_layers)]
     print(f"{cyan}share of a layer's output that comes from other positions: {', '.join(f'layer {l} {x:.2f}' for l, x in enumerate(numbers['mixing_ratio']))}{endc}")
-
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

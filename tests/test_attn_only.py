@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch as t
 import torch.nn.functional as F
-from conftest import one_line_error
+from conftest import ROOT, one_line_error
 
-from attn_only import AttnOnly, AttnOnlyConfig, ablated_scores, attention_page, attribution_error, composition, composition_scores, copying_scores, eigenvalue_copying, icl_score, logit_attribution, loss_by_position, norm_based, open_own, ov_circuit, ov_eigenvalues, path_patch, qk_circuit, read_embed, rotate, save_own, skip_trigrams
-from data import train_bpe
-from utils import head_scores, run_with_cache
+from attn_only import AttnOnly, AttnOnlyConfig, Config, ablated_scores, attention_page, attribution_error, composition, composition_scores, copying_scores, eigenvalue_copying, icl_score, logit_attribution, loss_by_position, norm_based, open_own, ov_circuit, ov_eigenvalues, path_patch, qk_circuit, read_embed, rotate, save_own, skip_trigrams, train_own
+from data import load_corpus, train_bpe
+from utils import head_scores, repeated_tokens, run_with_cache
 
 V = 40
 POSITIONS = ("rotary", "learned", "shortformer", "relative")
@@ -241,6 +241,16 @@ def test_save_and_reopen(tmp_path):
     with pytest.raises(SystemExit, match="no config.json"): open_own(tmp_path, "cpu")
 
 
+@t.no_grad()
+def test_the_committed_model_learned_induction_from_natural_text_alone():
+    model, tokenizer, scores = open_own(ROOT / "models/attn_only_2l", "cpu")
+    assert "--repeats 0" in scores["command"] and sum(file.stat().st_size for file in (ROOT / "models/attn_only_2l").iterdir()) < 3e6
+    common = sorted({i for word in "the self return of and is in to not for if def import None True class name value type file".split() for i in tokenizer.encode(word + " " + word, add_special_tokens=False).ids})
+    prefix = head_scores(model, 2, repeated_tokens(32, 12, t.tensor(common), bos=0), 12)["prefix_matching"]
+    assert prefix[1].max() > 0.4 and prefix[0].max() < 0.2
+    assert scores["over_training"][0]["prefix_matching"] < 0.2 < 0.6 < scores["over_training"][-1]["prefix_matching"]
+
+
 def test_attention_page_is_self_contained():
     page = attention_page(["<s>", "a</script>", " b"], t.ones(2, 3, 3).tril() / 3, ["L0H0", "L0H1"], "A & B")
     assert "http" not in page and page.count("</script>") == 1 and "A &amp; B" in page and '"L0H1"' in page
@@ -264,10 +274,18 @@ def test_the_script_finds_induction_heads(run, workdir):
     assert "induction head" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flags", [("--n-layers", "1", "--n-heads", "1"), ("--positions", "rotary", "--repeats", "0", "--no-control"), ("--positions", "learned", "--no-control"), ("--positions", "shortformer", "--no-control", "--optimizer", "adamw")])
+@pytest.mark.parametrize("flags", [("--n-layers", "1", "--n-heads", "1"), ("--positions", "rotary", "--repeats", "0", "--no-control", "--optimizer", "adamw")])
 def test_every_variant_runs(run, workdir, flags):
     done = run("attn_only.py", *FAST, *flags)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_position_scheme_trains(positions, workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    cfg = Config(steps=6, tokens_per_step=512, contexts=(32, 64), positions=positions, device="cpu", save_every=0)
+    model, history = train_own(cfg, 2, load_corpus(), "cpu")
+    assert history["loss"][-1] < history["loss"][0] and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_saved_model_is_reopened(run, workdir):
