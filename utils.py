@@ -11,9 +11,10 @@ import fnmatch
 import importlib.metadata
 import itertools
 import json
+import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +22,10 @@ import numpy as np
 import plotly.graph_objects as go
 import torch as t
 import torch.nn as nn
+import torch.nn.functional as F
 from dotenv import dotenv_values
+from einops import einsum
+from safetensors import safe_open
 from torch import Tensor
 
 purple = '\x1b[38;2;255;0;255m'
@@ -37,7 +41,6 @@ underline = '\033[4m'
 endc = '\033[0m'
 
 BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", mininterval=0.2 if sys.stderr.isatty() else 10)  # tqdm: information on the left
-
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
 def fail(message: str) -> NoReturn:
@@ -88,7 +91,6 @@ def flags[Config](config: type[Config], description: str = "") -> Config:
     if in_kernel(): return config()
     import tyro
     return tyro.cli(config, description=description)
-
 
 #%% Figures and results: a notebook shows figures, a script writes them
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
@@ -189,7 +191,6 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
 
 #%% Hooks: one way for our own models and for a TransformerBridge
 class HookPoint(nn.Module):
@@ -301,7 +302,6 @@ def run_with_cache(model: nn.Module, tokens: Tensor, names: str | list[str] | Ca
     with hooks(model, [(name, save(name)) for name in wanted], must_fire=not optional): out = model(tokens, **kwargs)
     return out, cache
 
-
 #%% Models: a hub name, a folder, or one of our own, by one call
 SHORT_NAMES = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
 SHORT_OWNERS = {"pythia-": "EleutherAI/", "gemma-": "google/", "Qwen": "Qwen/", "Mistral-": "mistralai/", "Meta-Llama-": "meta-llama/", "SmolLM": "HuggingFaceTB/"}
@@ -347,6 +347,46 @@ def load_model(name: str, ours: tuple[type, ...] = (), device: str = "auto", dty
     tec()
     return model.eval()
 
+#%% Hugging Face files: tensor by tensor, every one in its place
+def take_tensors[Model: nn.Module](model: Model, tensors: Iterable[tuple[str, Tensor]]) -> Model:
+    """Put (Hugging Face name, tensor) pairs where model.place says; a tensor without a place, of the wrong shape or missing ends the program."""
+    wanted, state = model.state_dict(), {}
+    for name, x in tensors:
+        for ours, part in model.place(name, x).items():
+            if ours not in wanted: fail(f"tensor {name} has no place in {type(model).__name__} (it would be {ours})")
+            if wanted[ours].shape != part.shape: fail(f"tensor {name} gives {ours} the shape {tuple(part.shape)}, the config says {tuple(wanted[ours].shape)}")
+            state[ours] = part
+    if model.cfg.tied and "embed.weight" in state and not t.equal(state.setdefault("unembed.weight", state["embed.weight"]), state["embed.weight"]): fail("the config ties embedding and unembedding, the file holds two different ones")
+    if missing := [name for name in wanted if name not in state]: fail(f"{len(missing)} tensors are missing from the file, first {missing[0]}")
+    model.load_state_dict(state, assign=True)
+    if model.cfg.tied: model.unembed.weight = model.embed.weight
+    return model.requires_grad_(True)
+
+
+def model_folder(name: str) -> Path:
+    """A local folder, or the hub model's files in the hub's cache."""
+    if Path(name).is_dir(): return Path(name)
+    from huggingface_hub import snapshot_download
+    try: return Path(snapshot_download(full_name(name), allow_patterns=["*.json", "model*.safetensors"], token=secret("HF_TOKEN")))
+    except (OSError, ValueError) as error: fail(f"cannot read model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+
+
+def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one by one, from the safetensors files (one or sharded) of a folder or hub model."""
+    folder = model_folder(str(name))
+    index = folder / "model.safetensors.index.json"
+    for file in sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]:
+        if not (folder / file).is_file(): fail(f"no {file} in {name}: only safetensors are read")
+        try: tensors = safe_open(folder / file, "pt")
+        except Exception as error: fail(f"{folder / file} is corrupt: {error}")
+        with tensors:
+            for key in tensors.keys(): yield key, tensors.get_tensor(key)
+
+
+def tensor_table(name: str) -> Iterator[tuple[str, tuple[int, ...], str, float]]:
+    """(tensor name, shape, dtype, Frobenius norm), one tensor in memory at a time."""
+    for key, x in read_tensors(name): yield key, tuple(x.shape), str(x.dtype)[6:], math.sqrt(sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24)))
+
 
 #%% Head scores on repeated random tokens: what makes a head an induction, previous-token or duplicate-token head
 def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
@@ -377,3 +417,128 @@ def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> d
         scores["duplicate_token"].append(stripe(pattern, half, second))
         scores["first_token"].append(pattern[:, :, 2:, 0].mean((0, 2)))
     return {name: t.stack(rows).cpu() for name, rows in scores.items()}
+
+
+#%% Direct logit attribution: embedding, positions, every head x source, every neuron, every bias; with the final norm's scale frozen they sum to the logit
+def centres(model: nn.Module) -> bool:
+    """LayerNorm subtracts the mean and has a bias; RMSNorm neither."""
+    return getattr(model.ln_final, "bias", None) is not None
+
+
+def read_out(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    """(d_model, token): the unembedding with the final norm's weight folded in and, for LayerNorm, centred; all tokens or those of ids."""
+    W = model.ln_final.weight[:, None] * (model.W_U if ids is None else model.W_U[:, ids])
+    return (W - W.mean(0) if centres(model) else W).float()
+
+
+def per_head(x: Tensor, n_heads: int) -> Tensor:
+    """Keys or values (batch, pos, kv head, d_head), repeated for the query heads that share them."""
+    return x.repeat_interleave(n_heads // x.shape[2], 2)
+
+
+@t.no_grad()
+def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
+    """
+    Parts of the logit of `token` at one position of tokens (1, pos): 'embed', 'pos_embed' (), 'heads' (layer, head, source), 'attn_bias' (layer),
+    'mlp' (layer), 'constant' () (the final norm's bias), and 'logit', which they sum to; 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
+    The final norm's scale is frozen at its value there. Ours or a TransformerBridge, grouped queries too. Weights: unprocessed, read_out's fold apart.
+    """
+    layers, n_heads = range(model.cfg.n_layers), model.cfg.n_heads
+    has_pos, has_neurons = hasattr(model, "W_pos") or hasattr(model, "pos_embed"), all(hasattr(block.mlp, "W_out") for block in model.blocks)
+    names = [act_name(short, layer) for layer in layers for short in ("v", "pattern", "mlp_out") + ("post",) * has_neurons]
+    logits, cache = run_with_cache(model, tokens, [*names, act_name("resid_pre", 0), "ln_final.hook_scale", *["hook_pos_embed"] * has_pos])
+    g = read_out(model, t.tensor([token], device=tokens.device))[:, 0] / cache["ln_final.hook_scale"][0, position]
+    none = g.new_zeros(())
+    bias = lambda linear: none if getattr(linear, "bias", None) is None else linear.bias.float() @ g
+    positional = cache["hook_pos_embed"][0, position].float() @ g if has_pos else none
+    heads = [einsum(cache["pattern", l][0, :, position].float(), per_head(cache["v", l], n_heads)[0].float(), model.blocks[l].attn.W_O.float() @ g, "head source, source head d_head, head d_head -> head source") for l in layers]
+    parts = {
+        "embed": cache["resid_pre", 0][0, position].float() @ g - positional, "pos_embed": positional, "heads": t.stack(heads), "attn_bias": t.stack([bias(model.blocks[l].attn.o) for l in layers]),
+        "mlp": t.stack([cache["mlp_out", l][0, position].float() @ g for l in layers]), "constant": model.ln_final.bias.float() @ model.W_U[:, token].float() if centres(model) else none, "logit": logits[0, position, token].float(),
+    }
+    if has_neurons: parts |= {"neurons": t.stack([cache["post", l][0, position].float() * (model.blocks[l].mlp.W_out.float() @ g) for l in layers]), "mlp_bias": t.stack([bias(model.blocks[l].mlp.out) for l in layers])}
+    return parts
+
+
+def parts_error(parts: dict[str, Tensor]) -> float:
+    """How far the parts miss the logit, and the neurons the MLPs, relative to max(1, |logit|)."""
+    miss = [sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant")) - parts["logit"]]
+    if "neurons" in parts: miss.append((parts["neurons"].sum(1) + parts["mlp_bias"] - parts["mlp"]).abs().max())
+    return max(abs(x.item()) for x in miss) / max(1.0, abs(parts["logit"].item()))
+
+
+#%% Head catalogue: a role is named only above a floor and above the best of all heads where the role's structure is shuffled away
+FLOORS = {"previous token": 0.3, "duplicate token": 0.3, "induction": 0.3, "text-begin sink": 0.5, "copying": 0.95}
+
+
+def role_targets(tokens: Tensor) -> dict[str, Tensor]:
+    """Where each role looks, True in (row, query, key); induction: the key after an earlier copy of the query."""
+    place = t.arange(tokens.shape[1], device=tokens.device)
+    back, same = place[:, None] - place, tokens[:, :, None] == tokens[:, None]
+    targets = {"previous token": ((back == 1) & (back[:, :1] > 1)).expand_as(same), "text-begin sink": ((place == 0) & (back[:, :1] > 1)).expand_as(same)}
+    return targets | {"duplicate token": same & (back > 0), "induction": F.pad(same[:, :, :-1], (1, 0)) & (back > 0)}
+
+
+def attention_on(pattern: Tensor, targets: Tensor) -> Tensor:
+    """(head) attention (row, head, query, key) paid to targets (row, query, key), averaged over the queries that have one."""
+    asked = targets.any(-1)
+    return einsum(pattern, targets.to(pattern.dtype), "row head query key, row query key -> head") / asked.sum()
+
+
+@t.no_grad()
+def catalogue(model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
+    """
+    Scores {role: (layer, head)}, bars {role: float} and names {head: its roles}, for rows (batch, pos) that start with beginning-of-text and repeat
+    (utils.repeated_tokens). Ours or a TransformerBridge. 'copying' is by OV score: of the other tokens in the rows, the share whose logit the head's
+    value-output map, fed a token, raises less than that token's own (0.5 is chance; the direct path from real values, through read_out's weights).
+    The bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads: shuffled are each query's keys
+    (previous token, sink), the tokens behind the first (duplicate, induction) or the tokens' names (copying).
+    """
+    generator, layers, n_heads, targets = t.Generator().manual_seed(seed), range(model.cfg.n_layers), model.cfg.n_heads, role_targets(tokens)
+    if not targets["induction"].any(): fail("the head catalogue needs rows that repeat tokens: utils.repeated_tokens")
+    chosen = t.randperm(tokens.numel(), generator=generator)[:256].to(tokens.device)
+    ids, own = tokens.flatten()[chosen].unique(return_inverse=True)
+    U, looks = read_out(model, ids), {role: [mask] for role, mask in targets.items()}
+    hidden = t.ones_like(targets["induction"][0]).triu(1).cpu()
+    for _ in range(shuffles):
+        order = t.rand(targets["induction"].shape, generator=generator).masked_fill(hidden, 2.0).argsort(-1).to(tokens.device)
+        for role in ("previous token", "text-begin sink"): looks[role].append(targets[role].gather(-1, order))
+
+    def measure(rows: Tensor, looks: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        """{role: (look, layer, head)}"""
+        found: dict[str, list[Tensor]] = {role: [] for role in looks}
+        def fn(pattern: Tensor, hook: nn.Module) -> None:
+            for role, masks in looks.items(): found[role].append(t.stack([attention_on(pattern.float(), mask) for mask in masks]).cpu())
+        with hooks(model, [(act_name("pattern", layer), fn) for layer in layers]): model(rows)
+        return {role: t.stack(x, 1) for role, x in found.items()}
+
+    found, content = measure(tokens, looks), {role: targets[role] for role in ("duplicate token", "induction")}
+    for _ in range(shuffles):
+        order = t.rand(tokens[:, 1:].shape, generator=generator).argsort(1).to(tokens.device)
+        null = measure(t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1), {role: [mask] for role, mask in content.items()})
+        found |= {role: t.cat([found[role], null[role]]) for role in content}
+    names = [own, *(own[t.randperm(len(own), generator=generator).to(own.device)] for _ in range(shuffles))]
+    _, cache = run_with_cache(model, tokens, [act_name("v", layer) for layer in layers])
+    copying = []
+    for layer in layers:
+        out = einsum(per_head(cache["v", layer], n_heads).flatten(0, 1)[chosen].float(), model.blocks[layer].attn.W_O.float(), U, "place head d_head, head d_head d_model, d_model token -> place head token")
+        rank = out.argsort(-1).argsort(-1) / (len(ids) - 1)
+        copying.append(t.stack([rank.gather(-1, name[:, None, None].expand(-1, n_heads, 1)).mean((0, 2)) for name in names]).cpu())
+    found["copying"] = t.stack(copying, 1)
+    bars = {role: max(FLOORS[role], x[1:].flatten(1).amax(1).quantile(0.99).item()) for role, x in found.items()}
+    scores = {role: x[0] for role, x in found.items()}
+    return scores, bars, {f"L{layer}H{head}": [role for role in scores if scores[role][layer, head] > bars[role]] for layer in layers for head in range(n_heads)}
+
+
+#%% Neuron catalogue: where the strongest neurons fire, and which tokens they raise
+@t.no_grad()
+def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, contexts: int = 5) -> list[dict]:
+    """The n neurons of a layer with the largest peak activation x ||W_out||: 'neuron', 'peaks' [(activation, row, position)], 'effect' (d_vocab) on the logits by the direct path (read_out's weights, scale of the final norm left out)."""
+    _, cache = run_with_cache(model, rows, act_name("post", layer))
+    acts, W_out, U, found = cache["post", layer].float(), model.blocks[layer].mlp.W_out.float(), read_out(model), []
+    best, position = acts.max(1)  # row neuron
+    for neuron in (best.amax(0) * W_out.norm(dim=-1)).topk(n).indices.tolist():
+        top = best[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
+        effect = W_out[neuron] @ U
+        found.append({"neuron": neuron, "peaks": [(best[row, neuron].item(), row, position[row, neuron].item()) for row in top], "effect": (effect - effect.mean()).cpu()})
+    return found

@@ -1,0 +1,382 @@
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch as t
+import torch.nn.functional as F
+from conftest import one_line_error
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from data import train_bpe
+from llama_block import Llama, LlamaConfig
+from tiny_transformer import TinyConfig, TinyTransformer, bench_against_hf, catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, sinusoids, tensor_table
+from train import next_token_loss
+from utils import head_scores, hook_points, load_model, read_out, repeated_tokens, role_targets, run_with_cache
+
+V = 300
+
+
+def shake(model: t.nn.Module, size: float = 0.1) -> t.nn.Module:
+    """Weights that a wrong formula cannot survive: biases and norms too."""
+    t.manual_seed(1)
+    with t.no_grad():
+        for p in model.parameters(): p.add_(size * t.randn_like(p))
+    return model.eval()
+
+
+def hf_gpt2(tied: bool = True, **more) -> GPT2LMHeadModel:
+    t.manual_seed(0)
+    config = GPT2Config(**{"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": V, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": tied, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), **more})
+    return shake(GPT2LMHeadModel(config))
+
+
+def small(**more) -> TinyTransformer:
+    t.manual_seed(0)
+    return shake(TinyTransformer(TinyConfig(**{"n_layers": 2, "n_heads": 3, "d_model": 24, "d_mlp": 40, "d_vocab": 30, "n_ctx": 48, **more})))
+
+
+def small_llama() -> Llama:
+    t.manual_seed(0)
+    return shake(Llama(LlamaConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, d_mlp=48, d_vocab=30, n_ctx=64)))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> t.Tensor: return t.randint(V, (3, 40), generator=t.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A GPT-2 as transformers saves it, with a tokenizer."""
+    path = tmp_path_factory.mktemp("hf")
+    hf_gpt2().save_pretrained(path)
+    train_bpe(["a b c"], V).save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bridge(folder): return load_model(str(folder), device="cpu", dtype="float32")
+
+
+#%% Equal to Hugging Face, forwards and backwards
+@pytest.mark.parametrize("tied, more", [(True, {}), (False, {"n_inner": 96, "activation_function": "gelu", "layer_norm_epsilon": 1e-3})])
+@t.no_grad()
+def test_logits_equal_hugging_face(tied, more, tokens, parity):
+    hf = hf_gpt2(tied, **more)
+    ours, theirs = TinyTransformer.from_hf(hf)(tokens), hf(tokens).logits
+    error, relative = (ours - theirs).abs().max().item(), ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    print(f"GPT-2 {'tied' if tied else 'untied'}: max |difference| {error:.1e}, relative {relative:.1e}")
+    assert relative <= 1e-5
+    if not more: parity("GPT2LMHeadModel", relative)
+
+
+def test_gradients_equal_hugging_face(tokens):
+    hf = hf_gpt2()
+    ours = TinyTransformer.from_hf(copy.deepcopy(hf))
+    next_token_loss(ours, tokens).backward()
+    next_token_loss(lambda x: hf(x).logits, tokens).backward()
+    mine, found = dict(ours.named_parameters()), 0
+    for name, p in hf.named_parameters():
+        for place, grad in ours.place(name, p.grad).items():
+            t.testing.assert_close(mine[place].grad, grad, atol=1e-5, rtol=1e-4)
+            found += 1
+    assert found == len(mine)
+
+
+@t.no_grad()
+def test_bf16_stays_within_its_own_error(tokens):
+    hf = hf_gpt2()
+    exact, ours = hf(tokens).logits, TinyTransformer.from_hf(copy.deepcopy(hf)).bfloat16()(tokens).float()
+    theirs = hf.bfloat16()(tokens).logits.float()
+    assert (ours - exact).pow(2).mean().sqrt() < 1.2 * (theirs - exact).pow(2).mean().sqrt()
+
+
+@t.no_grad()
+def test_every_hook_equals_the_bridge(folder, bridge, tokens):
+    ours = load_model(str(folder), ours=(TinyTransformer,), device="cpu", dtype="float32")
+    assert isinstance(ours, TinyTransformer) and ours.tokenizer.get_vocab_size() <= V
+    bridge.set_use_attn_result(True)
+    (logits, cache), (theirs, expected) = run_with_cache(ours, tokens, [name for name in hook_points(ours) if "rot_" not in name]), run_with_cache(bridge, tokens)
+    if "blocks.0.attn.hook_result" not in expected: expected |= run_with_cache(bridge, tokens, "*.attn.hook_result")[1]
+    bridge.set_use_attn_result(False)
+    t.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
+    for name, x in cache.items():
+        y = expected[name]
+        if name.endswith("attn_scores"): x, y = x.tril(), y.tril()  # the mask may be -inf or very negative
+        assert x.shape[1:] == y.shape[1:] and (x - y).abs().max() < 1e-4, name
+    assert len(cache) == 3 * 18 + 4
+
+
+#%% Both ways through a Hugging Face folder
+@pytest.mark.parametrize("more", [{}, {"tied": False, "positions": "sinusoidal", "act": "gelu", "d_mlp": 50}])
+@t.no_grad()
+def test_round_trip_through_a_folder(tmp_path, more):
+    model = small(d_vocab=V, **more)
+    model.tokenizer, ids = train_bpe(["ab cd"], V), t.randint(V, (2, 20))
+    model.to_hf(tmp_path / "m")
+    hf, again = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval(), TinyTransformer.from_folder(tmp_path / "m")
+    t.testing.assert_close(hf(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
+    assert t.equal(again(ids), model(ids)) and (again.unembed.weight is again.embed.weight) == model.cfg.tied
+    assert {k: v for k, v in vars(again.cfg).items() if k != "positions"} == {k: v for k, v in vars(model.cfg).items() if k != "positions"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").encode("ab cd") == [hf.config.bos_token_id, *model.tokenizer.encode("ab cd").ids]
+    hf.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    (tmp_path / "theirs/tokenizer.json").write_text(model.tokenizer.to_str())
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1 and t.equal(TinyTransformer.from_folder(tmp_path / "theirs")(ids), model(ids))
+
+
+def test_tensor_table_reads_every_tensor(folder):
+    table, state = {row[0]: row[1:] for row in tensor_table(str(folder))}, hf_gpt2().state_dict()
+    assert set(table) == set(state) - {"lm_head.weight"}
+    for name, (shape, dtype, norm) in table.items(): assert shape == tuple(state[name].shape) and dtype == "float32" and norm == pytest.approx(state[name].norm().item(), rel=1e-5)
+
+
+def test_what_does_not_fit_is_refused(tmp_path, folder):
+    hf = hf_gpt2()
+    class Fake:  # a transformers model whose state we can spoil
+        config = hf.config
+        def __init__(self, state): self.state = state
+        def state_dict(self): return self.state
+    state = hf.state_dict()
+    for spoiled, words in (
+        ({k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k}, "missing from the file, first blocks.1.mlp.inp.bias"), (state | {"transformer.h.0.extra": t.ones(2)}, "extra has no place"),
+        (state | {"transformer.wpe.weight": t.ones(3, 64)}, "the config says"), (state | {"lm_head.weight": state["lm_head.weight"] + 1}, "ties"), (state | {"transformer.h.7.ln_1.bias": t.ones(64)}, "has no place"),
+    ):
+        with pytest.raises(SystemExit, match=words): TinyTransformer.from_hf(Fake(spoiled))
+    for change, words in (({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not built"), ({"activation_function": "relu"}, "relu"), ({"n_head": 5}, "does not divide into 5 heads"), ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx")):
+        bad = tmp_path / words[:4]
+        bad.mkdir()
+        for file in folder.iterdir(): (bad / file.name).write_bytes(file.read_bytes())
+        (bad / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+        with pytest.raises(SystemExit, match=words): TinyTransformer.from_folder(bad)
+    (bad / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit, match="no tokenizer.json"): TinyTransformer.from_folder(bad)
+    (folder_without := tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="no model.safetensors"): list(tensor_table(str(folder_without)))
+    (folder_without / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(SystemExit, match="corrupt"): list(tensor_table(str(folder_without)))
+    with pytest.raises(SystemExit, match="100 tokens are too many"): small()(t.zeros(1, 100, dtype=t.long))
+
+
+def test_masks_in_old_files_are_left_out():
+    hf = hf_gpt2()
+    assert TinyTransformer(TinyConfig()).place("h.3.attn.bias", t.ones(1, 1, 4, 4)) == {}
+    assert list(TinyTransformer.from_hf(hf).place("h.3.attn.c_attn.bias", t.arange(6)).values())[1].tolist() == [2, 3]
+
+
+#%% The model itself
+def test_sinusoids_have_their_closed_form():
+    table = sinusoids(50, 16)
+    assert table.shape == (50, 16)
+    for pos, i in ((0, 0), (7, 3), (49, 7)):
+        assert table[pos, 2 * i].item() == pytest.approx(math.sin(pos / 10000 ** (2 * i / 16)), abs=1e-5)
+        assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(pos / 10000 ** (2 * i / 16)), abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@t.no_grad()
+def test_no_token_sees_the_future(positions):
+    model, ids = small(positions=positions), t.randint(30, (1, 12))
+    changed = ids.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 30
+    t.testing.assert_close(model(ids)[:, :8], model(changed)[:, :8])
+    assert not t.allclose(model(ids)[:, 8:], model(changed)[:, 8:])
+
+
+@t.no_grad()
+def test_parts_of_the_model_can_be_run():
+    model, ids = small(), t.randint(30, (2, 12))
+    t.testing.assert_close(model(ids, 1, resid=model(ids, stop_at_layer=1)), model(ids))
+
+
+def test_heads_must_divide():
+    with pytest.raises(SystemExit, match="d_model 128 does not divide into 3 heads"): TinyConfig(n_heads=3)
+
+
+def test_compiles_without_a_graph_break():
+    assert t._dynamo.explain(small())(t.randint(30, (2, 12))).graph_break_count == 0
+
+
+def test_bench_gives_a_ratio():
+    hf = hf_gpt2(n_layer=1)
+    assert 0.1 < bench_against_hf(TinyTransformer.from_hf(copy.deepcopy(hf)), hf, t.randint(V, (2, 16)), pairs=3) < 10
+
+
+#%% Folding
+@pytest.mark.parametrize("make", [small, lambda: small(tied=False, positions="sinusoidal"), small_llama])
+@t.no_grad()
+def test_folding_keeps_log_probabilities(make):
+    model, ids = make(), t.randint(30, (2, 20))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    folded = fold_norm(model)
+    t.testing.assert_close(folded(ids).log_softmax(-1), model(ids).log_softmax(-1), atol=1e-4, rtol=0)
+    assert all(t.equal(x, before[name]) for name, x in model.state_dict().items())
+    norms = [folded.ln_final, *(norm for block in folded.blocks for norm in (block.ln1, block.ln2))]
+    assert all((norm.weight == 1).all() and (getattr(norm, "bias", None) is None or (norm.bias == 0).all()) for norm in norms)
+    if make is not small_llama:
+        assert max(x.mean(-1).abs().max() for x in (folded.W_E, folded.W_pos, *(w for b in folded.blocks for w in (b.attn.W_O, b.attn.o.bias, b.mlp.W_out, b.mlp.out.bias)))) < 1e-6
+        assert max(w.mean(0).abs().max() for b in folded.blocks for w in (b.mlp.W_in, b.attn.q.weight.T)) < 1e-6
+    assert folded.W_U.mean(-1).abs().max() < 1e-6
+    t.testing.assert_close(read_out(folded, t.tensor([3, 4])).diff(dim=1), read_out(model, t.tensor([3, 4])).diff(dim=1), atol=1e-5, rtol=1e-4)
+
+
+#%% Attribution
+@pytest.mark.parametrize("make", [small, small_llama, lambda: small(positions="sinusoidal", tied=False)])
+def test_parts_sum_to_the_logit(make):
+    model, ids = make(), t.randint(30, (1, 20))
+    for position in (0, 7, -1): assert parts_error(logit_parts(model, ids, 3, position)) < 1e-4
+
+
+@t.no_grad()
+def test_parts_on_a_bridge_equal_ours(folder, bridge, tokens):
+    theirs, ours = logit_parts(bridge, tokens[:1], 5), logit_parts(TinyTransformer.from_folder(folder), tokens[:1], 5)
+    assert parts_error(theirs) < 1e-4
+    for name in ours: t.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+@t.no_grad()
+def test_a_part_is_what_its_removal_takes_from_the_logit():
+    """With the final norm's scale held, taking one head's output or one neuron out changes the logit by its part."""
+    model, ids = small(), t.randint(30, (1, 9))
+    _, cache = run_with_cache(model, ids)
+    parts, block = logit_parts(model, ids, 4), model.blocks[1]
+    end = cache["resid_post", 1][0, -1]
+    logit = lambda x: (((x - x.mean()) / cache["ln_final.hook_scale"][0, -1]) * model.ln_final.weight + model.ln_final.bias) @ model.W_U[:, 4]
+    head, neuron = cache["z", 1][0, -1, 2] @ block.attn.W_O[2], cache["post", 1][0, -1, 7] * block.mlp.W_out[7]
+    assert (logit(end) - logit(end - head)).item() == pytest.approx(parts["heads"][1, 2].sum().item(), abs=1e-4)
+    assert (logit(end) - logit(end - neuron)).item() == pytest.approx(parts["neurons"][1, 7].item(), abs=1e-4)
+
+
+#%% Catalogues
+def test_role_targets_by_hand():
+    targets = role_targets(t.tensor([[9, 1, 2, 1, 2]]))
+    assert [tuple(x.tolist()) for x in targets["duplicate token"][0].nonzero()] == [(3, 1), (4, 2)]
+    assert [tuple(x.tolist()) for x in targets["induction"][0].nonzero()] == [(3, 2), (4, 3)]
+    assert [tuple(x.tolist()) for x in targets["previous token"][0].nonzero()] == [(2, 1), (3, 2), (4, 3)]
+    assert [tuple(x.tolist()) for x in targets["text-begin sink"][0].nonzero()] == [(2, 0), (3, 0), (4, 0)]
+
+
+@t.no_grad()
+def hand_made() -> TinyTransformer:
+    """Layer 0 by hand: head 0 attends one back by position, 1 to the first token, 2 to its own token wherever it stands; layer 1's head 0 copies what it attends to, its head 1 the opposite."""
+    n, T = 32, 48
+    model = TinyTransformer(TinyConfig(2, 3, 3 * 2 * 64, 4, n, T, tied=False)).eval()
+    for p in model.parameters(): p.zero_()
+    for norm in (model.ln_final, *(norm for b in model.blocks for norm in (b.ln1, b.ln2))): norm.weight.fill_(1)
+    model.embed.weight[:, :n], model.W_pos[:, 64:64 + T] = 4 * t.eye(n), 4 * t.eye(T)
+    model.unembed.weight[:, :n] = t.eye(n)
+    first, second, size = model.blocks[0].attn, model.blocks[1].attn, model.cfg.d_head
+    first.q.weight[:T - 1, 65:64 + T], first.k.weight[:T - 1, 64:63 + T] = 5 * t.eye(T - 1), 5 * t.eye(T - 1)
+    first.q.bias[size], first.k.weight[size, 64] = 100.0, 10.0
+    first.q.weight[2 * size:2 * size + n, :n], first.k.weight[2 * size:2 * size + n, :n] = 5 * t.eye(n), 5 * t.eye(n)
+    for head, sign in ((0, 1), (1, -1)): second.v.weight[head * size:head * size + n, :n], second.o.weight[:n, head * size:head * size + n] = t.eye(n), sign * t.eye(n)
+    return model
+
+
+def test_catalogue_names_the_hand_made_heads():
+    rows = repeated_tokens(8, 20, t.arange(1, 32), 0)
+    scores, bars, roles = catalogue(hand_made(), rows)
+    assert roles == {"L0H0": ["previous token"], "L0H1": ["text-begin sink"], "L0H2": ["duplicate token"], "L1H0": ["copying"], "L1H1": [], "L1H2": []}
+    assert scores["previous token"][0, 0] > 0.99 and scores["text-begin sink"][0, 1] > 0.99 and scores["copying"][1, 0] > 0.99 and scores["copying"][1, 1] < 0.01
+    assert scores["duplicate token"][0, 2] > 0.3  # the rest goes to the token itself
+
+
+def test_a_positional_head_is_not_named_for_what_it_happens_to_hit():
+    """A head that looks half a row back whatever stands there is no duplicate-token head."""
+    model, half = hand_made(), 20
+    with t.no_grad():
+        attn = model.blocks[0].attn
+        attn.q.weight[:48], attn.k.weight[:48] = 0, 0
+        attn.q.weight[:48 - half, 64 + half:112], attn.k.weight[:48 - half, 64:112 - half] = 5 * t.eye(48 - half), 5 * t.eye(48 - half)
+    scores, bars, roles = catalogue(model, repeated_tokens(8, half, t.arange(1, 32), 0))
+    assert scores["duplicate token"][0, 0] > 0.7 and bars["duplicate token"] > 0.6 and roles["L0H0"] == []
+
+
+@pytest.mark.parametrize("make", [small, small_llama])
+def test_scores_agree_with_head_scores(make):
+    model = make()
+    once = t.stack([t.randperm(29, generator=t.Generator().manual_seed(i))[:20] + 1 for i in range(6)])
+    rows = t.cat([t.zeros(6, 1, dtype=t.long), once, once], 1)
+    mine, theirs = catalogue(model, rows, shuffles=2)[0], head_scores(model, 2, rows, 20)
+    for name, other in (("previous token", "previous_token"), ("induction", "prefix_matching"), ("duplicate token", "duplicate_token"), ("text-begin sink", "first_token")): t.testing.assert_close(mine[name], theirs[other], atol=1e-5, rtol=1e-4)
+
+
+@t.no_grad()
+def test_catalogue_on_a_bridge_equals_ours(folder, bridge):
+    rows = repeated_tokens(4, 12, V, 0)
+    ours, theirs = catalogue(TinyTransformer.from_folder(folder), rows, 3), catalogue(bridge, rows, 3)
+    for name in ours[0]: t.testing.assert_close(ours[0][name], theirs[0][name], atol=2e-3, rtol=1e-3)
+    assert ours[2] == theirs[2]
+
+
+@t.no_grad()
+def test_neuron_catalogue_finds_the_planted_neuron():
+    model, ids = small(), t.randint(1, 30, (6, 12))
+    ids[3, 7] = 0
+    block = model.blocks[1].mlp
+    for p in block.parameters(): p.mul_(0.01)
+    (_, cache), norm = run_with_cache(model, ids, ["blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_post"]), model.blocks[1].ln2
+    read = cache["blocks.1.ln2.hook_normalized"][3, 7] * norm.weight + norm.bias
+    block.inp.weight[5], block.inp.bias[5], block.out.weight[:, 5] = read, 0, model.W_U[:, 11] * norm.weight
+    (found, *_) = neuron_catalogue(model, ids, 1, n=2, contexts=3)
+    assert found["neuron"] == 5 and found["peaks"][0][1:] == (3, 7) and len(found["peaks"]) == 3
+    t.testing.assert_close(found["effect"].diff(), (block.W_out[5] @ read_out(model)).diff(), atol=1e-4, rtol=1e-4)
+
+
+#%% The feed-forward block through attention maps
+@pytest.mark.parametrize("make", [small, lambda: small(act="gelu"), small_llama])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_integrated_gradients_are_complete(make, layer):
+    maps = ff_maps(make(), t.randint(30, (1, 12)), layer)
+    assert maps["error"] < 1e-5
+    assert all(maps[name].triu(1).abs().max() == 0 for name in ("attn", "attn_res", "attn_res_norm", "ff", "ff_res"))
+    assert 0 < mixing(maps["attn_res"]) < 1 and mixing(t.eye(4)) == 0
+
+
+def test_feed_forward_maps_match_loops():
+    """One query, one source at a time; the integral by 2000 midpoints through autograd."""
+    model, ids, layer = small(), t.randint(30, (1, 5)), 1
+    with t.no_grad(): _, cache = run_with_cache(model, ids)
+    maps, block = ff_maps(model, ids, layer), model.blocks[layer]
+    query, x, scale = 3, cache["resid_pre", layer][0], cache[f"blocks.{layer}.ln2.hook_scale"][0, 3]
+    with t.no_grad():
+        sources = [sum(cache["pattern", layer][0, h, query, j] * cache["v", layer][0, j, h] @ block.attn.W_O[h] for h in range(3)) + (x[j] if j == query else 0) for j in range(query + 1)]
+        pre = [((s - s.mean()) / scale * block.ln2.weight) @ block.mlp.W_in for s in sources]
+        b_O = block.attn.o.bias
+        start = ((b_O - b_O.mean()) / scale * block.ln2.weight + block.ln2.bias) @ block.mlp.W_in + block.mlp.inp.bias
+    alpha = ((t.arange(2000) + 0.5) / 2000)[:, None]
+    path = (start + alpha * sum(pre)).requires_grad_()
+    slope = t.autograd.grad(F.gelu(path, approximate="tanh").sum(), path)[0].mean(0)
+    for j, (s, p) in enumerate(zip(sources, pre)):
+        ff = (p * slope) @ block.mlp.W_out
+        assert maps["ff"][query, j].item() == pytest.approx(ff.norm().item(), rel=1e-3)
+        assert maps["ff_res"][query, j].item() == pytest.approx((ff + s).norm().item(), rel=1e-3)
+        assert maps["attn_res"][query, j].item() == pytest.approx(s.norm().item(), rel=1e-4)
+
+
+#%% The script, as a newcomer runs it
+FAST = ("--steps", "12", "--tokens-per-step", "1024", "--contexts", "32")
+
+
+def test_the_script_runs_and_its_model_is_opened_again(run, workdir):
+    done = run("tiny_transformer.py", *FAST, "--n-layers", "2")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((workdir / "results/tiny_transformer.json").read_text())
+    assert max(numbers[f"{name}_max_error"] for name in ("hooks", "fold_norm", "rows", "attribution", "integrated_gradients")) < 1e-4
+    assert {"train_seconds", "tokens_per_second", "heldout_loss", "gradient_norms", "roles", "bars", "best_scores", "mixing_before_ff", "mixing_after_ff", "answer_logit", "config", "versions"} <= set(numbers)
+    assert {"attention", "attention_text", "attribution", "heads", "next_token", "neurons", "feed_forward_maps", "norm_based"} <= {path.stem for path in (workdir / "figs/tiny_transformer").glob("*.html")}
+    again = run("tiny_transformer.py", "--model", "checkpoints/tiny_transformer", "--prompt", "import self; import", "--answer", "self")
+    assert again.returncode == 0, again.stderr
+    assert "W_E is embed" in again.stdout and "transformer.wte.weight" in again.stdout
+    assert np.isclose(json.loads((workdir / "results/tiny_transformer.json").read_text())["heldout_loss"], numbers["heldout_loss"], rtol=1e-5)
+
+
+def test_sinusoidal_and_untied_variants_run(run):
+    done = run("tiny_transformer.py", *FAST, "--positions", "sinusoidal", "--no-tied", "--n-layers", "1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags, words", [(("--model", "./nowhere"), ("no such model folder: ./nowhere",)), (("--answer", "qqqzzz"), ("no token reads 'qqqzzz'",))])
+def test_bad_input_gets_one_line(run, flags, words):
+    one_line_error(run("tiny_transformer.py", *FAST, "--n-layers", "1", *flags), *words)
