@@ -14,7 +14,7 @@ import utils  # noqa: E402, F401  before torch: see its first lines
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
-    """One folder for all runs of scripts, so that the text is tokenized once."""
+    """One folder per test process for all runs of scripts, so that the text is tokenized once."""
     return tmp_path_factory.mktemp("runs")
 
 
