@@ -3,6 +3,7 @@ import dataclasses
 import html
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -330,12 +331,8 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
     return {"attention": pattern, "weighted": moved.norm(dim=-1), "block": block.norm(dim=-1), "normed": block.norm(dim=-1) / scale, "mixing": others / (others + own.norm(dim=-1))}
 
 #%% Interventions: ablate a head; patch the path from one head into another's query, key or value
-def zero_head(layer: int, head: int) -> tuple[str, callable]:
-    def fn(z: Tensor, hook: nn.Module) -> Tensor:
-        z = z.clone()
-        z[:, :, head] = 0
-        return z
-    return act_name("z", layer), fn
+def zero_head(layer: int, head: int) -> tuple[str, Callable]:
+    return act_name("z", layer), lambda z, hook: z.index_fill(2, t.tensor([head], device=z.device), 0)
 
 
 def ablated_scores(model: nn.Module, tokens: Tensor, half: int, layer: int, head: int) -> dict[str, Tensor]:
@@ -366,8 +363,7 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
 
 #%% A page to read attention by: hover a token and the tokens it attends to are shaded; click to hold it
 PAGE = """<!doctype html><meta charset="utf-8"><title>TITLE</title><style>
-body{font:15px/1.9 ui-monospace,monospace;max-width:1100px;margin:24px auto;padding:0 16px;color:#222}h1{font-size:18px}
-span.t{padding:3px 1px;border-radius:3px;cursor:pointer;white-space:pre}span.on{outline:2px solid #D55E00}#note{color:#555;min-height:2em}
+body{font:15px/1.9 ui-monospace,monospace;max-width:1100px;margin:24px auto;padding:0 16px;color:#222}h1{font-size:18px}span.t{padding:3px 1px;border-radius:3px;cursor:pointer;white-space:pre}span.on{outline:2px solid #D55E00}#note{color:#555;min-height:2em}
 button{font:13px ui-monospace,monospace;margin:2px;padding:3px 8px;border:1px solid #bbb;background:#fff;border-radius:4px;cursor:pointer}button.on{background:#0072B2;color:#fff}
 </style><h1>TITLE</h1><p>Pick a head, then hover a token (click holds it): the tokens it attends to are shaded by their weight.</p>
 <div id="heads"></div><p id="text"></p><p id="note"></p><script>
@@ -463,9 +459,8 @@ if __name__ == "__main__":
     n_layers, n_heads, n_ctx, tokenizer = model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_ctx, corpus.tokenizer
     control = models.get(1) if n_layers == 2 else None
     head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
-    n_params = sum(p.numel() for p in model.parameters())
-    about = f"{n_layers}-layer attention-only, {n_params / 1e3:.0f}k parameters"
-    numbers: dict = {"n_params": n_params}
+    numbers: dict = {"n_params": sum(p.numel() for p in model.parameters())}
+    about = f"{n_layers}-layer attention-only, {numbers['n_params'] / 1e3:.0f}k parameters"
 
 #%% The gates: hooks change nothing, attention rows sum to one, the parts of a logit sum to the logit
 if __name__ == "__main__":
@@ -494,11 +489,11 @@ if __name__ == "__main__":
     induction_heads = [head_names[i] for i in prefix.flatten().argsort(descending=True).tolist() if prefix.flatten()[i] > 0.3]
     best = head_names[int(prefix.argmax())]
     previous = int(scores["previous_token"][0].argmax())
-    control_prefix = head_scores(control, 1, repeats, half)["prefix_matching"] if control else None
+    control_prefix = head_scores(control, 1, repeats, half)["prefix_matching"] if control else t.tensor(t.nan)
     at = divmod(int(prefix.argmax()), n_heads)
-    numbers |= {"best_prefix_matching": prefix.max().item(), "best_prefix_matching_1_layer": control_prefix.max().item() if control else float("nan"), "induction_heads": induction_heads}
+    numbers |= {"best_prefix_matching": prefix.max().item(), "best_prefix_matching_1_layer": control_prefix.max().item(), "induction_heads": induction_heads}
     numbers |= {"previous_token_score": scores["previous_token"][0, previous].item(), "copying_of_best_head": scores["copying"][at].item(), "ov_eigenvalue_copying_of_best_head": scores["OV eigenvalues"][at].item()}
-    print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}" + (f"; 1-layer control {control_prefix.max():.3f}" if control else "") + endc)
+    print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}; 1-layer control {control_prefix.max():.3f}{endc}")
 
 #%% Training watched: prefix matching, previous-token attention and in-context learning against tokens seen
 if __name__ == "__main__" and histories:
@@ -519,12 +514,10 @@ if __name__ == "__main__":
     random, text = by_position[f"{n_layers} layer{'s' * (n_layers > 1)}"]
     numbers |= {"loss_first_copy": random[:, :half].mean().item(), "loss_second_copy": random[:, half + 1:].mean().item(), "heldout_loss": text.mean().item()}
     print(f"{cyan}loss on random tokens: first time {numbers['loss_first_copy']:.2f}, second time {numbers['loss_second_copy']:.2f} nats; held-out text {text.mean():.3f} nats{endc}")
-    if n_ctx >= 80:
-        numbers["icl_score"], numbers["icl_score_95"] = icl_score(text)
-        print(f"{cyan}in-context-learning score {numbers['icl_score']:.3f} +- {numbers['icl_score_95']:.3f} nats ({len(natural)} rows, 95%){endc}")
-        if control:
-            numbers["icl_score_1_layer"], numbers["icl_score_1_layer_95"] = icl_score(by_position["1 layer"][1])
-            print(f"{cyan}  1-layer control {numbers['icl_score_1_layer']:.3f} +- {numbers['icl_score_1_layer_95']:.3f}{endc}")
+    for n in sorted(models, reverse=True) if n_ctx >= 80 else []:
+        mean, half_width = icl_score(by_position[f"{n} layer{'s' * (n > 1)}"][1])
+        numbers |= {f"icl_score{'' if n == n_layers else '_1_layer'}": mean, f"icl_score{'' if n == n_layers else '_1_layer'}_95": half_width}
+        print(f"{cyan}in-context-learning score, {n} layer{'s' * (n > 1)}: {mean:.3f} +- {half_width:.3f} nats ({len(natural)} rows, 95%){endc}")
 
 #%% Ablation: induction needs the previous-token head, and no other head of layer 0
 if __name__ == "__main__" and n_layers == 2:
@@ -549,8 +542,7 @@ if __name__ == "__main__" and n_layers == 2:
 if __name__ == "__main__" and n_layers == 2:
     composed, random_mean, random_std = composition_scores(model)
     show(imshow(t.stack([c - random_mean for c in composed.values()]), f"Composition of layer-0 with layer-1 heads, minus random factors ({random_mean:.3f} +- {random_std:.3f}, 100 draws)", "layer-1 head", "layer-0 head", [f"L1H{h}" for h in range(n_heads)], [f"L0H{h}" for h in range(n_heads)], [f"{name}-composition" for name in composed], value="above random"), "attn_only/composition")
-    k = composed["K"][previous, int(prefix[1].argmax())].item()
-    numbers |= {"k_composition": k, "k_composition_random": random_mean, "k_composition_random_std": random_std}
+    numbers |= {"k_composition": (k := composed["K"][previous, int(prefix[1].argmax())].item()), "k_composition_random": random_mean, "k_composition_random_std": random_std}
     print(f"{cyan}K-composition L0H{previous} -> {best}: {k:.3f} against {random_mean:.3f} +- {random_std:.3f} at random{endc}")
 
 #%% The circuits themselves: what a head attends to (QK) and what it then writes (OV), and the skip-trigrams of the 1-layer model
@@ -578,8 +570,7 @@ if __name__ == "__main__":
     with t.no_grad(): probs = model(prompt)[0, -1].softmax(-1)
     answer = find_tokens(tokenizer, cfg.answer)[0] if cfg.answer else int(probs.argmax())
     said = visible(str_tokens(tokenizer, [answer])[0])
-    parts = logit_attribution(model, prompt, answer)
-    assert attribution_error(parts) < 1e-4
+    assert attribution_error(parts := logit_attribution(model, prompt, answer)) < 1e-4
     print(f"{purple}=== Why '{said}' (probability {probs[answer]:.2f}) after {cfg.prompt!r}? ==={endc}")
     ranked = sorted([["direct path", labels[-1], parts["direct"].item()], *([name, labels[j], x.item()] for name, row in zip(head_names, parts["heads"].flatten(0, 1)) for j, x in enumerate(row))], key=lambda part: -abs(part[2]))
     print(tabulate([*ranked[:8], ["the rest", "", sum(part[2] for part in ranked[8:])], ["sum = logit", "", parts["logit"].item()]], headers=["part", "source", "logit"], floatfmt=".3f"))
@@ -591,9 +582,8 @@ if __name__ == "__main__":
     patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])
     show(imshow(patterns, f"Attention of {about} on {cfg.prompt!r}", "key", "query", labels, labels, head_names, diverging=False, value="attention"), "attn_only/attention")
     show_page(attention_page(str_tokens(tokenizer, prompt[0]), patterns, head_names, f"Attention of {about}", start=head_names.index(best)), "attn_only/attention_text")
-    layer, head = at
-    norms = norm_based(model, prompt, layer)
-    panels = {f"{best} attention": norms["attention"][head], f"{best} ||alpha f(x)||": norms["weighted"][head], "layer ||sum alpha f(x) + x||": norms["block"], "the same after the next norm": norms["normed"]}
+    norms = norm_based(model, prompt, layer := at[0])
+    panels = {f"{best} attention": norms["attention"][at[1]], f"{best} ||alpha f(x)||": norms["weighted"][at[1]], "layer ||sum alpha f(x) + x||": norms["block"], "the same after the next norm": norms["normed"]}
     show(imshow(t.stack(list(panels.values())), f"Norm-based analysis of layer {layer}: raw attention of {best}, then what is really moved (Kobayashi et al.); each panel on its own scale", "key", "query", labels, labels, list(panels), columns=2, diverging=False, value="weight or norm", one_scale=False), "attn_only/norm_based")
     numbers["mixing_ratio"] = [norm_based(model, prompt, l)["mixing"].mean().item() for l in range(n_layers)]
     print(f"{cyan}share of a layer's output that comes from other positions: {', '.join(f'layer {l} {x:.2f}' for l, x in enumerate(numbers['mixing_ratio']))}{endc}")
