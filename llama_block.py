@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps, self.hook_scale, self.hook_normalized = nn.Parameter(t.ones(size)), eps, HookPoint(), HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.hook_scale.fwd_hooks and not self.hook_normalized.fwd_hooks and x.device.type != "cpu": return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.dtype == t.float32 and not self.hook_scale.fwd_hooks and not self.hook_normalized.fwd_hooks: return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         scale = self.hook_scale((x.float().pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
         return self.weight * self.hook_normalized((x.float() / scale).to(x.dtype))
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import utils  # noqa: E402, F401  before torch: see its first lines
 
 
@@ -31,9 +32,13 @@ def parity():
     """parity(architecture, max |logit - Hugging Face's| / max |logit|): kept in results/parity.json."""
     path = ROOT / "results/parity.json"
     def record(architecture: str, error: float) -> None:
-        known = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(dict(sorted((known | {architecture: {"max_relative_logit_error": error}}).items())), indent=1) + "\n")
+        with path.open("a+") as file:  # two test processes share it
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            known = json.loads(file.read() or "{}") | {architecture: {"max_relative_logit_error": error}}
+            file.truncate(0)
+            file.write(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     return record
 
 
