@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_only import HeadWeights, attend
-from data import load_corpus, str_tokens, to_tokens, write_tokenizer
+from data import evaluate_world, load_corpus, load_world, str_tokens, to_tokens, write_tokenizer
 from tiny_transformer import bench_against_hf
 from train import TrainConfig, context_at, train
 from utils import HookPoint, cyan, endc, fail, flags, gray, green, imshow, line, load_model, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_aside
@@ -190,13 +190,13 @@ class Llama(nn.Module):
         cos, sin = rope_tables(cfg, min(cfg.n_ctx, 4096))
         self.register_buffer("cos", cos, persistent=False), self.register_buffer("sin", sin, persistent=False)
 
-    def init_weights(self) -> None:
+    def init_weights(self, embed_std: float = 0.02, unembed_std: float = 0.02) -> None:
         """Small query and key weights, as in attn_only: attention starts near uniform, and heads form soonest."""
+        for weight, std in ((self.embed.weight, embed_std), (self.unembed.weight, unembed_std)): nn.init.normal_(weight, std=std)
         for name, linear in self.blocks.named_modules():
             if not isinstance(linear, nn.Linear): continue
             nn.init.normal_(linear.weight, std=(0.3 if name.endswith((".q", ".k")) else 1.0) / math.sqrt(linear.in_features))
             if linear.bias is not None: nn.init.zeros_(linear.bias)
-        for weight in (self.embed.weight, self.unembed.weight): nn.init.normal_(weight, std=0.02)
 
     def make_mlp(self, layer: int) -> nn.Module: return SwiGLU(self.cfg.d_model, self.cfg.d_mlp)
 
@@ -268,17 +268,20 @@ def hf_name(ours: str) -> str: return "model." * (not ours.startswith("unembed")
 class Config(TrainConfig):
     n_layers: int = 4
     n_heads: int = 4
-    n_kv_heads: int = 2
+    n_kv_heads: int = 4
     d_model: int = 128
     d_mlp: int = 384
-    vocab: int = 1024  # size of the byte-level BPE trained on the text
-    rope_base: float = 1000.0
-    steps: int = 300
+    vocab: int = 3072  # size of the byte-level BPE trained on the text
+    rope_base: float = 10000.0
+    qkv_bias: bool = True  # as in Qwen2; without it the shape is Llama's
+    steps: int = 600
     lr: float = 1e-2
-    contexts: tuple[int, ...] = (128,)
-    data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
+    decay: float = 0.4  # share of the steps (wsd)
+    contexts: tuple[int, ...] = (64,)
+    data: str = "world"  # world (a corpus that is known exactly), stdlib, a text file or folder, or a hub dataset
+    out: str = "checkpoints/llama_block/model"  # where the trained model goes, in half precision; models/world is made by --steps 2500 --out models/world
     model: str | None = None  # look into this model instead of training: a hub name or a folder
-    prompt: str = "def read(self, size):\n        return self."
+    prompt: str = "The capital of Japan is"
     bench: bool = False  # only compare training speed with Hugging Face's Llama
 
 
@@ -309,14 +312,27 @@ if __name__ == "__main__":
         model = load_model(cfg.model, (Llama,), cfg.device)
     else:
         print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
-        corpus = load_corpus(cfg.data, cfg.vocab)
-        model = Llama(LlamaConfig(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads, cfg.d_model, cfg.d_model // cfg.n_heads, cfg.d_mlp, corpus.d_vocab, max(cfg.contexts), cfg.rope_base), corpus.tokenizer)
+        corpus = load_world(cfg.vocab) if cfg.data == "world" else load_corpus(cfg.data, cfg.vocab)
+        kind = dict(qkv_bias=cfg.qkv_bias, architecture="Qwen2ForCausalLM" if cfg.qkv_bias else "LlamaForCausalLM")
+        model = Llama(LlamaConfig(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads, cfg.d_model, cfg.d_model // cfg.n_heads, cfg.d_mlp, corpus.d_vocab, max(256, *cfg.contexts), cfg.rope_base, **kind), corpus.tokenizer)
+        model.init_weights(0.2, 0.5 / math.sqrt(cfg.d_model))
         batch = lambda i: corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // (ctx := context_at(i // cfg.accumulate, cfg)), ctx)
-        history = train(model, batch, cfg, "llama_block", shape=dataclasses.asdict(model.cfg), data=corpus.key)
-        model.to_hf(folder := Path("checkpoints/llama_block/model"))
+        watch = (lambda step: evaluate_world(model, corpus, quick=True, device=device)) if cfg.data == "world" else None
+        history = train(model, batch, cfg, "llama_block", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key)
+        model.to_hf(Path(cfg.out), t.float16)
         numbers |= {"train_loss": float(np.mean(history["loss"][-20:])), "train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"]}
-        print(f"{green}loss {numbers['train_loss']:.3f} nats after {history['tokens'][-1] / 1e6:.2f}M tokens, {history['tokens_per_second']:,.0f} tokens/s; saved to {folder} for transformers{endc}")
+        print(f"{green}loss {numbers['train_loss']:.3f} nats after {history['tokens'][-1] / 1e6:.2f}M tokens, {history['tokens_per_second']:,.0f} tokens/s; saved to {cfg.out} for transformers{endc}")
+        model = Llama.from_folder(cfg.out, device)  # what follows is measured on the file
     shape, tokenizer = model.cfg, model.tokenizer
+
+#%% What it learned of the world, and when: facts, their reverse, indirect objects and the rest come one by one
+if __name__ == "__main__" and cfg.data == "world" and not cfg.model:
+    known = evaluate_world(model, corpus, device=device)
+    numbers |= known
+    tasks = ["forward_recall", "reverse_recall", "reverse_recall_of_forward_only", "forward_recall_of_reverse_only", "continent_recall", "ioi_accuracy", "greater_than", "agreement_accuracy", "gender_accuracy", "prefix_matching"]
+    fig = line({task.replace("_", " "): [w[task] for w in history["watch"]] for task in tasks}, f"What the model knows by tokens seen, on a fixed subsample (world, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, seed {cfg.seed})", "tokens seen", "share right (greater than: p(later) - p(not later))", [w["tokens"] for w in history["watch"]], markers=True)
+    show(fig, "llama_block/phases")
+    print(tabulate([[task.replace("_", " "), value] for task, value in known.items()], headers=["on the reopened file", ""], floatfmt=".3f"))
 
 #%% Gates: listening changes nothing, positions enter by their differences only, grouped heads share what they should
 if __name__ == "__main__":
@@ -379,4 +395,7 @@ if __name__ == "__main__":
     save_results("llama_block", cfg, **numbers)
     far, near = distance.argmax().item(), distance.argmin().item()
     name = lambda i: f"L{i // shape.n_heads}H{i % shape.n_heads}"
+    if "fact_recall" in numbers:
+        print(f"{green}It completes {known['fact_recall']:.1%} of the capital facts it was taught ({known['fact_recall_heldout_phrasing']:.1%} in phrasings it never saw), {known['reverse_recall_of_forward_only']:.1%} and {known['forward_recall_of_reverse_only']:.1%} of those it was only told the other way round,")
+        print(f"and {known['ioi_accuracy']:.1%} of indirect objects with pairs of names it never saw (logit difference {known['ioi_logit_diff']:.1f}).{endc}")
     print(f"{green}{shape.architecture} shape, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters: heads look {distance.min():.1f} ({name(near)}) to {distance.max():.1f} ({name(far)}) tokens back, {100 * np.mean(numbers['gates_open']):.0f}% of gates are open, LayerNorm would turn the stream only by a cosine of {min(same):.4f}. Gate: scores depend on offset to {drift:.0e}.{endc}")

@@ -11,7 +11,7 @@ SMALL = {
     "attn_only.py": "Config(steps=8, tokens_per_step=1024, contexts=(32, 96), context_steps=(0.5,))",
     "zero_layer.py": "Config(steps=20)",
     "tiny_transformer.py": "Config(steps=8, tokens_per_step=512)",
-    "llama_block.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_mlp=64)",
+    "llama_block.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_mlp=64, n_kv_heads=2)",
     "moe.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_expert=32)",
 }
 
