@@ -273,7 +273,7 @@ class Config(TrainConfig):
     d_mlp: int = 384
     vocab: int = 3072  # size of the byte-level BPE trained on the text
     rope_base: float = 10000.0
-    qkv_bias: bool = True  # as in Qwen2; without it the shape is Llama's
+    bias: bool = True  # on q, k, v and o: Llama's attention_bias (transformers reads any tokenizer in a Qwen2 folder as Qwen's)
     steps: int = 600
     lr: float = 1e-2
     decay: float = 0.4  # share of the steps (wsd)
@@ -313,7 +313,7 @@ if __name__ == "__main__":
     else:
         print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
         corpus = load_world(cfg.vocab) if cfg.data == "world" else load_corpus(cfg.data, cfg.vocab)
-        kind = dict(qkv_bias=cfg.qkv_bias, architecture="Qwen2ForCausalLM" if cfg.qkv_bias else "LlamaForCausalLM")
+        kind = dict(qkv_bias=cfg.bias, o_bias=cfg.bias)
         model = Llama(LlamaConfig(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads, cfg.d_model, cfg.d_model // cfg.n_heads, cfg.d_mlp, corpus.d_vocab, max(256, *cfg.contexts), cfg.rope_base, **kind), corpus.tokenizer)
         model.init_weights(0.2, 0.5 / math.sqrt(cfg.d_model))
         batch = lambda i: corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // (ctx := context_at(i // cfg.accumulate, cfg)), ctx)

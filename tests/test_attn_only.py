@@ -2,7 +2,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch as t
 import torch.nn.functional as F
@@ -289,10 +288,9 @@ def test_every_position_scheme_trains(positions, workdir, monkeypatch):
 
 
 def test_a_saved_model_is_reopened(run, workdir):
-    assert run("attn_only.py", *FAST, "--no-control").returncode == 0
-    done = run("attn_only.py", "--model", "checkpoints/attn_only/2_layers", "--prompt", "import self; import", "--answer", "self")
+    done = run("attn_only.py", "--model", str(ROOT / "models/attn_only_2l"), "--prompt", "import self; import", "--answer", "self")
     assert done.returncode == 0, done.stderr
-    assert np.isfinite(json.loads((workdir / "results/attn_only.json").read_text())["best_prefix_matching"])
+    assert json.loads((workdir / "results/attn_only.json").read_text())["best_prefix_matching"] > 0.6
 
 
 @pytest.mark.parametrize("flags, words", [

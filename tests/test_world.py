@@ -1,6 +1,8 @@
 import csv
+import fcntl
 import itertools
 import math
+import os
 import re
 from collections import Counter
 
@@ -18,8 +20,17 @@ MENTION = re.compile(rf"\b({'|'.join(map(re.escape, sorted(TABLE, key=len, rever
 
 
 @pytest.fixture(scope="module")
-def world(workdir) -> World:
-    return load_world(cache=str(workdir / "checkpoints/data"))
+def cache(tmp_path_factory) -> str:
+    """One cache for all test processes of a run; the first of them makes it."""
+    base = tmp_path_factory.getbasetemp()
+    return str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world")
+
+
+@pytest.fixture(scope="module")
+def world(cache) -> World:
+    with open(f"{cache}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return load_world(cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +173,9 @@ def test_facts_know_their_part(world):
     assert len(world.prompts("forward", "held_out")) == 3 * len(COUNTRIES) and len(world.prompts("reverse", "taught", n=20)) == 20
 
 
-def test_everything_is_the_same_every_time(world, workdir, tmp_path):
+def test_everything_is_the_same_every_time(world, cache):
     draw = lambda world, seed: world.batch(np.random.default_rng((seed, 3)), 32, 64)
-    again = load_world(cache=str(workdir / "checkpoints/data"))
+    again = load_world(cache=cache)
     assert (draw(world, 0) == draw(again, 0)).all() and (draw(world, 0) != draw(world, 1)).any() and world.key == again.key
     assert world.prompts("ioi") == world.prompts("ioi") and world.prompts("forward") == again.prompts("forward") and world.prompts("ioi", seed=1) != world.prompts("ioi")
     assert data.world_sentences(COUNTRIES) == data.world_sentences(COUNTRIES)
