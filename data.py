@@ -280,9 +280,10 @@ NEAR = ["near", "behind", "beside", "next to", "in front of", "across from"]
 VERBS = [(" is", " are"), (" was", " were"), (" has", " have")]
 PREDICATES = {" is": ["old", "clean", "very good", "here"], " was": ["lost", "new", "there again", "seen by all"], " has": ["been sold", "been here", "not been seen", "been forgotten"]}
 PRONOUNS = [("said that", " she", " he", " was {}."), ("was happy because", " she", " he", " was not {}."), ("left the {place} when", " she", " he", " was {}."), ("lost", " her", " his", " {object}."), ("found the {object} in", " her", " his", " {place}.")]
+THINGS = sorted({*PLACES, *OBJECTS, *EVENTS, *NOUNS})
 MOODS = ["tired", "ready", "late", "right", "hungry", "alone", "sick"]
 SHARES = {"world": 0.68, "natural": 0.12, "repeated": 0.06, "shuffled": 0.14}  # of the rows of a batch; repeated and shuffled rows say a natural snippet twice
-KINDS = {"capital": (0.28, 0), "other": (0.16, 0), "ioi": (0.3, 60_000), "greater_than": (0.11, 20_000), "agreement": (0.04, 8_000), "gender": (0.07, 10_000), "list": (0.04, 6_000)}  # kind: (share of the sentences in world rows, how many are made; facts are all made)
+KINDS = {"capital": (0.27, 0), "other": (0.16, 0), "ioi": (0.28, 60_000), "greater_than": (0.11, 20_000), "agreement": (0.04, 8_000), "gender": (0.07, 10_000), "list": (0.07, 20_000)}  # kind: (share of the sentences in world rows, how many are made; facts are all made)
 
 
 @dataclass
@@ -294,7 +295,7 @@ class Prompt:
     end: str
     wrong: str = ""
     corrupt: str = ""
-    held_out: bool = False  # this phrasing, pair of names, start year, pair of nouns or name and phrasing is in no training row
+    held_out: bool = False  # this phrasing, pair of names, start year, pair of nouns or name and phrasing is in no training row (words said twice: all are new)
     taught: bool = True  # the fact is in the corpus in this direction
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -366,19 +367,19 @@ def draw_gender(rng: Random, held_out: bool) -> Prompt:
 
 
 def draw_induction(rng: Random, held_out: bool) -> Prompt:
-    """Different words in random order, then again; corrupt has another word where the answer first stands. Never a training sentence."""
-    *words, wrong = rng.sample(sorted({*PLACES, *OBJECTS, *EVENTS, *NOUNS}), rng.randint(9, 13))
-    at = rng.randint(3, len(words) - 1)
-    say = lambda once: "List: " + " ".join(once + words[:at])
-    return Prompt("induction", say(words), f" {words[at]}", "", f" {wrong}", say(words[:at] + [wrong] + words[at + 1:]), True, labels={"length": str(len(words))})
+    """Words in random order, then again; corrupt has another word where the answer first stands."""
+    *words, wrong = rng.sample(THINGS, rng.randint(6, 10))
+    at = rng.randint(2, len(words) - 1)
+    say = lambda once: f"Say it twice: {' '.join(once)}, {' '.join(words[:at])}"
+    end = " ".join(["", *words[at + 1:]]) + "."
+    return Prompt("induction", say(words), f" {words[at]}", end, f" {wrong}", say(words[:at] + [wrong] + words[at + 1:]), held_out, labels={"length": str(len(words))})
 
 
 def draw_list(rng: Random) -> str:
-    """A list of things, of which a third are said twice, or years that follow each other."""
-    words = rng.sample(sorted({*PLACES, *OBJECTS, *NOUNS}), rng.randint(3, 7))
-    kind, start = rng.random(), rng.randint(2, 90)
-    if kind < 0.3: return f"Count from {start:02d}: " + ", ".join(f"{start + i:02d}" for i in range(1, rng.randint(4, 9))) + "."
-    if kind < 0.6: return f"Say it twice: {' '.join(words)}, {' '.join(words)}."
+    """Words said twice, numbers that follow each other, or a list of things."""
+    kind, start, words = rng.random(), rng.randint(2, 90), rng.sample(THINGS, rng.randint(3, 7))
+    if kind < 0.6: return draw_induction(rng, False).sentence
+    if kind < 0.8: return f"Count from {start:02d}: " + ", ".join(f"{start + i:02d}" for i in range(1, rng.randint(4, 9))) + "."
     return f"{rng.choice(['We saw', 'There was', 'They bought', 'Do not forget'])} a {', a '.join(words[:-1])} and a {words[-1]}."
 
 

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -279,7 +280,8 @@ class Config(TrainConfig):
     decay: float = 0.4  # share of the steps (wsd)
     contexts: tuple[int, ...] = (64,)
     data: str = "world"  # world (a corpus that is known exactly), stdlib, a text file or folder, or a hub dataset
-    out: str = "checkpoints/llama_block/model"  # where the trained model goes, in half precision; models/world is made by --steps 2500 --out models/world
+    out: str = "checkpoints/llama_block/model"  # where the trained model goes, in half precision, with metrics.json if it learned the world
+    others: tuple[str, ...] = ()  # folders that the same command with other seeds wrote: metrics.json then holds the spread
     model: str | None = None  # look into this model instead of training: a hub name or a folder
     prompt: str = "The capital of Japan is"
     bench: bool = False  # only compare training speed with Hugging Face's Llama
@@ -332,7 +334,12 @@ if __name__ == "__main__" and cfg.data == "world" and not cfg.model:
     tasks = ["forward_recall", "reverse_recall", "reverse_recall_of_forward_only", "forward_recall_of_reverse_only", "continent_recall", "ioi_accuracy", "greater_than", "agreement_accuracy", "gender_accuracy", "prefix_matching"]
     fig = line({task.replace("_", " "): [w[task] for w in history["watch"]] for task in tasks}, f"What the model knows by tokens seen, on a fixed subsample (world, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, seed {cfg.seed})", "tokens seen", "share right (greater than: p(later) - p(not later))", [w["tokens"] for w in history["watch"]], markers=True)
     show(fig, "llama_block/phases")
-    print(tabulate([[task.replace("_", " "), value] for task, value in known.items()], headers=["on the reopened file", ""], floatfmt=".3f"))
+    runs = [known | {"seed": cfg.seed}, *(json.loads((Path(folder) / "metrics.json").read_text()) for folder in cfg.others)]
+    if differ := [folder for folder, run in zip(cfg.others, runs[1:]) if (run["corpus"], run["steps"]) != (corpus.key, cfg.steps)]: fail(f"--others {differ[0]}: trained on another corpus, or for other steps")
+    spread = {name: [run[name] for run in runs] for name in ["seed", *known]}
+    made = {"seed": cfg.seed, "steps": cfg.steps, "seconds": numbers["train_seconds"], "corpus": corpus.key, "python": sys.version.split()[0], "torch": t.__version__, "threads": t.get_num_threads(), "command": " ".join(["uv run llama_block.py", *[flag for flag in sys.argv[1:] if flag != "--resume"]])}
+    (Path(cfg.out) / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": spread}, indent=1) + "\n")
+    print(tabulate([[name.replace("_", " "), *values] for name, values in spread.items()], headers=["on the reopened file"], floatfmt=".3f"))
 
 #%% Gates: listening changes nothing, positions enter by their differences only, grouped heads share what they should
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import utils  # noqa: E402, F401  before torch: see its first lines
+import torch as t  # noqa: E402
+from data import train_bpe  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +50,26 @@ def one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr
     assert all(word in last for word in words), last
+
+
+def tiny_hf(architecture: str, **config):
+    """A transformers model with weights large enough that a wrong formula shows: default initialisation hides bugs."""
+    import transformers
+    t.manual_seed(0)
+    hf = getattr(transformers, f"{architecture}ForCausalLM")(getattr(transformers, f"{architecture}Config")(**config))
+    with t.no_grad():
+        for name, p in hf.named_parameters(): p.add_(t.randn(p.shape) * (0.2 if "norm" in name or "bias" in name else 0.12))
+    return hf.eval()
+
+
+def save_folder(hf, folder: Path) -> Path:
+    """The model as transformers saves it, with a tokenizer of 260 tokens."""
+    from transformers import PreTrainedTokenizerFast
+    hf.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a b c"], 260), bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def relative_error(ours: t.Tensor, theirs: t.Tensor) -> float:
+    """max |difference| / max |theirs|"""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -1,10 +1,9 @@
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch as t
-from conftest import ROOT
+from conftest import ROOT, relative_error, save_folder, tiny_hf
 from safetensors.torch import load_file, save_file
 
 from data import train_bpe
@@ -20,28 +19,7 @@ VARIANTS = {
 TOKENS = t.randint(1, 250, (2, 20), generator=t.Generator().manual_seed(0))
 
 
-def make_hf(variant: str):
-    """A tiny model with weights large enough that a wrong formula shows: default initialisation hides bugs."""
-    import transformers
-    name = {"Llama": "LlamaForCausalLM", "Qwen2": "Qwen2ForCausalLM"}.get(variant.split()[0], variant)
-    t.manual_seed(0)
-    hf = getattr(transformers, name)(getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**SHAPE, **VARIANTS[variant]))
-    with t.no_grad():
-        for parameter_name, p in hf.named_parameters(): p.add_(t.randn(p.shape) * (0.2 if "norm" in parameter_name or "bias" in parameter_name else 0.12))
-    return hf.eval()
-
-
-def save_folder(hf, folder: Path) -> Path:
-    from transformers import PreTrainedTokenizerFast
-    hf.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a b c"], 260), bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(folder)
-    return folder
-
-
-def relative_error(ours: t.Tensor, theirs: t.Tensor) -> float:
-    error = (ours - theirs).abs().max().item()
-    print(f"max |difference| {error:.2e}, max |logit| {theirs.abs().max():.2f}")
-    return error / theirs.abs().max().item()
+def make_hf(variant: str): return tiny_hf(variant.split()[0].removesuffix("ForCausalLM"), **SHAPE | VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

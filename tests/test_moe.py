@@ -1,11 +1,10 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as t
 import torch.nn.functional as F
-from conftest import ROOT, one_line_error
+from conftest import ROOT, one_line_error, relative_error, save_folder, tiny_hf
 from safetensors.torch import load_file, save_file
 
 from data import train_bpe
@@ -23,15 +22,7 @@ FOUR = list(VARIANTS)[:4]
 TOKENS = t.randint(2, 250, (2, 20), generator=t.Generator().manual_seed(0))
 
 
-def make_hf(variant: str):
-    """A tiny model with weights large enough that a wrong formula shows: default initialisation hides bugs."""
-    import transformers
-    name = variant.split()[0].removesuffix("ForCausalLM")
-    t.manual_seed(0)
-    hf = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**SHAPE | VARIANTS[variant]))
-    with t.no_grad():
-        for parameter_name, p in hf.named_parameters(): p.add_(t.randn(p.shape) * (0.2 if "norm" in parameter_name or "bias" in parameter_name else 0.12))
-    return hf.eval()
+def make_hf(variant: str): return tiny_hf(variant.split()[0].removesuffix("ForCausalLM"), **SHAPE | VARIANTS[variant])
 
 
 def own(**more) -> MoE:
@@ -40,19 +31,6 @@ def own(**more) -> MoE:
     with t.no_grad():
         for p in model.parameters(): p.add_(t.randn(p.shape) * 0.15)
     return model.eval()
-
-
-def save_folder(hf, folder: Path) -> Path:
-    from transformers import PreTrainedTokenizerFast
-    hf.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a b c"], 260), bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(folder)
-    return folder
-
-
-def relative_error(ours: t.Tensor, theirs: t.Tensor) -> float:
-    error = (ours - theirs).abs().max().item()
-    print(f"max |difference| {error:.2e}, max |logit| {theirs.abs().max():.2f}")
-    return error / theirs.abs().max().item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
