@@ -373,7 +373,7 @@ function shade(q){const row=q===null?null:D.patterns[head][q];
  $('note').textContent=q===null?'':D.heads[head]+': '+D.labels[q]+' attends to '+row.slice(0,q+1).map((w,i)=>[w,i]).sort((a,b)=>b[0]-a[0]).slice(0,5).filter(x=>x[0]>0).map(([w,i])=>D.labels[i]+' '+w+'%').join(', ')}
 D.heads.forEach((name,i)=>{const b=document.createElement('button');b.textContent=name;b.onclick=()=>{head=i;[...$('heads').children].forEach((c,j)=>c.classList.toggle('on',j===i));shade(held)};$('heads').append(b)});
 D.tokens.forEach((tok,i)=>{const s=document.createElement('span');s.className='t';s.textContent=tok;s.onmouseenter=()=>{if(held===null)shade(i)};s.onclick=()=>{held=held===i?null:i;shade(i)};$('text').append(s)});
-$('text').onmouseleave=()=>{if(held===null)shade(null)};$('heads').children[head].click();held=D.tokens.length-1;shade(held);
+$('text').onmouseleave=()=>{if(held===null)shade(null)};$('heads').children[head].click();shade(D.tokens.length-1);
 </script>"""
 
 
