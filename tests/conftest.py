@@ -1,8 +1,12 @@
+import contextlib
 import fcntl
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -23,9 +27,26 @@ def workdir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(workdir):
-    """run('attn_only.py', '--steps', '5') -> the finished process, run in the work folder."""
-    def run(script: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, str(ROOT / script), *args], cwd=cwd or workdir, capture_output=True, text=True, timeout=300)
+    """
+    run('attn_only.py', '--steps', '5') -> the finished process, run in the work folder. In this process, since torch takes seconds to
+    import; fresh=True starts one.
+    """
+    def run(script: str, *args: str, cwd: Path | None = None, fresh: bool = False) -> subprocess.CompletedProcess:
+        command, cwd = [str(ROOT / script), *args], cwd or workdir
+        if fresh: return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300)
+        code, argv, out, err = 0, sys.argv, io.StringIO(), io.StringIO()
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                sys.argv = command
+                runpy.run_path(command[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str): print(end.code, file=sys.stderr)
+            except BaseException:
+                code = 1
+                traceback.print_exc()
+            finally: sys.argv = argv
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
     return run
 
 

@@ -46,7 +46,7 @@ def open_pages(pages: list) -> None:
 def test_a_script_runs_and_its_figures_open(script, run, workdir):
     name = script.removesuffix(".py")
     shutil.rmtree(workdir / "figs" / name, ignore_errors=True)
-    done = run(script, *FLAGS[script].split())
+    done = run(script, *FLAGS[script].split(), fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
     numbers = json.loads((workdir / f"results/{name}.json").read_text())
     assert {"config", "versions"} < set(numbers)
