@@ -13,6 +13,7 @@ SMALL = {
     "tiny_transformer.py": "Config(steps=8, tokens_per_step=512)",
     "llama_block.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_mlp=64, n_kv_heads=2)",
     "moe.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_expert=32)",
+    "logit_lens.py": "Config(countries=8, forms=1, tuned_steps=0, draws=50)",
 }
 
 
