@@ -10,8 +10,9 @@ import torch.nn as nn
 from conftest import ROOT
 
 import utils
+from anatomy import head_scores, repeated_tokens, stripe
 from attn_only import AttnOnly, AttnOnlyConfig
-from utils import Cache, HookPoint, find_hooks, head_scores, hook_points, hooks, imshow, label_tokens, line, pick_device, pick_dtype, repeated_tokens, run_with_cache, run_with_hooks, save_results, secret, show, stripe, write_aside
+from utils import Cache, HookPoint, find_hooks, hook_points, hooks, imshow, label_tokens, line, pick_device, pick_dtype, run_with_cache, run_with_hooks, save_results, secret, show, write_aside
 
 
 @pytest.fixture
