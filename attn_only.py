@@ -10,8 +10,8 @@ from typing import Literal
 
 from anatomy import head_scores, random_repeats
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
-from train import TrainConfig, context_at, train
-from utils import HookPoint, act_name, cyan, endc, fail, flags, green, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
+from train import TrainConfig, context_at, first_goes_on, flags, train
+from utils import HookPoint, act_name, cyan, endc, fail, green, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
 
 import numpy as np
 import torch as t
@@ -406,7 +406,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_heads=12, d_model=768, vocab=8192, contexts=(256, 1024), tokens_per_step=65536, accumulate=2, steps=8000, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     if cfg.n_layers not in (1, 2): fail("--n-layers is 1 or 2: deeper models are tiny_transformer.py's")
     if cfg.d_model % cfg.n_heads: fail(f"--d-model {cfg.d_model} is not a multiple of --n-heads {cfg.n_heads}")
@@ -442,8 +442,7 @@ def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[
 
 
 if __name__ == "__main__":
-    models: dict[int, AttnOnly] = {}
-    histories: dict[int, dict] = {}
+    models, histories = dict[int, AttnOnly](), dict[int, dict]()
     if cfg.model:
         model, tokenizer, _ = open_own(Path(cfg.model), device)
         corpus = load_corpus(cfg.data, tokenizer=cfg.model)
@@ -455,6 +454,7 @@ if __name__ == "__main__":
             models[n_layers], histories[n_layers] = train_own(cfg, n_layers, corpus, device)
             save_own(models[n_layers], folder := Path(f"checkpoints/attn_only/{n_layers}_layers"), corpus.tokenizer, **histories[n_layers]["watch"][-1])
             print(f"{green}trained on {histories[n_layers]['tokens'][-1] / 1e6:.2f}M tokens in {histories[n_layers]['seconds']:.1f} s ({cyan}{histories[n_layers]['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder}{endc}")
+        first_goes_on()
         model = models[cfg.n_layers]
     n_layers, n_heads, n_ctx, tokenizer = model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_ctx, corpus.tokenizer
     control = models.get(1) if n_layers == 2 else None

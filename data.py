@@ -227,8 +227,8 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, 
         for split, keep in (("train", ~held), ("heldout", held)): np.concatenate([x for x, k in zip(ids, keep) if k]).tofile(aside / f"{part}.{split}.bin")
     tokenizer.save(str(aside / "tokenizer.json"))
     (aside / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    try: aside.rename(folder)
+    except OSError: shutil.rmtree(aside)  # another process was first
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from attn_only import HeadWeights, attend
 from data import evaluate_world, load_corpus, load_world, str_tokens, to_tokens, write_folder, write_metrics
-from train import TrainConfig, bench_against_hf, context_at, train
-from utils import HookPoint, cyan, endc, fail, flags, gray, green, hf_name, imshow, line, load_model, our_name, pick_device, purple, read_config, read_llama_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_llama_config
+from train import TrainConfig, bench_against_hf, context_at, first_goes_on, flags, train
+from utils import HookPoint, cyan, endc, fail, gray, green, hf_name, imshow, line, load_model, our_name, pick_device, purple, read_config, read_llama_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_llama_config
 
 import numpy as np
 import torch as t
@@ -232,7 +232,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=12, n_kv_heads=4, d_model=768, d_mlp=2048, vocab=32768, data="HuggingFaceFW/fineweb-edu", contexts=(1024,), tokens_per_step=262144, accumulate=16, steps=10000, lr=3e-3, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
 
@@ -266,6 +266,7 @@ if __name__ == "__main__":
         watch = (lambda step: evaluate_world(model, corpus, quick=True, device=device)) if cfg.data == "world" else None
         history = train(model, batch, cfg, "llama_block", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key)
         model.to_hf(Path(cfg.out), t.float16)
+        first_goes_on()
         numbers |= {"train_loss": float(np.mean(history["loss"][-20:])), "train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"]}
         print(f"{green}loss {numbers['train_loss']:.3f} nats after {history['tokens'][-1] / 1e6:.2f}M tokens, {history['tokens_per_second']:,.0f} tokens/s; saved to {cfg.out} for transformers{endc}")
         model = Llama.from_folder(cfg.out, device)  # what follows is measured on the file

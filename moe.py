@@ -8,9 +8,8 @@ from typing import Literal
 
 from data import bos_id, load_corpus, str_tokens, to_tokens
 from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, rope_frequencies, write_llama_config
-from tiny_transformer import model_folder
-from train import TrainConfig, context_at, train
-from utils import COLORS, HookPoint, cyan, endc, fail, flags, full_name, gray, green, imshow, label_tokens, line, pick_device, pick_dtype, purple, read_config, run_with_cache, run_with_hooks, save_results, set_seed, show, tensor_table, visible, yellow
+from train import TrainConfig, context_at, first_goes_on, flags, train
+from utils import COLORS, HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, line, model_folder, pick_device, pick_dtype, purple, read_config, run_with_cache, run_with_hooks, save_results, set_seed, show, tensor_table, visible, yellow
 from zero_layer import kind_of, mutual_information
 
 import numpy as np
@@ -206,7 +205,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=8, n_kv_heads=4, d_model=512, n_experts=8, d_expert=1408, vocab=16384, contexts=(512,), tokens_per_step=131072, accumulate=8, steps=10000, lr=3e-3, autocast="on"))  # --hpc: an A100 with 40 GB
     device, numbers = pick_device(cfg.device), {}
     set_seed(cfg.seed)
 
@@ -250,6 +249,7 @@ if __name__ == "__main__":
         watch = lambda step: {f"L{layer}E{e}": share for layer, shares in zip(model.sparse, load_of(routing(model, rows[::4]), shape.n_experts).tolist()) for e, share in enumerate(shares)}
         history = train(model, batch, cfg, "moe", lambda forward, tokens: moe_loss(forward, tokens, shape), watch, max(1, cfg.steps // 20), shape=dataclasses.asdict(shape), data=corpus.key)
         model.to_hf(folder := Path("checkpoints/moe/model"))
+        first_goes_on()
         numbers |= {"train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"]}
         print(f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder} for transformers{endc}")
     experts, layers, about = [f"E{e}" for e in range(shape.n_experts)], [f"L{layer}" for layer in model.sparse], f"{shape.n_layers}-layer {shape.family}, {shape.n_experts} experts, top {shape.top_k}"

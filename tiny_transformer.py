@@ -10,8 +10,8 @@ from typing import Literal
 from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
 from attn_only import Attention, attention_page, repeat_batches
 from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
-from train import TrainConfig, bench_against_hf, keep_freed_memory, next_token_loss, train
-from utils import HookPoint, cyan, endc, fail, flags, full_name, gray, green, imshow, label_tokens, model_folder, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, show_page, take_tensors, tensor_table, visible
+from train import TrainConfig, bench_against_hf, first_goes_on, flags, keep_freed_memory, next_token_loss, train
+from utils import HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, model_folder, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, show_page, take_tensors, tensor_table, visible
 
 import numpy as np
 import plotly.graph_objects as go
@@ -205,7 +205,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, vocab=8192, contexts=(1024,), tokens_per_step=262144, accumulate=16, steps=10000, lr=3e-3, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     shape = dict(n_layers=cfg.n_layers, n_heads=cfg.n_heads, d_model=cfg.d_model, d_mlp=cfg.d_mlp, n_ctx=max(cfg.contexts), positions=cfg.positions, tied=cfg.tied)
@@ -241,6 +241,7 @@ if __name__ == "__main__":
         model = TinyTransformer(TinyConfig(**shape, d_vocab=corpus.d_vocab), corpus.tokenizer)
         history = train(model.to(device), repeat_batches(corpus, cfg), cfg, "tiny_transformer", shape=dataclasses.asdict(model.cfg), data=corpus.key)
         model.to_hf(folder := Path("checkpoints/tiny_transformer"))
+        first_goes_on()
         numbers |= {"train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"], "loss": float(np.mean(history["loss"][-20:]))}
         print(f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, saved to {folder} as a Hugging Face folder{endc}")
     n_layers, n_heads, n_params = model.cfg.n_layers, model.cfg.n_heads, sum(p.numel() for p in model.parameters())

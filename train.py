@@ -1,21 +1,38 @@
-"""The one training loop: AdamW, with Muon for hidden matrices; schedules, context stages, autocast, checkpoints, exact resume."""
+"""The one training loop (Muon and AdamW, exact resume, many processes), and how a script is launched: flags, presets, sweeps, Slurm."""
+import contextlib
+import copy
 import ctypes
 import dataclasses
+import functools
+import hashlib
+import itertools
+import json
 import math
+import os
 import pickle
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
-from utils import BAR, cyan, endc, fail, gray, pick_device, secret, tec, write_aside, yellow
+from utils import BAR, cyan, endc, fail, gray, green, in_kernel, pick_device, purple, red, secret, tec, write_aside, yellow
 
 import torch as t
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
 
@@ -35,6 +52,8 @@ class TrainConfig:
     decay: float = 0.3  # share of the steps (wsd)
     clip: float = 1.0  # gradient norm; 0 does not clip
     autocast: Literal["auto", "on", "off"] = "auto"  # bfloat16 in training: auto is on where it is faster
+    activation_checkpointing: bool = False  # compute each block's activations again in the backward pass: less memory, a third more time
+    fsdp: bool = False  # several processes: share out parameters, gradients and optimizer states (FSDP2), where a copy for each (DDP) does not fit
     compile: bool = False
     wandb: bool = False
     save_every: int = 200  # steps between checkpoints; 0 writes none
@@ -89,7 +108,7 @@ def context_at(step: int, cfg: TrainConfig) -> int:
 
 
 #%% Checkpoints: written aside, then renamed; refused where they do not fit
-FREE = ("resume", "wandb", "save_every", "device", "compile")  # settings that may differ between a run and its continuation
+FREE = ("resume", "wandb", "save_every", "device", "compile", "fsdp", "activation_checkpointing")  # settings that may differ between a run and its continuation
 
 
 def identity(cfg: TrainConfig, **more) -> dict:
@@ -97,10 +116,14 @@ def identity(cfg: TrainConfig, **more) -> dict:
     return {**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(TrainConfig) if field.name not in FREE}, **more}
 
 
-def save_checkpoint(path: Path, run: dict, step: int, model: nn.Module, optimizers: list[t.optim.Optimizer], history: dict) -> None:
+def save_checkpoint(path: Path, run: dict, step: int, model: nn.Module, optimizers: list[dict], history: dict) -> bool:
+    """False where the disk is full: the checkpoint before is kept, and training can go on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = dict(run=run, step=step, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], history=history)
-    write_aside(path, lambda p: t.save(state, p))
+    state = dict(run=run, step=step, model=model.state_dict(), optimizers=optimizers, history=history)
+    try: write_aside(path, lambda p: t.save(state, p))
+    except (OSError, RuntimeError) as error: print(f"{yellow}step {step}: {path} was not written, the one before is kept: {str(error).splitlines()[0]}{endc}")
+    else: return True
+    return False
 
 
 def load_checkpoint(path: Path, run: dict) -> dict:
@@ -112,6 +135,156 @@ def load_checkpoint(path: Path, run: dict) -> dict:
     return state
 
 
+#%% Several processes (torchrun, srun): each takes its share of every batch, the first alone prints and writes
+def processes() -> tuple[int, int]:
+    """(rank, number) of the processes that torchrun or srun started; the first call joins them into one group."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        nodes = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True).stdout.split()
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"], MASTER_ADDR=nodes[0], MASTER_PORT=str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    if int(env.get("WORLD_SIZE", 1)) == 1: return 0, 1
+    if not dist.is_initialized():
+        if t.cuda.is_available(): t.cuda.set_device(int(env["LOCAL_RANK"]) % t.cuda.device_count())
+        dist.init_process_group(timeout=timedelta(hours=2))
+        if dist.get_rank(): sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def first_goes_on() -> None:
+    """Ends all processes but the first: call it after the last training, before what one process does alone."""
+    rank, size = processes()
+    if size == 1: return
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank: raise SystemExit(0)
+    os.environ.update(RANK="0", WORLD_SIZE="1")
+
+
+def share_of(rows: Tensor, rank: int, size: int) -> tuple[Tensor, float]:
+    """This process's rows, and the weight of their mean that makes the mean over processes the mean over all rows. Without rows: one row of weight 0, so that nobody waits."""
+    mine = rows[rank::size]
+    return (mine, len(mine) * size / len(rows)) if len(mine) else (rows[:1], 0.0)
+
+
+def agree(loss: float, stop: int, size: int) -> tuple[float, int]:
+    """(mean loss, highest signal) of all processes."""
+    if size == 1: return loss, stop
+    both = t.tensor([loss / size, stop], dtype=t.float64)
+    dist.all_reduce(both[:1]), dist.all_reduce(both[1:], dist.ReduceOp.MAX)
+    return both[0].item(), int(both[1])
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are shared out over all processes, block by block."""
+    from torch.distributed.fsdp import fully_shard  # 3 s
+    for p in model.parameters(): dist.broadcast(p.data, 0)
+    model = copy.deepcopy(model)
+    for block in getattr(model, "blocks", []): fully_shard(block)
+    return fully_shard(model)
+
+
+@t.no_grad()
+def collect(model: nn.Module, parts: nn.Module) -> None:
+    """Whole parameters from the sharded copy into the model, one at a time."""
+    for whole, part in zip(model.parameters(), parts.parameters(), strict=True): whole.copy_(part.full_tensor())
+
+
+def whole_state(optimizer: t.optim.Optimizer) -> dict:
+    """Its state_dict with whole tensors, so that a checkpoint fits any number of processes."""
+    return t.utils._pytree.tree_map(lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x, optimizer.state_dict())
+
+
+def load_state(optimizer: t.optim.Optimizer, saved: dict) -> None:
+    from torch.distributed.tensor import distribute_tensor
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    part = lambda p, x: distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if hasattr(p, "full_tensor") and x.shape == p.shape else x
+    optimizer.load_state_dict({**saved, "state": {i: {key: part(params[i], x) for key, x in state.items()} for i, state in saved["state"].items()}})
+
+
+#%% Memory: what a run will need, what to lower when it was too much, analysis that halves its batch
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, t.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halving[Out](fn: Callable[[Any], Out], rows: Any, batch: int) -> Iterator[Out]:
+    """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
+    start = 0
+    while start < len(rows):
+        try: out, fits = fn(rows[start:start + batch]), True
+        except (t.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error): raise
+            if batch == 1: fail(f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({str(error).splitlines()[0]})")
+            fits = False
+        if fits:
+            yield out
+            start += batch
+        else:  # out here the failed call's tensors are free
+            tec()
+            batch = -(-batch // 2)
+            print(f"{yellow}out of memory: going on with {batch} rows at a time{endc}")
+
+
+def expected_memory(make_model: Callable[[], nn.Module], cfg: TrainConfig, device: str = "cuda", low: bool = True) -> dict[str, float]:
+    """Gigabytes of one process at the peak of a step, from shapes alone (no such device is needed). low: bfloat16 autocast. Not for models whose shapes depend on data (experts)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    saved: dict[int, Tensor] = {}
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage()._cdata] = x
+        return x
+    before = t.is_autocast_enabled(device), t.get_autocast_dtype(device)
+    with FakeTensorMode(), t.device(device):
+        model, ctx = make_model(), max(cfg.contexts)
+        optimizers = make_optimizers(model, cfg)
+        if cfg.activation_checkpointing: recompute_blocks(model)
+        try:  # autocast() itself refuses a device that is not there
+            t.set_autocast_enabled(device, low), t.set_autocast_dtype(device, t.bfloat16)
+            with t.autograd.graph.saved_tensors_hooks(pack, lambda x: x): next_token_loss(model, t.zeros(cfg.tokens_per_step // cfg.accumulate // ctx, ctx, dtype=t.long))
+        finally: t.set_autocast_enabled(device, before[0]), t.set_autocast_dtype(device, before[1])
+        for p in model.parameters(): saved.pop(p.untyped_storage()._cdata, None)
+        states = sum(p.numel() * p.element_size() * (1 if isinstance(o, t.optim.Muon) else 2) for o in optimizers for group in o.param_groups for p in group["params"])
+        weights, sizes = sum(p.numel() * p.element_size() for p in model.parameters()), [x.untyped_storage().nbytes() for x in saved.values()]
+    parts = dict(parameters=weights, gradients=weights, optimizer=states, activations=sum(sizes) + 2 * max(sizes))  # the largest, the logits, has its gradient beside it, twice for a moment
+    return {name: size / 1e9 for name, size in {**parts, "total": sum(parts.values())}.items()}
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    for block in model.blocks: block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+#%% Signals: preemption and time limits save at the end of a step; a Slurm job goes back to the queue
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The signals (SIGTERM, SIGUSR1, SIGUSR2) that arrived inside the context, which are otherwise ignored there."""
+    caught: list[int] = []
+    if in_kernel() or threading.current_thread() is not threading.main_thread(): return (yield caught)
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try: yield caught
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
+
+
+def slurm_id() -> str | None:
+    """Of the job this process runs in: 12, or 12_3 in an array."""
+    env = os.environ
+    return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in env else env.get("SLURM_JOB_ID")
+
+
+def in_queue(job: str) -> str:
+    """'PENDING (Priority)', 'RUNNING (None)' ...; nothing once it has left the queue."""
+    if not shutil.which("squeue"): return ""
+    asked = subprocess.run(["squeue", "--noheader", "--array", "--jobs", job, "--format", "%T (%r)"], capture_output=True, text=True)
+    return f"UNKNOWN ({asked.stderr.strip()})" if asked.returncode and "Invalid job id" not in asked.stderr else asked.stdout.strip()
+
+
+def give_way(number: int, rank: int, at: str) -> NoReturn:
+    """The checkpoint is written. A preempted job requeues itself, a cancelled one is no longer RUNNING and just ends."""
+    job = slurm_id()
+    requeue = rank == 0 and job is not None and in_queue(job).startswith("RUNNING")
+    print(f"{yellow}{signal.Signals(number).name}: saved {at}; {f'job {job} goes back to the queue' if requeue else 'go on with --resume'}{endc}", flush=True)
+    if requeue: subprocess.run(["scontrol", "requeue", job], check=True)
+    raise SystemExit(128 + number if rank == 0 else 0)
+
+
 #%% The loop
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over all positions but the first."""
@@ -121,58 +294,79 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def train(
     model: nn.Module, batch: Callable[[int], Tensor], cfg: TrainConfig, name: str, loss_fn: Callable = next_token_loss,
-    watch: Callable[[int], dict] | None = None, watch_every: int = 50, tokens_per_batch: int | None = None, **fits,
+    watch: Callable[[int], dict] | None = None, watch_every: int = 50, tokens_per_batch: int | None = None, split: bool = True, **fits,
 ) -> dict:
     """
-    Train in place. batch(i) gives micro-batch i and must depend on i alone, so that a resumed run sees the same data.
-    watch(step) -> numbers to keep, every watch_every steps. Returns the history: step, tokens, loss, watch, seconds, tokens_per_second.
+    Train in place. batch(i) gives micro-batch i and must depend on i alone, so that a resumed run sees the same data; several processes split its rows,
+    over which loss_fn(model, rows) averages (split=False: each takes them all). watch(step) -> numbers to keep, every watch_every steps, on every process.
+    Returns the history: step, tokens, loss, watch, seconds, tokens_per_second.
     The checkpoint is checkpoints/<name>.pt; fits: what else it must share with the run (data, model shape).
     """
-    device, path = pick_device(cfg.device), Path("checkpoints") / f"{name}.pt"
-    model.to(device).train()
+    (rank, size), device, path = processes(), pick_device(cfg.device), Path("checkpoints") / f"{name}.pt"
+    if cfg.fsdp and size == 1: fail("--fsdp shares a model out over several processes: start them by torchrun --nproc-per-node N, or --slurm --slurm-gpus N")
+    model.to("cpu" if cfg.fsdp else device).train()
     if device == "cpu": keep_freed_memory()
     low = cfg.autocast == "on" or (cfg.autocast == "auto" and bf16_is_faster(device))
-    optimizers = make_optimizers(model, cfg)
     history: dict = {"step": [], "tokens": [], "loss": [], "watch": [], "seconds": 0.0}
-    run, first = identity(cfg, **fits), 0
+    run, state, first = identity(cfg, **fits), None, 0
     if cfg.resume and path.exists():
         state = load_checkpoint(path, run)
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True): optimizer.load_state_dict(saved)
         history, first = state["history"], state["step"]
         print(f"{gray}resumed {path} at step {first} of {cfg.steps}{endc}")
     elif cfg.resume: print(f"{yellow}--resume: no checkpoint {path} yet, starting from step 0{endc}")
-    forward = t.compile(model) if cfg.compile else model
-    board = start_wandb(name, run) if cfg.wandb else None
-    seen, clock = history["tokens"][-1] if history["tokens"] else 0, time.perf_counter()
-    bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"{name}", **BAR)
-    for step in bar:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups: group["lr"] = group["base_lr"] * schedule(step, cfg)
-        total = 0.0
-        for micro in range(cfg.accumulate):
-            tokens = batch(step * cfg.accumulate + micro).to(device)
-            with t.autocast(device.split(":")[0], t.bfloat16, enabled=low): loss = loss_fn(forward, tokens)
-            (loss / cfg.accumulate).backward()
-            total, seen = total + loss.item() / cfg.accumulate, seen + (tokens_per_batch or tokens.numel())
-        if not math.isfinite(total): fail(f"the loss is {total} at step {step}: lower --lr and --muon-lr")
-        if cfg.clip: nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        last = step + 1 == cfg.steps
-        history["step"].append(step + 1), history["tokens"].append(seen), history["loss"].append(total)
-        if watch and ((step + 1) % watch_every == 0 or last):
-            model.eval()
-            history["watch"].append({"step": step + 1, "tokens": seen, **watch(step + 1)})
-            assert all(type(value) in (int, float) for value in history["watch"][-1].values()), "watch returns Python numbers: they go into the checkpoint"
-            model.train()
-        if board: board.log({"loss": total, "tokens": seen, **{k: v for k, v in (history["watch"][-1] if history["watch"] else {}).items() if isinstance(v, float)}}, step=step)
-        if step % 10 == 0 or last: bar.set_description(f"{name} loss {cyan}{total:.3f}{endc} nats {seen / 1e6:.2f}M tokens")
-        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            now = time.perf_counter()
-            history["seconds"], clock = history["seconds"] + now - clock, now
-            if cfg.save_every: save_checkpoint(path, run, step + 1, model, optimizers, history)
+    work = sharded(model) if cfg.fsdp else model
+    if cfg.activation_checkpointing: recompute_blocks(work)
+    optimizers = make_optimizers(work, cfg)
+    for optimizer, saved in zip(optimizers, state["optimizers"] if state else []): load_state(optimizer, saved)
+    forward = ddp = nn.parallel.DistributedDataParallel(work, find_unused_parameters=True) if size > 1 and not cfg.fsdp else work
+    if cfg.compile: forward = t.compile(forward)
+    board = start_wandb(name, run) if cfg.wandb and rank == 0 else None
+    seen, start = history["tokens"][-1] if history["tokens"] else 0, time.perf_counter() - history["seconds"]
+    bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"{name}", disable=rank > 0, **BAR)
+    with caught_signals() as caught:
+        for step in bar:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups: group["lr"] = group["base_lr"] * schedule(step, cfg)
+            total = 0.0
+            try:
+                for micro in range(cfg.accumulate):
+                    tokens = batch(step * cfg.accumulate + micro)
+                    seen += tokens_per_batch or tokens.numel()
+                    tokens, weight = share_of(tokens, rank, size) if split else (tokens, 1.0)
+                    with ddp.no_sync() if ddp is not work and micro + 1 < cfg.accumulate else contextlib.nullcontext():
+                        with t.autocast(device.split(":")[0], t.bfloat16, enabled=low): loss = loss_fn(forward, tokens.to(device)) * weight / cfg.accumulate
+                        loss.backward()
+                    total += loss.item()
+                total, stop = agree(total, max(caught, default=0), size)
+                if not math.isfinite(total): fail(f"the loss is {total} at step {step}: lower --lr and --muon-lr")
+                if cfg.clip: nn.utils.clip_grad_norm_(work.parameters(), cfg.clip)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            except (t.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error): raise
+                fail(f"out of memory at step {step} with {tokens.numel() // size} tokens at once: raise --accumulate ({cfg.accumulate}), lower --tokens-per-step ({cfg.tokens_per_step}) or --contexts, or set --activation-checkpointing{' or --fsdp' * (size > 1)}")
+            last = step + 1 == cfg.steps
+            history["step"].append(step + 1), history["tokens"].append(seen), history["loss"].append(total)
+            if watch and ((step + 1) % watch_every == 0 or last):
+                if cfg.fsdp: collect(model.to(device), work)
+                model.eval()
+                history["watch"].append({"step": step + 1, "tokens": seen, **watch(step + 1)})
+                assert all(type(value) in (int, float) for value in history["watch"][-1].values()), "watch returns Python numbers: they go into the checkpoint"
+                model.to("cpu" if cfg.fsdp else device).train()
+            if board: board.log({"loss": total, "tokens": seen, **{k: v for k, v in (history["watch"][-1] if history["watch"] else {}).items() if isinstance(v, float)}}, step=step)
+            if step % 10 == 0 or last: bar.set_description(f"{name} loss {cyan}{total:.3f}{endc} nats {seen / 1e6:.2f}M tokens")
+            if stop or (cfg.save_every and (last or (step + 1) % cfg.save_every == 0)):
+                history["seconds"] = time.perf_counter() - start
+                if cfg.fsdp: collect(model, work)
+                states = [whole_state(optimizer) for optimizer in optimizers]
+                saved = rank > 0 or save_checkpoint(path, run, step + 1, model, states, history)
+            if stop: give_way(stop, rank, f"{path} at step {step + 1} of {cfg.steps}" if saved else "nothing new")
+    history["seconds"] = time.perf_counter() - start
+    if cfg.fsdp: collect(model.to(device), work)
+    if cfg.activation_checkpointing and not cfg.fsdp:
+        for block in model.blocks: del block.forward
     if board: board.finish()
     tec()
     model.eval()
@@ -205,3 +399,191 @@ def bench_against_hf(ours: nn.Module, hf_model: nn.Module, tokens: Tensor, pairs
         took = [seconds(*runs[j]) for j in ((0, 1) if i % 2 else (1, 0))]
         ratios.append(took[1] / took[0] if i % 2 else took[0] / took[1])
     return sorted(ratios)[pairs // 2]
+
+
+#%% Launching: flags with a preset for big machines, sweeps, Slurm through submitit
+@dataclass
+class Launch:
+    hpc: bool = False  # start from the preset for an A100 with 40 GB; flags given still win
+    sweep: tuple[str, ...] = ()  # seed=0,1,2 n_layers=1,2: one run for each value or combination, in a folder of its own; the same command again runs what is missing and shows all
+    slurm: bool = False  # submit to Slurm instead of running here, a sweep as one job array; prints job id and log, and returns
+    slurm_wait: bool = False  # submit, follow the log, and exit with the job's status
+    slurm_partition: str | None = None
+    slurm_account: str | None = None
+    slurm_constraint: str | None = None
+    slurm_nodes: int = 1
+    slurm_gpus: int = 1  # per node, with a process for each; 0 is one process without
+    slurm_cpus: int = 8  # per process
+    slurm_mem: int | None = None  # GB per node
+    slurm_time: int = 240  # minutes; before they are over the run is saved, requeued and resumed
+    slurm_parallel: int = 16  # tasks of an array at a time
+
+
+@dataclass
+class Task:
+    """One run of a script. submitit pickles it and calls it in the job; after a signal it is called again."""
+    script: str
+    args: list[str]
+    cwd: Path  # where it runs
+    folder: Path  # where it leaves `done`
+
+    def __call__(self) -> None:
+        os.chdir(self.cwd)
+        sys.argv = [self.script, *self.args]
+        try: runpy.run_path(self.script, run_name="__main__")
+        except SystemExit as end:
+            if end.code: raise
+        if int(os.environ.get("SLURM_PROCID", 0)) == 0: (self.folder / "done").touch()
+
+    def checkpoint(self):
+        from submitit.helpers import DelayedSubmission
+        return DelayedSubmission(self)
+
+
+def flags[Config](config: type[Config], description: str = "", hpc: Config | None = None, sweep: str | None = None) -> Config:
+    """
+    A dataclass of settings from the command line: one --flag per field, and Launch's; in a notebook, its defaults. hpc: the preset of --hpc.
+    sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips finished values and gathers them by itself.
+    """
+    if in_kernel(): return config()
+    import tyro
+    argv, script = sys.argv[1:], Path(sys.argv[0]).resolve()
+    if "--hpc" in argv and hpc is None: fail(f"{script.name} has no --hpc preset")
+
+    def parse(args: list[str]) -> tuple[Config, Launch]:
+        kinds = dict(script=(config, hpc if "--hpc" in args else config()), launch=(Launch, Launch()))
+        both = dataclasses.make_dataclass("Settings", [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=tyro.MISSING)) for name, (kind, _) in kinds.items()])
+        parsed = tyro.cli(tyro.conf.OmitArgPrefixes[both], args=args, description=description, default=both(*(default for _, default in kinds.values())))
+        return parsed.script, parsed.launch
+
+    cfg, launch = parse(argv)
+    launch.slurm |= launch.slurm_wait
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and hasattr(cfg, "resume"): cfg = dataclasses.replace(cfg, resume=True)
+    own = launch.slurm and sweep and not launch.sweep and len(getattr(cfg, sweep)) > 1
+    axes = {sweep: [str(x) for x in getattr(cfg, sweep)]} if own else read_sweep(launch.sweep, cfg)
+    if not axes and not launch.slurm:
+        processes()
+        return cfg
+    results = Path("results").absolute() / script.stem
+    fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in (*axes, *FREE)}
+    place = results / f"{'sweep' if axes else 'run'}-{hashlib.sha256(json.dumps([fixed, sorted(axes)], default=str).encode()).hexdigest()[:8]}"
+    tasks = {}
+    for values in itertools.product(*axes.values()):
+        name = ",".join(f"{field}={value}" for field, value in zip(axes, values)) or script.stem
+        args = [*argv, *(word for field, value in zip(axes, values) for word in as_flag(cfg, field, value)), "--sweep", "--no-slurm", "--no-slurm-wait"]  # the last of a flag's values holds
+        parse(args)  # refuses a wrong value now
+        folder, elsewhere = place / name.replace("/", "-"), bool(axes) and not own
+        if elsewhere: args = [str(Path(arg).absolute()) if "/" in arg and Path(arg).exists() else arg for arg in args]
+        tasks[name] = Task(str(script), args, folder if elsewhere else Path.cwd(), folder)
+    if axes: print(f"{purple}=== {len(tasks)} runs of {script.name}, kept in {place} ==={endc}")
+    failed = compute({name: task for name, task in tasks.items() if not axes or not (task.folder / "done").exists()}, launch, results / "slurm")
+    if launch.slurm and not launch.slurm_wait and failed is not None: raise SystemExit(0)
+    done = {name: task for name, task in tasks.items() if (task.folder / "done").exists()}
+    if axes: print(f"{green if len(done) == len(tasks) else yellow}{len(done)} of {len(tasks)} runs are done{endc}")
+    if own and len(done) == len(tasks): return cfg
+    if axes and done and not own: gather(done, place)
+    raise SystemExit(1 if failed else 0)
+
+
+def read_sweep(given: tuple[str, ...], cfg: object) -> dict[str, list[str]]:
+    axes = {name.replace("-", "_"): values for name, _, values in (part.partition("=") for part in given)}
+    for name, values in axes.items():
+        if not hasattr(cfg, name) or not values: fail(f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; settings: {', '.join(f.name for f in dataclasses.fields(cfg))}")
+    return {name: list(dict.fromkeys(values.split(","))) for name, values in axes.items()}
+
+
+def as_flag(cfg: object, name: str, value: str) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(getattr(cfg, name), bool): return [f"--{flag}" if value.lower() == "true" else f"--no-{flag}"]
+    return [f"--{flag}", value]
+
+
+def compute(tasks: dict[str, Task], launch: Launch, logs: Path) -> list[str] | None:
+    """Run or submit those that are not in the queue already; the names of those that failed, None if there was nothing to do."""
+    missing = {}
+    for name, task in tasks.items():
+        job, log = ticket(task)
+        if job and (state := in_queue(job)): print(f"{gray}{name}: job {job} is {state}, log {log}{endc}")
+        else:
+            if job and not (task.folder / "done").exists(): show_end(name, log)
+            missing[name] = task
+            task.folder.mkdir(parents=True, exist_ok=True)
+            (task.folder / "done").unlink(missing_ok=True)
+            if task.cwd == task.folder and not (link := task.folder / "checkpoints/data").is_symlink():  # the text is tokenized once
+                (cache := Path("checkpoints/data").absolute()).mkdir(parents=True, exist_ok=True)
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(cache)
+    if not tasks: return None
+    if launch.slurm:
+        if missing: submit(missing, launch, logs)
+        return follow(tasks) if launch.slurm_wait else []
+    failed = []
+    for name, task in missing.items():
+        print(f"{purple}=== {name} ==={endc}", flush=True)
+        code = subprocess.run([sys.executable, task.script, *task.args], cwd=task.cwd).returncode
+        if code == 0: (task.folder / "done").touch()
+        else:
+            failed.append(name)
+            print(f"{red}{name} failed (exit {code}); the others go on{endc}")
+    return failed
+
+
+def submit(tasks: dict[str, Task], launch: Launch, logs: Path) -> None:
+    """One job, or one array with a task for each."""
+    if not shutil.which("sbatch"): fail("--slurm: there is no sbatch here: run this on a login node of the cluster, or leave --slurm out")
+    import submitit
+    repo, n = Path(__file__).parent, max(1, launch.slurm_gpus)
+    executor = submitit.SlurmExecutor(logs, max_num_timeout=10**6)
+    asked = dict(partition=launch.slurm_partition, account=launch.slurm_account, constraint=launch.slurm_constraint, mem=launch.slurm_mem and f"{launch.slurm_mem}GB", gpus_per_node=launch.slurm_gpus or None)
+    executor.update_parameters(
+        job_name=logs.parent.name, time=launch.slurm_time, nodes=launch.slurm_nodes, ntasks_per_node=n, cpus_per_task=launch.slurm_cpus, array_parallelism=launch.slurm_parallel,
+        signal_delay_s=120, stderr_to_stdout=True, setup=[f"export PYTHONPATH={shlex.quote(str(repo))}:$PYTHONPATH"], srun_args=["--kill-on-bad-exit=1"], additional_parameters={"requeue": True},
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+    try:
+        with executor.batch(): jobs = [executor.submit(task) for task in tasks.values()]
+    except submitit.core.utils.FailedJobError as error: fail(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}")
+    for (name, task), job in zip(tasks.items(), jobs):
+        (task.folder / "job").write_text(f"{job.job_id}\n{job.paths.stdout}\n")
+        print(f"{green}{name}: job {job.job_id}, log {job.paths.stdout}{endc}")
+
+
+def ticket(task: Task) -> tuple[str, str]:
+    """Job id and log of its last submission."""
+    path = task.folder / "job"
+    return tuple(path.read_text().splitlines()) if path.exists() else ("", "")
+
+
+def show_end(name: str, log: str | Path) -> None:
+    lines = Path(log).read_text().splitlines()[-8:] if Path(log).exists() else ["(no log was written)"]
+    print(f"{red}{name} failed; its log {log} ends:{endc}", *lines, sep="\n")
+
+
+def follow(tasks: dict[str, Task]) -> list[str]:
+    """Wait for the jobs of tasks, print the log of a single one as it grows and the last lines of those that fail; the names of these."""
+    states, read = dict.fromkeys(tasks, "new"), 0
+    while any(states.values()):
+        time.sleep(1)
+        for name, task in tasks.items():
+            if not states[name]: continue
+            job, log = ticket(task)
+            state = in_queue(job)
+            if state and state != states[name]: print(f"{gray}{name}: {state}{endc}", flush=True)
+            states[name] = state
+            if len(tasks) == 1 and Path(log).exists():
+                print((new := Path(log).read_text()[read:]), end="", flush=True)
+                read += len(new)
+            if state: continue
+            time.sleep(1)  # for a network file system
+            if (task.folder / "done").exists(): print(f"{green}{name}: job {job} is done{endc}")
+            else: show_end(name, log)
+    return [name for name, task in tasks.items() if not (task.folder / "done").exists()]
+
+
+def gather(done: dict[str, Task], place: Path) -> None:
+    """The single numbers of all runs as a table, and everything they wrote in sweep.json."""
+    found = {name: {key: value for file in sorted((task.cwd / "results").glob("*.json")) for key, value in json.loads(file.read_text()).items()} for name, task in done.items()}
+    rows = [key for key in dict.fromkeys(key for numbers in found.values() for key in numbers) if any(isinstance(numbers.get(key), int | float) for numbers in found.values())]
+    print(tabulate([[key, *(numbers.get(key) for numbers in found.values())] for key in rows], headers=["", *found], floatfmt=".4g"))
+    write_aside(place / "sweep.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    print(f"{gray}numbers: {place / 'sweep.json'}{endc}")

@@ -83,13 +83,6 @@ def in_kernel() -> bool:
     """True in Jupyter and VS Code cells, where argv belongs to the kernel; `%run script.py --flags` is a script."""
     return "kernel_launcher" in sys.argv[0]
 
-
-def flags[Config](config: type[Config], description: str = "") -> Config:
-    """A dataclass of settings from the command line: one --flag per field; in a notebook, its defaults."""
-    if in_kernel(): return config()
-    import tyro
-    return tyro.cli(config, description=description)
-
 #%% Figures and results: a notebook shows figures, a script writes them
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
 

@@ -1,9 +1,14 @@
 import dataclasses
+import json
 import math
+import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch as t
@@ -12,7 +17,7 @@ from conftest import ROOT
 
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
 from data import load_corpus
-from train import TrainConfig, bf16_is_faster, context_at, make_optimizers, next_token_loss, schedule, train
+from train import TrainConfig, bf16_is_faster, context_at, expected_memory, flags, halving, make_optimizers, next_token_loss, recompute_blocks, schedule, train
 from utils import set_seed
 
 SMALL = AttnOnlyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_vocab=20, n_ctx=16)
@@ -121,3 +126,285 @@ def test_uniform_logits_lose_log_vocab():
 
 def test_probe_answers():
     assert isinstance(bf16_is_faster("cpu"), bool)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_saves_after_the_step_and_the_run_resumes_exactly(number, capsys):
+    def interrupted(i):
+        if i == 5: os.kill(os.getpid(), number)
+        return batch(i)
+    before, cfg = signal.getsignal(number), dataclasses.replace(CFG, save_every=0)
+    with pytest.raises(SystemExit) as stopped: train(fresh(), interrupted, cfg, "x")
+    assert stopped.value.code == 128 + number and "go on with --resume" in capsys.readouterr().out
+    assert t.load("checkpoints/x.pt")["step"] == 6 and signal.getsignal(number) == before
+    assert train(fresh(seed=3), batch, dataclasses.replace(cfg, resume=True), "x")["loss"] == train(fresh(), batch, cfg, "whole")["loss"]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_training(tmp_path, capsys):
+    """A limit on file size stands for the full disk: write() fails in the middle of the file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def filling(i):
+        if i == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        return batch(i)
+    try: history = train(fresh(), filling, CFG, "x")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(history["loss"]) == CFG.steps and t.load("checkpoints/x.pt")["step"] == 4
+    assert capsys.readouterr().out.count("was not written, the one before is kept") == 2 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["x.pt"]
+
+
+def out_of_memory(*_): raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def test_out_of_memory_in_training_says_which_flag_to_lower():
+    with pytest.raises(SystemExit, match=r"64 tokens at once: raise --accumulate \(1\), lower --tokens-per-step \(4096\)"): train(fresh(), batch, CFG, "x", loss_fn=out_of_memory)
+
+
+def test_analysis_halves_its_batch_with_the_same_numbers(capsys):
+    rows, sizes = t.randn(23, 4), []
+    def fn(part):
+        sizes.append(len(part))
+        return part.square().sum(1) if len(part) <= 3 else out_of_memory()
+    assert t.equal(t.cat(list(halving(fn, rows, 10))), rows.square().sum(1))
+    assert sizes == [10, 5, *[3] * 7, 2] and capsys.readouterr().out.count("out of memory: going on with") == 2
+    with pytest.raises(SystemExit, match="on a single row"): list(halving(out_of_memory, rows, 8))
+    with pytest.raises(RuntimeError, match="shapes"): list(halving(lambda part: part @ part, rows, 8))
+
+
+def test_recomputed_activations_change_no_number_and_leave_the_model_as_it_was():
+    model, cfg = fresh(), dataclasses.replace(CFG, save_every=0)
+    recomputed = train(model, batch, dataclasses.replace(cfg, activation_checkpointing=True), "x")
+    assert recomputed["loss"] == train(fresh(), batch, cfg, "x")["loss"] and not any("forward" in vars(block) for block in model.blocks)
+
+
+@pytest.mark.parametrize("changes", [{}, {"autocast": "on"}, {"activation_checkpointing": True}, {"accumulate": 4}])
+def test_expected_memory_is_what_torch_tracks(changes):
+    """Against torch's own tracker of a whole step, forward and backward, on shapes alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    make = lambda: AttnOnly(AttnOnlyConfig(n_layers=4, n_heads=8, d_model=256, d_head=32, d_vocab=4096, n_ctx=256, positions="rotary"))
+    cfg = TrainConfig(contexts=(256,), tokens_per_step=16384, optimizer="adamw", **changes)
+    expected = expected_memory(make, cfg, "cpu", cfg.autocast == "on")
+    with FakeTensorMode():
+        model, tracker = make(), MemTracker()
+        if cfg.activation_checkpointing: recompute_blocks(model)
+        tracker.track_external(model)
+        with tracker, t.autocast("cpu", t.bfloat16, enabled=cfg.autocast == "on"): next_token_loss(model, t.zeros(64 // cfg.accumulate, 256, dtype=t.long)).backward()
+    tracked = tracker.get_tracker_snapshot("peak")[t.device("cpu")]["Total"] / 1e9 + expected["optimizer"]
+    assert expected["total"] == pytest.approx(tracked, rel=0.1) and expected["total"] == pytest.approx(sum(expected[name] for name in ("parameters", "gradients", "optimizer", "activations")))
+    assert expected["optimizer"] == 2 * expected["parameters"] == 2 * 4e-9 * sum(p.numel() for p in make().parameters())
+
+
+#%% Launching
+TINY = '''"""A tiny training run."""
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train import TrainConfig, first_goes_on, flags, train
+
+import torch as t
+import torch.nn as nn
+
+
+@dataclass
+class Config(TrainConfig):
+    steps: int = 6
+    width: int = 8
+    models: tuple[str, ...] = ("a",)
+    tied: bool = False
+    pause: float = 0.0
+    autocast: str = "off"
+    save_every: int = 1000
+    device: str = "cpu"
+
+
+if __name__ == "__main__":
+    cfg = flags(Config, __doc__, hpc=Config(width=64, steps=1000), sweep="models")
+    if not cfg.width: raise ValueError("a model without width")
+    t.manual_seed(cfg.seed)
+    model = nn.Sequential(nn.Embedding(20, cfg.width), nn.Linear(cfg.width, 20))
+    def batch(i):
+        time.sleep(cfg.pause)
+        return t.randint(20, (5, 16), generator=t.Generator().manual_seed(i))
+    loss = train(model, batch, cfg, f"tiny_{cfg.models[0]}", width=cfg.width)["loss"]
+    first_goes_on()
+    for model in cfg.models:
+        path = Path(f"results/tiny_{model}.json")
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists(): path.write_text(json.dumps({"loss": loss[-1], "steps": len(loss), "model": model, "config": asdict(cfg)}))
+    print("models", *sorted(file.stem for file in Path("results").glob("tiny_*.json")))
+'''
+
+
+@dataclasses.dataclass
+class Settings(TrainConfig):
+    width: int = 8
+    models: tuple[str, ...] = ("a",)
+    tied: bool = False
+
+
+def call(monkeypatch, *args: str, **more) -> Settings:
+    monkeypatch.setattr(sys, "argv", ["script.py", *args])
+    return flags(Settings, "A script.", hpc=Settings(width=64, compile=True), **more)
+
+
+def test_the_preset_of_the_big_machine_yields_to_flags(monkeypatch):
+    assert call(monkeypatch) == Settings() and call(monkeypatch, "--seed", "3") == Settings(seed=3)
+    assert call(monkeypatch, "--hpc") == Settings(width=64, compile=True)
+    assert call(monkeypatch, "--width", "7", "--hpc") == Settings(width=7, compile=True)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--hpc"])
+    with pytest.raises(SystemExit, match="no --hpc preset"): flags(Settings)
+
+
+def test_a_notebook_launches_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "--slurm", "-f", "x.json"])
+    assert flags(Settings, "A script.", hpc=Settings(width=64)) == Settings()
+
+
+def test_help_has_the_settings_first_and_the_launch_apart(monkeypatch, capsys):
+    with pytest.raises(SystemExit): call(monkeypatch, "--hpc", "--help")
+    out = capsys.readouterr().out
+    assert out.index("--steps") < out.index("launch options") < out.index("--slurm-partition") and "default: 64" in out
+
+
+def test_wrong_launches_get_one_line(monkeypatch, capsys):
+    for args, words in [(["--sweep", "sed=1,2"], "sed=1,2: write a setting"), (["--sweep", "seed"], "seed=0,1,2"), (["--slurm"], "no sbatch here")]:
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(SystemExit, match=words): call(monkeypatch, *args)
+    with pytest.raises(SystemExit): call(monkeypatch, "--sweep", "seed=1,two")
+    assert "two" in capsys.readouterr().err
+
+
+def test_a_restarted_job_resumes(monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert call(monkeypatch).resume
+
+
+def test_a_sweep_goes_on_after_a_failure_and_computes_only_what_is_missing(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    def run(*args): return subprocess.run([sys.executable, "tiny.py", *args], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = run("--sweep", "width=8,0", "seed=1")
+    folder, = (tmp_path / "results/tiny").glob("sweep-*")
+    assert done.returncode == 1 and "width=0,seed=1 failed (exit 1); the others go on" in done.stdout and "1 of 2 runs are done" in done.stdout, done.stdout
+    numbers = json.loads((folder / "sweep.json").read_text())
+    assert list(numbers) == ["width=8,seed=1"] and numbers["width=8,seed=1"]["config"]["seed"] == 1 and numbers["width=8,seed=1"]["steps"] == 6
+    (kept := folder / "width=8,seed=1/results/tiny_a.json").write_text(kept.read_text().replace('"steps": 6', '"steps": 77', 1))
+    (folder / "width=0,seed=1/done").touch()  # as if it had been finished elsewhere
+    again = run("--sweep", "width=8,0", "seed=1")
+    assert again.returncode == 0 and "2 of 2 runs are done" in again.stdout and "77" in again.stdout and "===" not in again.stdout.split("\n", 1)[1], again.stdout
+
+
+#%% Several processes: the same global batch gives the same losses
+TWO = """
+import dataclasses, json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_train import CFG, Halves, batch, fresh, odd
+from train import first_goes_on, next_token_loss, processes, train
+import torch as t
+rank, size = processes()
+found = {{}}
+def go(name, batch, watch=None, model=None, **changes):
+    model = model or fresh(seed=rank)  # the first one's weights count
+    h = train(model, batch, dataclasses.replace(CFG, save_every=6, **changes), name, watch=watch and (lambda step: {{"loss": next_token_loss(model, batch(0)).item()}}), watch_every=5)
+    found[name] = {{"loss": h["loss"], "tokens": h["tokens"][-1], "watch": [w.get("loss") for w in h["watch"]], "norm": sum(p.norm().item() for p in model.parameters())}}
+go("even", batch, watch=True)
+go("odd", odd)
+go("one", lambda i: batch(i)[:1])
+go("accumulate", odd, accumulate=2)
+go("idle", odd, model=Halves())
+go("recompute", odd, activation_checkpointing=True)
+go("fsdp", odd, watch=True, fsdp=True)
+go("fsdp_adamw", odd, fsdp=True, optimizer="adamw", activation_checkpointing=True)
+class Cut(Exception): pass
+def cut(i):
+    if i == 8: raise Cut
+    return odd(i)
+try: go("fsdp_cut", cut, fsdp=True)
+except Cut: go("fsdp_cut", odd, fsdp=True, resume=True)
+if rank: open("rank1.json", "w").write(json.dumps(found))
+print("from rank", rank)
+first_goes_on()
+assert processes() == (0, 1)
+open("rank0.json", "w").write(json.dumps(found))
+"""
+
+
+class Halves(nn.Module):
+    """Two experts, one for each row: a process may leave one without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        t.manual_seed(0)
+        self.embed, self.experts, self.out = nn.Embedding(20, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.Linear(8, 20)
+
+    def forward(self, tokens):
+        choice, x = tokens[:, 0] % 2, self.embed(tokens)
+        return self.out(t.cat([self.experts[i](x[choice == i]) for i in (0, 1) if (choice == i).any()])[t.cat([t.where(choice == i)[0] for i in (0, 1)]).argsort()])
+
+
+def odd(i: int) -> t.Tensor: return t.randint(20, (5, 16), generator=t.Generator().manual_seed(i))  # 5 rows: 3 for one process, 2 for the other
+
+
+def start_two(code: str, folder: Path) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    return [subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found, and the folder they ran in."""
+    folder = tmp_path_factory.mktemp("two")
+    processes = start_two(TWO.format(root=str(ROOT), tests=str(ROOT / "tests")), folder)
+    out = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], out[0][1] + out[1][1]
+    assert out[0][0].endswith("from rank 0\n") and out[1][0] == ""  # the first alone prints
+    return json.loads((folder / "rank0.json").read_text()), json.loads((folder / "rank1.json").read_text()), folder
+
+
+ALONE = {"even": (batch, {}), "odd": (odd, {}), "one": (lambda i: batch(i)[:1], {}), "accumulate": (odd, {"accumulate": 2}), "idle": (odd, {}), "recompute": (odd, {}), "fsdp": (odd, {}), "fsdp_adamw": (odd, {"optimizer": "adamw"})}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_two_processes_follow_the_loss_curve_of_one(name, two):
+    first, second, _ = two
+    rows, changes = ALONE[name]
+    model = Halves() if name == "idle" else fresh()
+    alone = train(model, rows, dataclasses.replace(CFG, save_every=0, **changes), name)
+    assert first[name]["loss"] == second[name]["loss"] == pytest.approx(alone["loss"], abs=1e-5 if name in ("fsdp_adamw",) else 2e-3)
+    assert first[name]["loss"][0] == pytest.approx(alone["loss"][0], abs=1e-6) and first[name]["tokens"] == alone["tokens"][-1]
+    assert first[name]["norm"] == second[name]["norm"] == pytest.approx(sum(p.norm().item() for p in model.parameters()), rel=1e-3)
+
+
+def test_watch_runs_on_every_process_and_sees_the_whole_model(two):
+    first, second, folder = two
+    for name in ("even", "fsdp"):
+        assert len(first[name]["watch"]) == 3 and first[name]["watch"] == second[name]["watch"] and None not in first[name]["watch"]
+
+
+def test_sharded_training_resumes_exactly(two):
+    first, second, _ = two
+    assert first["fsdp_cut"]["loss"] == second["fsdp_cut"]["loss"] == first["fsdp"]["loss"] and first["fsdp_cut"]["norm"] == first["fsdp"]["norm"]
+
+
+@pytest.mark.parametrize("name", ["odd", "fsdp", "fsdp_adamw"])
+def test_one_process_goes_on_from_the_checkpoint_of_two(name, two, monkeypatch):
+    first, _, folder = two
+    monkeypatch.chdir(folder)
+    path, changes = folder / f"checkpoints/{name}.pt", ALONE[name][1]
+    assert t.load(path)["step"] == CFG.steps
+    class Cut(Exception): pass
+    def cut(i):
+        if i == 7: raise Cut
+        return odd(i)
+    with pytest.raises(Cut): train(fresh(), cut, dataclasses.replace(CFG, save_every=6, **changes), "half")
+    half, state = t.load("checkpoints/half.pt"), t.load(path)
+    assert jsonable(half["optimizers"]) == jsonable(state["optimizers"])  # whole tensors of the same shapes
+    model = fresh(seed=9)
+    history = train(model, odd, dataclasses.replace(CFG, resume=True, save_every=6, **changes), name)
+    assert history["loss"] == first[name]["loss"] and sum(p.norm().item() for p in model.parameters()) == pytest.approx(first[name]["norm"], rel=1e-6)
+
+
+def jsonable(optimizers: list[dict]) -> list: return [{i: {key: list(x.shape) if isinstance(x, t.Tensor) else type(x).__name__ for key, x in state.items()} for i, state in o["state"].items()} for o in optimizers]

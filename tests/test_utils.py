@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -140,13 +139,6 @@ def test_secrets_come_from_the_env_file_only(tmp_path, monkeypatch):
 @dataclass
 class Settings:
     steps: int = 3
-
-
-def test_flags_leave_a_kernels_argv_alone(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
-    assert utils.flags(Settings) == Settings(3)
-    monkeypatch.setattr(sys, "argv", ["script.py", "--steps", "7"])
-    assert utils.flags(Settings) == Settings(7)
 
 
 def test_figures_and_results_are_written(tmp_path, monkeypatch):

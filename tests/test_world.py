@@ -1,9 +1,11 @@
 import csv
 import fcntl
 import itertools
+import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +15,8 @@ from conftest import ROOT
 
 import data
 from data import DRAW, FACTS, KINDS, MEN, NOUNS, PLACES, SHARES, WOMEN, World, evaluate_world, fact_prompts, is_held_out, load_world, read_answers, read_countries, train_bpe, without_facts
+from llama_block import Llama
+from utils import load_model
 
 COUNTRIES = read_countries()
 TABLE = {cell for row in COUNTRIES for cell in (row["country"], row["capital"])}
@@ -234,6 +238,41 @@ def test_a_whole_answer_must_be_right(world):
 def test_unknown_tasks_and_splits_are_refused_in_one_line(world):
     with pytest.raises(SystemExit, match="no task 'capital' in the world: forward, reverse"): world.prompts("capital")
     with pytest.raises(SystemExit, match="no split 'test': taught or held_out"): world.prompts("ioi", "test")
+
+
+@pytest.fixture(scope="module")
+def committed(): return load_model(str(ROOT / "models/world"), (Llama,), device="cpu")
+
+
+def test_the_committed_model_measures_what_its_metrics_say(world, committed):
+    """The sentences are the same everywhere; the natural text is that of this Python."""
+    stated, found = json.loads((ROOT / "models/world/metrics.json").read_text()), evaluate_world(committed, world)
+    assert set(found) <= set(stated) and stated["corpus"] == world.key or stated["python"] != sys.version.split()[0]
+    tolerance = {"heldout_loss": 0.1, "prefix_matching": 0.05, "ioi_logit_diff": 0.1, "greater_than": 0.01}
+    assert not (wrong := {name: (value, stated[name]) for name, value in found.items() if abs(value - stated[name]) > tolerance.get(name, 0.005)}), wrong
+
+
+def test_the_committed_model_meets_its_bars_in_three_seeds():
+    stated = json.loads((ROOT / "models/world/metrics.json").read_text())
+    bars = {"fact_recall": 0.99, "fact_recall_heldout_phrasing": 0.95, "ioi_accuracy": 0.98, "ioi_logit_diff": 4.0, "greater_than": 0.8, "prefix_matching": 0.5}
+    assert len(set(stated["over_seeds"]["seed"])) == 3
+    for name, bar in bars.items(): assert stated[name] >= bar, name
+    assert stated["over_seeds"]["seed"][0] == stated["seed"] and all(stated["over_seeds"][name][0] == stated[name] for name in bars)
+    assert sum(file.stat().st_size for file in (ROOT / "models/world").iterdir()) <= 12e6
+
+
+@t.no_grad()
+def test_the_committed_model_is_one_in_transformers_the_bridge_and_ours(world, committed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, text = str(ROOT / "models/world"), "In France, the capital is"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokens.tolist() == [[world.bos, *world.tokenizer.encode(text, add_special_tokens=False).ids]]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=t.float32)
+    t.testing.assert_close(committed(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    t.testing.assert_close(load_model(folder, device="cpu", dtype="float32")(tokens), committed(tokens), atol=1e-4, rtol=1e-4)
+    said = [tokenizer.decode(model.generate(tokens, **n)[0], skip_special_tokens=True) for model, n in ((committed, {"n": 2}), (theirs, {"max_new_tokens": 2, "do_sample": False}))]
+    assert said == ["In France, the capital is Paris."] * 2, said
 
 
 def test_a_small_model_learns_its_facts_and_not_their_reverse(world, monkeypatch):
