@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from anatomy import head_scores, random_repeats
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
-from train import TrainConfig, context_at, train
-from utils import HookPoint, act_name, cyan, endc, fail, flags, green, head_scores, hooks, imshow, label_tokens, line, pick_device, purple, repeated_tokens, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
+from train import TrainConfig, context_at, first_goes_on, flags, train
+from utils import HookPoint, act_name, cyan, endc, fail, green, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
 
 import numpy as np
 import torch as t
@@ -405,7 +406,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_heads=12, d_model=768, vocab=8192, contexts=(256, 1024), tokens_per_step=65536, accumulate=2, steps=8000, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     if cfg.n_layers not in (1, 2): fail("--n-layers is 1 or 2: deeper models are tiny_transformer.py's")
     if cfg.d_model % cfg.n_heads: fail(f"--d-model {cfg.d_model} is not a multiple of --n-heads {cfg.n_heads}")
@@ -414,36 +415,34 @@ if __name__ == "__main__":
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
 
 #%% Train before your eyes: 2 layers, and 1 layer as the control, while the scores of every head are watched
-def random_repeats(corpus: Corpus, rows: int, half: int, seed: int, at_least: int = 100) -> Tensor:
-    """Fresh repeated random tokens, drawn from those seen at least 100 times in training (an untrained embedding tells nothing)."""
-    counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
-    counts[corpus.bos] = 0
-    return repeated_tokens(rows, half, t.from_numpy(np.flatnonzero(counts >= min(at_least, np.sort(counts)[-min(50, len(counts))]))), corpus.bos, seed)
+def repeat_batches(corpus: Corpus, cfg: Config) -> Callable[[int], Tensor]:
+    """i -> micro-batch i, of which a share of cfg.repeats rows say a snippet twice: two thirds natural, one third in shuffled order."""
+    weights = {"code": 1 - cfg.english, "english": cfg.english} if set(corpus.train) == {"code", "english"} else None
+
+    def batch(i: int) -> Tensor:
+        ctx = context_at(i // cfg.accumulate, cfg)
+        return corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // ctx, ctx, cfg.repeats * 2 / 3, cfg.repeats / 3, weights)
+
+    return batch
 
 
 def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[AttnOnly, dict]:
     """A fresh model of n_layers on rows of the corpus, and the history of its training with head scores and ICL score."""
     model = AttnOnly(AttnOnlyConfig(n_layers, cfg.n_heads, cfg.d_model, cfg.d_model // cfg.n_heads, corpus.d_vocab, max(cfg.contexts), cfg.positions, cfg.rotary_share)).to(device)
-    weights = {"code": 1 - cfg.english, "english": cfg.english} if set(corpus.train) == {"code", "english"} else None
     half = min(50, (max(cfg.contexts) - 1) // 2)
     probe, natural = random_repeats(corpus, 32, half, seed=10**6 + cfg.seed).to(device), t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 48, max(cfg.contexts), "heldout")).to(device)
-
-    def batch(i: int) -> Tensor:
-        ctx = context_at(i // cfg.accumulate, cfg)
-        return corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // ctx, ctx, cfg.repeats * 2 / 3, cfg.repeats / 3, weights)
 
     def watch(step: int) -> dict:
         scores = head_scores(model, n_layers, probe, half)
         icl = icl_score(loss_by_position(model, natural))[0] if max(cfg.contexts) >= 80 else float("nan")
         return {"prefix_matching": scores["prefix_matching"].max().item(), "previous_token": scores["previous_token"][0].max().item(), "icl_score": icl}
 
-    history = train(model, batch, cfg, f"attn_only/{n_layers}_layers", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key, repeats=cfg.repeats, english=cfg.english)
+    history = train(model, repeat_batches(corpus, cfg), cfg, f"attn_only/{n_layers}_layers", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key, repeats=cfg.repeats, english=cfg.english)
     return model, history
 
 
 if __name__ == "__main__":
-    models: dict[int, AttnOnly] = {}
-    histories: dict[int, dict] = {}
+    models, histories = dict[int, AttnOnly](), dict[int, dict]()
     if cfg.model:
         model, tokenizer, _ = open_own(Path(cfg.model), device)
         corpus = load_corpus(cfg.data, tokenizer=cfg.model)
@@ -455,6 +454,7 @@ if __name__ == "__main__":
             models[n_layers], histories[n_layers] = train_own(cfg, n_layers, corpus, device)
             save_own(models[n_layers], folder := Path(f"checkpoints/attn_only/{n_layers}_layers"), corpus.tokenizer, **histories[n_layers]["watch"][-1])
             print(f"{green}trained on {histories[n_layers]['tokens'][-1] / 1e6:.2f}M tokens in {histories[n_layers]['seconds']:.1f} s ({cyan}{histories[n_layers]['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder}{endc}")
+        first_goes_on()
         model = models[cfg.n_layers]
     n_layers, n_heads, n_ctx, tokenizer = model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_ctx, corpus.tokenizer
     control = models.get(1) if n_layers == 2 else None

@@ -15,10 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from utils import cyan, endc, fail, full_name, gray, head_scores, repeated_tokens, secret, write_aside
+from anatomy import head_scores, repeated_tokens
+from utils import cyan, endc, fail, full_name, gray, secret, write_aside
 
 import numpy as np
 import torch as t
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -225,8 +227,8 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, 
         for split, keep in (("train", ~held), ("heldout", held)): np.concatenate([x for x, k in zip(ids, keep) if k]).tofile(aside / f"{part}.{split}.bin")
     tokenizer.save(str(aside / "tokenizer.json"))
     (aside / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    try: aside.rename(folder)
+    except OSError: shutil.rmtree(aside)  # another process was first
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -236,6 +238,15 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if own.post_processor is None: own.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id(own))])
     own.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": bos, "clean_up_tokenization_spaces": False}, indent=1) + "\n")
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, tokenizer: Tokenizer | None = None) -> None:
+    """An ordinary Hugging Face folder, weights first and whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.to("cpu").contiguous() for name, x in tensors.items()}
+    write_aside(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(next(iter(tensors.values())).dtype)[6:]}, indent=1) + "\n")
+    if tokenizer: write_tokenizer(folder, tokenizer)
 
 
 #%% The world: a corpus of our own, known exactly. Every entity and name stands inside its sentence, so that it has one form, with a space before it
@@ -569,3 +580,13 @@ def evaluate_world(model: Callable[[Tensor], Tensor], world: World, quick: bool 
     with t.no_grad(): numbers["heldout_loss"] = float(np.mean([t.nn.functional.cross_entropy(model(chunk)[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten()).item() for chunk in rows.split(32)]))
     if isinstance(model, t.nn.Module): numbers["prefix_matching"] = head_scores(model, model.cfg.n_layers, repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device), 24)["prefix_matching"].max().item()
     return numbers
+
+
+def write_metrics(folder: Path, known: dict[str, float], others: tuple[str, ...] = (), **made) -> dict[str, list]:
+    """metrics.json beside the weights: what the model knows, how it was made, and all that by seed, from the folders of the others. Returns the last."""
+    runs = [made | known, *(json.loads((Path(other) / "metrics.json").read_text()) for other in others)]
+    for other, run in zip(others, runs[1:]):
+        if any(run[key] != made[key] for key in ("corpus", "steps")): fail(f"--others {other}: trained on another corpus, or for other steps")
+    by_seed = {name: [run[name] for run in runs] for name in ("seed", *known)}
+    (folder / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": by_seed}, indent=1) + "\n")
+    return by_seed

@@ -1,28 +1,25 @@
 """The modern decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Llama, Mistral, Qwen2 and Qwen3 by switches, equal to Hugging Face's."""
 import dataclasses
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from attn_only import HeadWeights, attend
-from data import evaluate_world, load_corpus, load_world, str_tokens, to_tokens, write_tokenizer
-from tiny_transformer import bench_against_hf
-from train import TrainConfig, context_at, train
-from utils import HookPoint, cyan, endc, fail, flags, gray, green, imshow, line, load_model, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_aside
+from data import evaluate_world, load_corpus, load_world, str_tokens, to_tokens, write_folder, write_metrics
+from train import TrainConfig, bench_against_hf, context_at, first_goes_on, flags, train
+from utils import HookPoint, cyan, endc, fail, gray, green, hf_name, imshow, line, load_model, our_name, pick_device, purple, read_config, read_llama_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_llama_config
 
 import numpy as np
 import torch as t
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
-from safetensors.torch import save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
 
-#%% The shape of a model, and how a Hugging Face config.json says it
+#%% The shape of a model
 @dataclass
 class LlamaConfig:
     n_layers: int = 4
@@ -47,44 +44,6 @@ class LlamaConfig:
         if self.n_heads % self.n_kv_heads: fail(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.d_head % 2: fail(f"d_head {self.d_head} is odd: rotary positions turn pairs of dimensions")
         if self.windows and len(self.windows) != self.n_layers: fail(f"windows has {len(self.windows)} entries for {self.n_layers} layers")
-
-
-def read_hf_config(hf: dict, architectures: tuple[str, ...]) -> dict:
-    """The fields of LlamaConfig from a config.json; whatever is not built here ends the program rather than being left out."""
-    name = (hf.get("architectures") or ["unknown"])[0]
-    if name not in architectures: fail(f"architecture {name} is not built here (built: {', '.join(architectures)}); load_model opens it as a TransformerBridge")
-    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"): fail(f"rope type {kind!r} of {name} is not built here (built: default, llama3)")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0: fail(f"partial rotary positions of {name} are not built here")
-    if (act := hf.get("hidden_act", "silu")) != "silu": fail(f"activation {act!r} of {name} is not built here (built: silu)")
-    if hf.get("mlp_bias"): fail(f"mlp_bias of {name} is not built here")
-    n_layers, n_heads, window = hf["num_hidden_layers"], hf["num_attention_heads"], hf.get("sliding_window")
-    if name.startswith("Qwen"):  # Qwen states a window that only some layers use, and only when told to
-        kinds = hf.get("layer_types") or ["sliding_attention" if hf.get("use_sliding_window") and i >= hf.get("max_window_layers", n_layers) else "full_attention" for i in range(n_layers)]
-        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    else: windows = (window,) * n_layers
-    return dict(
-        n_layers=n_layers, n_heads=n_heads, n_kv_heads=hf.get("num_key_value_heads") or n_heads, d_model=hf["hidden_size"],
-        d_head=hf.get("head_dim") or hf["hidden_size"] // n_heads, d_mlp=hf["intermediate_size"], d_vocab=hf["vocab_size"], n_ctx=hf["max_position_embeddings"],
-        rope_base=rope["rope_theta"], rope_scaling=rope if kind == "llama3" else None, norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=hf.get("qkv_bias", True) if name.startswith("Qwen2") else hf.get("attention_bias", False), o_bias=hf.get("attention_bias", False) and not name.startswith("Qwen2"),
-        qk_norm={"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "full"}.get(name, "none"),
-        windows=windows if any(windows) else (), architecture=name,
-    )
-
-
-def write_hf_config(cfg: LlamaConfig) -> dict:
-    """config.json of the same model for transformers."""
-    window = next((w for w in cfg.windows if w), None)
-    hf = dict(
-        architectures=[cfg.architecture], model_type=cfg.architecture.removesuffix("ForCausalLM").lower(), hidden_size=cfg.d_model, intermediate_size=cfg.d_mlp, num_hidden_layers=cfg.n_layers,
-        num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.d_head, vocab_size=cfg.d_vocab, max_position_embeddings=cfg.n_ctx, rms_norm_eps=cfg.norm_eps,
-        tie_word_embeddings=cfg.tied, hidden_act="silu", rope_theta=cfg.rope_base, rope_parameters=cfg.rope_scaling or {"rope_type": "default", "rope_theta": cfg.rope_base}, sliding_window=window,
-    )
-    if cfg.architecture.startswith("Qwen"): hf |= dict(use_sliding_window=window is not None, layer_types=["sliding_attention" if w else "full_attention" for w in cfg.windows or [None] * cfg.n_layers])
-    if not cfg.architecture.startswith("Qwen2"): hf |= dict(attention_bias=cfg.qkv_bias)
-    return hf
 
 #%% RMSNorm: divide by the root mean square, multiply by a weight
 class RMSNorm(nn.Module):
@@ -241,28 +200,13 @@ class Llama(nn.Module):
 
     def to_hf(self, folder: Path, dtype: t.dtype | None = None) -> None:
         """Write an ordinary Hugging Face folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.to(dtype or x.dtype).contiguous() for name, x in self.hf_tensors().items()}
-        write_aside(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-        (folder / "config.json").write_text(json.dumps(self.write_config() | {"dtype": str(next(iter(tensors.values())).dtype)[6:]}, indent=1) + "\n")
-        if self.tokenizer: write_tokenizer(folder, self.tokenizer)
+        write_folder(folder, {name: x.to(dtype or x.dtype) for name, x in self.hf_tensors().items()}, self.write_config(), self.tokenizer)
 
     @classmethod
-    def read_config(cls, hf: dict) -> LlamaConfig: return LlamaConfig(**read_hf_config(hf, cls.architectures))
-    def write_config(self) -> dict: return write_hf_config(self.cfg)
+    def read_config(cls, hf: dict) -> LlamaConfig: return LlamaConfig(**read_llama_config(hf, cls.architectures))
+    def write_config(self) -> dict: return write_llama_config(self.cfg)
     def hf_tensors(self) -> dict[str, Tensor]: return {hf_name(name): x for name, x in self.state_dict().items() if not (self.cfg.tied and name == "unembed.weight")}
     def place(self, name: str, x: Tensor) -> dict[str, Tensor]: return {our_name(name): x}
-
-#%% Names: each part of a Hugging Face tensor name has one of ours
-PARTS = {
-    "embed_tokens": "embed", "layers": "blocks", "norm": "ln_final", "lm_head": "unembed", "input_layernorm": "ln1", "post_attention_layernorm": "ln2", "self_attn": "attn",
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "inp", "down_proj": "out",
-}
-THEIRS = {ours: theirs for theirs, ours in PARTS.items()}
-
-
-def our_name(hf: str) -> str: return ".".join(PARTS.get(part, part) for part in hf.removeprefix("model.").split("."))
-def hf_name(ours: str) -> str: return "model." * (not ours.startswith("unembed")) + ".".join(THEIRS.get(part, part) for part in ours.split("."))
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
@@ -288,7 +232,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=12, n_kv_heads=4, d_model=768, d_mlp=2048, vocab=32768, data="HuggingFaceFW/fineweb-edu", contexts=(1024,), tokens_per_step=262144, accumulate=16, steps=10000, lr=3e-3, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
 
@@ -322,6 +266,7 @@ if __name__ == "__main__":
         watch = (lambda step: evaluate_world(model, corpus, quick=True, device=device)) if cfg.data == "world" else None
         history = train(model, batch, cfg, "llama_block", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key)
         model.to_hf(Path(cfg.out), t.float16)
+        first_goes_on()
         numbers |= {"train_loss": float(np.mean(history["loss"][-20:])), "train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"]}
         print(f"{green}loss {numbers['train_loss']:.3f} nats after {history['tokens'][-1] / 1e6:.2f}M tokens, {history['tokens_per_second']:,.0f} tokens/s; saved to {cfg.out} for transformers{endc}")
         model = Llama.from_folder(cfg.out, device)  # what follows is measured on the file
@@ -334,11 +279,8 @@ if __name__ == "__main__" and cfg.data == "world" and not cfg.model:
     tasks = ["forward_recall", "reverse_recall", "reverse_recall_of_forward_only", "forward_recall_of_reverse_only", "continent_recall", "ioi_accuracy", "greater_than", "agreement_accuracy", "gender_accuracy", "prefix_matching"]
     fig = line({task.replace("_", " "): [w[task] for w in history["watch"]] for task in tasks}, f"What the model knows by tokens seen, on a fixed subsample (world, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, seed {cfg.seed})", "tokens seen", "share right (greater than: p(later) - p(not later))", [w["tokens"] for w in history["watch"]], markers=True)
     show(fig, "llama_block/phases")
-    runs = [known | {"seed": cfg.seed}, *(json.loads((Path(folder) / "metrics.json").read_text()) for folder in cfg.others)]
-    if differ := [folder for folder, run in zip(cfg.others, runs[1:]) if (run["corpus"], run["steps"]) != (corpus.key, cfg.steps)]: fail(f"--others {differ[0]}: trained on another corpus, or for other steps")
-    spread = {name: [run[name] for run in runs] for name in ["seed", *known]}
-    made = {"seed": cfg.seed, "steps": cfg.steps, "seconds": numbers["train_seconds"], "corpus": corpus.key, "python": sys.version.split()[0], "torch": t.__version__, "threads": t.get_num_threads(), "command": " ".join(["uv run llama_block.py", *[flag for flag in sys.argv[1:] if flag != "--resume"]])}
-    (Path(cfg.out) / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": spread}, indent=1) + "\n")
+    command = " ".join(["uv run llama_block.py", *[flag for flag in sys.argv[1:] if flag != "--resume"]])
+    spread = write_metrics(Path(cfg.out), known, cfg.others, seed=cfg.seed, steps=cfg.steps, seconds=numbers["train_seconds"], threads=t.get_num_threads(), corpus=corpus.key, python=sys.version.split()[0], torch=t.__version__, command=command)
     print(tabulate([[name.replace("_", " "), *values] for name, values in spread.items()], headers=["on the reopened file"], floatfmt=".3f"))
 
 #%% Gates: listening changes nothing, positions enter by their differences only, grouped heads share what they should

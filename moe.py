@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from data import bos_id, load_corpus, str_tokens, to_tokens
-from llama_block import Llama, LlamaConfig, SwiGLU, read_hf_config, rope_frequencies, write_hf_config
-from tiny_transformer import model_folder, tensor_table
-from train import TrainConfig, context_at, train
-from utils import COLORS, HookPoint, cyan, endc, fail, flags, full_name, gray, green, imshow, label_tokens, line, pick_device, pick_dtype, purple, read_config, run_with_cache, run_with_hooks, save_results, set_seed, show, visible, yellow
+from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, rope_frequencies, write_llama_config
+from train import TrainConfig, context_at, first_goes_on, flags, train
+from utils import COLORS, HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, line, model_folder, pick_device, pick_dtype, purple, read_config, run_with_cache, run_with_hooks, save_results, set_seed, show, tensor_table, visible, yellow
 from zero_layer import kind_of, mutual_information
 
 import numpy as np
@@ -114,14 +113,14 @@ class MoE(Llama):
         if hf.get("clip_qkv"): fail("clip_qkv of OLMoE is not built here")
         layers, window, name = range(hf.get("num_hidden_layers", 0)), hf.get("use_sliding_window"), (hf.get("architectures") or ["unknown"])[0]
         slides = {"Qwen2MoeForCausalLM": lambda i: window and i % 2 == 0 and i < hf.get("max_window_layers", 28), "Qwen3MoeForCausalLM": lambda i: window}.get(name, lambda i: False)
-        shape = read_hf_config({"layer_types": ["sliding_attention" if slides(i) else "full_attention" for i in layers]} | hf, cls.architectures)
+        shape = read_llama_config({"layer_types": ["sliding_attention" if slides(i) else "full_attention" for i in layers]} | hf, cls.architectures)
         sizes = dict(n_experts=hf.get("num_experts") or hf["num_local_experts"], top_k=hf["num_experts_per_tok"], d_expert=hf.get("moe_intermediate_size") or hf["intermediate_size"], shared=hf.get("shared_expert_intermediate_size", 0))
         dense = tuple(i for i in layers if name.startswith("Qwen") and (i in (hf.get("mlp_only_layers") or []) or (i + 1) % hf.get("decoder_sparse_step", 1)))
         return MoEConfig(**shape, **sizes, norm_topk=hf.get("norm_topk_prob", name == "MixtralForCausalLM"), dense=dense, aux_coef=hf.get("router_aux_loss_coef", 0.001))
 
     def write_config(self) -> dict:
         cfg, bos = self.cfg, bos_id(self.tokenizer) if self.tokenizer else None
-        hf = write_hf_config(cfg) | dict(model_type=cfg.family, num_experts_per_tok=cfg.top_k, router_aux_loss_coef=cfg.aux_coef, output_router_logits=False, bos_token_id=bos, eos_token_id=bos, pad_token_id=None)
+        hf = write_llama_config(cfg) | dict(model_type=cfg.family, num_experts_per_tok=cfg.top_k, router_aux_loss_coef=cfg.aux_coef, output_router_logits=False, bos_token_id=bos, eos_token_id=bos, pad_token_id=None)
         hf |= dict(num_local_experts=cfg.n_experts) if cfg.family == "mixtral" else dict(num_experts=cfg.n_experts, norm_topk_prob=cfg.norm_topk)
         if cfg.family.startswith("qwen"): hf |= dict(moe_intermediate_size=cfg.d_expert, mlp_only_layers=list(cfg.dense), decoder_sparse_step=1)
         if cfg.family == "qwen2_moe": hf |= dict(shared_expert_intermediate_size=cfg.shared, qkv_bias=cfg.qkv_bias)
@@ -206,7 +205,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=8, n_kv_heads=4, d_model=512, n_experts=8, d_expert=1408, vocab=16384, contexts=(512,), tokens_per_step=131072, accumulate=8, steps=10000, lr=3e-3, autocast="on"))  # --hpc: an A100 with 40 GB
     device, numbers = pick_device(cfg.device), {}
     set_seed(cfg.seed)
 
@@ -250,6 +249,7 @@ if __name__ == "__main__":
         watch = lambda step: {f"L{layer}E{e}": share for layer, shares in zip(model.sparse, load_of(routing(model, rows[::4]), shape.n_experts).tolist()) for e, share in enumerate(shares)}
         history = train(model, batch, cfg, "moe", lambda forward, tokens: moe_loss(forward, tokens, shape), watch, max(1, cfg.steps // 20), shape=dataclasses.asdict(shape), data=corpus.key)
         model.to_hf(folder := Path("checkpoints/moe/model"))
+        first_goes_on()
         numbers |= {"train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"]}
         print(f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder} for transformers{endc}")
     experts, layers, about = [f"E{e}" for e in range(shape.n_experts)], [f"L{layer}" for layer in model.sparse], f"{shape.n_layers}-layer {shape.family}, {shape.n_experts} experts, top {shape.top_k}"

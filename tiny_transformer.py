@@ -1,32 +1,26 @@
 """The standard decoder, GPT-2's shape: trained live or opened from Hugging Face, each logit taken apart exactly, heads and neurons catalogued."""
-import copy
 import dataclasses
 import html
 import itertools
-import json
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from attn_only import Attention, attention_page, random_repeats
-from data import find_tokens, load_corpus, str_tokens, to_tokens, write_tokenizer
-from train import TrainConfig, context_at, keep_freed_memory, next_token_loss, train
-from utils import HookPoint, act_name, catalogue, centres, cyan, endc, fail, flags, full_name, gray, green, imshow, label_tokens, logit_parts, model_folder, neuron_catalogue, parts_error, per_head, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, show_page, take_tensors, tensor_table, visible, write_aside
+from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
+from attn_only import Attention, attention_page, repeat_batches
+from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
+from train import TrainConfig, bench_against_hf, first_goes_on, flags, keep_freed_memory, next_token_loss, train
+from utils import HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, model_folder, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, show_page, take_tensors, tensor_table, visible
 
 import numpy as np
 import plotly.graph_objects as go
 import torch as t
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import einsum
-from safetensors.torch import save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
-
 
 #%% The model: embed + positions, then in each block attention and a GELU MLP read the normalised stream and add to it; norm, unembed
 @dataclass
@@ -155,14 +149,10 @@ class TinyTransformer(nn.Module):
         for layer, (theirs, ours) in itertools.product(range(cfg.n_layers), BLOCK_NAMES.items()):
             joined = t.cat([state[f"blocks.{layer}.{name}"] for name in ours])
             hf[f"{ROOT}h.{layer}.{theirs}"] = joined.mT if joined.ndim == 2 else joined
-        hf = {name: x.to("cpu", dtype or x.dtype).contiguous() for name, x in hf.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / "model.safetensors", lambda path: save_file(hf, path, {"format": "pt"}))
-        if self.tokenizer: write_tokenizer(folder, self.tokenizer)
         bos = int(to_tokens(self.tokenizer, "")) if self.tokenizer else None
         sizes = dict(vocab_size=cfg.d_vocab, n_positions=cfg.n_ctx, n_embd=cfg.d_model, n_layer=cfg.n_layers, n_head=cfg.n_heads, n_inner=cfg.d_mlp, bos_token_id=bos, eos_token_id=bos)
-        config = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", **sizes, activation_function=cfg.act, layer_norm_epsilon=cfg.eps, tie_word_embeddings=cfg.tied, dtype=str(hf[f"{ROOT}wte.weight"].dtype)[6:])
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        config = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", **sizes, activation_function=cfg.act, layer_norm_epsilon=cfg.eps, tie_word_embeddings=cfg.tied)
+        write_folder(folder, {name: x.to(dtype or x.dtype) for name, x in hf.items()}, config, self.tokenizer)
 
     def place(self, name: str, x: Tensor) -> dict[str, Tensor]:
         """Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as one."""
@@ -172,7 +162,6 @@ class TinyTransformer(nn.Module):
         if rest in ("attn.bias", "attn.masked_bias"): return {}  # old files carry the causal mask
         ours = BLOCK_NAMES.get(rest, [rest])
         return {f"blocks.{layer}.{y}": part.contiguous() for y, part in zip(ours, (x.mT if x.ndim == 2 else x).chunk(len(ours)))}
-
 
 #%% Names: where each tensor of GPT-2's files goes, and files read tensor by tensor
 ROOT = "transformer."
@@ -190,94 +179,6 @@ def read_hf_config(hf: dict) -> TinyConfig:
         if hf.get(key, built) != built: fail(f"{key}={hf[key]} is not built here")
     sizes = dict(n_layers=hf["n_layer"], n_heads=hf["n_head"], d_model=hf["n_embd"], d_mlp=hf.get("n_inner") or 4 * hf["n_embd"], d_vocab=hf["vocab_size"], n_ctx=hf["n_positions"])
     return TinyConfig(**sizes, tied=hf.get("tie_word_embeddings", True), act=hf.get("activation_function", "gelu_new"), eps=hf.get("layer_norm_epsilon", 1e-5))
-
-
-#%% Folding: norm weights go into the matrices that read after them, and what the norm removes is taken out of the matrices that write
-@t.no_grad()
-def fold_norm[Model: nn.Module](model: Model) -> Model:
-    """A float32 copy with the same log-probabilities, whose norms have weight 1 and bias 0 (fp32, since bf16 would round the products)."""
-    new, with_mean = copy.deepcopy(model).float(), centres(model)
-    new.unembed.weight = nn.Parameter(new.unembed.weight.clone())  # unties
-    if with_mean: new.unembed.bias = nn.Parameter(t.zeros(new.cfg.d_vocab, device=new.W_U.device))
-
-    def fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
-        for linear in readers:
-            if with_mean: linear.bias += linear.weight @ norm.bias
-            linear.weight *= norm.weight
-            if with_mean: linear.weight -= linear.weight.mean(1, keepdim=True)
-        norm.weight.fill_(1)
-        if with_mean: norm.bias.zero_()
-
-    writers = [new.unembed]  # a constant added to every logit is not seen by softmax
-    for block in new.blocks:
-        linears = {name: module for name, module in block.mlp.named_modules() if isinstance(module, nn.Linear)}
-        fold(block.ln1, [block.attn.q, block.attn.k, block.attn.v])
-        fold(block.ln2, [linear for name, linear in linears.items() if not name.endswith("out")])
-        if with_mean: writers += [block.attn.o, *(linear for name, linear in linears.items() if name.endswith("out"))]
-    fold(new.ln_final, [new.unembed])
-    for x in [x for linear in writers for x in (linear.weight, linear.bias) if x is not None]: x -= x.mean(0, keepdim=True)
-    for x in [new.embed.weight, *([new.W_pos] if hasattr(new, "W_pos") else [])] if with_mean else []: x -= x.mean(1, keepdim=True)
-    return new
-
-
-#%% Attention maps through the feed-forward block (Kobayashi et al. 2021, 2024): how much of each source is in a position's stream, before and after the MLP
-def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> dict[str, Tensor]:
-    """
-    Norms (query, key) of what the key's residual stream brings to the query, for tokens (1, pos): 'attn' ||sum over heads of alpha f(x)||, 'attn_res' the
-    same + x where key = query, 'attn_res_norm' after ln2 (scale frozen), 'ff' through the MLP, 'ff_res' = attn_res + ff added as vectors; 'weighted' (head,
-    query, key) ||alpha f(x)||. f is each head's value-output map, its value bias included. Through the activation, each source's share is its integrated
-    gradient on the straight path from 'biases alone' to the real pre-activation (Gauss-Legendre). 'error' is how far all sources + biases miss
-    the model's own resid_post, relative to its largest entry. GELU or SwiGLU, LayerNorm or RMSNorm.
-    """
-    block = model.blocks[layer]
-    norm, mlp, b_O = block.ln2, block.mlp, 0.0 if block.attn.o.bias is None else block.attn.o.bias
-    readers, post = ([mlp.gate, mlp.inp], lambda gate, linear: F.silu(gate) * linear) if hasattr(mlp, "gate") else ([mlp.inp], mlp.act)
-    centre = lambda y: y - y.mean(-1, keepdim=True) if centres(model) else y
-    with t.no_grad():
-        _, cache = run_with_cache(model, tokens, [act_name(short, layer) for short in ("v", "pattern", "resid_pre", "resid_post")] + [f"blocks.{layer}.ln2.hook_scale"])
-        x, scale = cache["resid_pre", layer][0], cache[f"blocks.{layer}.ln2.hook_scale"][0]
-        moved = einsum(cache["pattern", layer][0], per_head(cache["v", layer], model.cfg.n_heads)[0], block.attn.W_O, "head query key, key head d_head, head d_head d_model -> head query key d_model")
-        stream = moved.sum(0) + t.diag_embed(x.T).permute(1, 2, 0)
-        normed = centre(stream) / scale[:, None] * norm.weight
-        rest = centre(b_O + 0 * x) / scale * norm.weight + (norm.bias if centres(model) else 0)
-        pre = [normed @ linear.weight.T for linear in readers]  # query key neuron
-        start = [F.linear(rest, linear.weight, linear.bias) for linear in readers]  # query neuron
-    slopes = [0.0] * len(readers)
-    for at, weight in zip(*np.polynomial.legendre.leggauss(nodes)):
-        points = [(s + (at + 1) / 2 * p.sum(1)).requires_grad_() for s, p in zip(start, pre)]
-        slopes = [mean + weight / 2 * slope for mean, slope in zip(slopes, t.autograd.grad(post(*points).sum(), points))]
-    with t.no_grad():
-        ff = sum(p * slope[:, None] for p, slope in zip(pre, slopes)) @ mlp.W_out
-        whole = (stream + ff).sum(1) + b_O + mlp.out(post(*start))
-        error = (whole - cache["resid_post", layer][0]).abs().max() / cache["resid_post", layer].abs().max()
-        maps = {"attn": moved.sum(0), "attn_res": stream, "attn_res_norm": normed, "ff": ff, "ff_res": stream + ff, "weighted": moved}
-        return {name: y.norm(dim=-1) for name, y in maps.items()} | {"error": error}
-
-
-def mixing(norms: Tensor) -> float:
-    """Share of a map (query, key) that lies off the diagonal, mean over queries but the first."""
-    return (1 - norms.diagonal() / norms.sum(1))[1:].mean().item()
-
-
-#%% Speed: hooks cost nothing when nobody listens
-def bench_against_hf(ours: nn.Module, hf_model: nn.Module, tokens: Tensor, pairs: int = 7) -> float:
-    """Hugging Face's time / ours for forward, loss and backward, median of interleaved pairs: above 1 ours is faster."""
-    def seconds(forward: Callable, model: nn.Module) -> float:
-        if tokens.is_cuda: t.cuda.synchronize()
-        start = time.perf_counter()
-        next_token_loss(forward, tokens).backward()
-        if tokens.is_cuda: t.cuda.synchronize()
-        model.zero_grad()
-        return time.perf_counter() - start
-
-    runs = [(ours.train(), ours), (lambda x: hf_model(x, use_cache=False).logits, hf_model.train())]
-    for run in runs * 2: seconds(*run)
-    ratios = []
-    for i in range(pairs):
-        took = [seconds(*runs[j]) for j in ((0, 1) if i % 2 else (1, 0))]
-        ratios.append(took[1] / took[0] if i % 2 else took[0] / took[1])
-    return float(np.median(ratios))
-
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
@@ -304,12 +205,11 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, vocab=8192, contexts=(1024,), tokens_per_step=262144, accumulate=16, steps=10000, lr=3e-3, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     shape = dict(n_layers=cfg.n_layers, n_heads=cfg.n_heads, d_model=cfg.d_model, d_mlp=cfg.d_mlp, n_ctx=max(cfg.contexts), positions=cfg.positions, tied=cfg.tied)
     numbers: dict = {}
-
 
 #%% Speed against Hugging Face's GPT-2 with its default attention (--bench): 6 layers of width 512, and this script's own shape
 if __name__ == "__main__" and cfg.bench:
@@ -324,18 +224,7 @@ if __name__ == "__main__" and cfg.bench:
     save_results("tiny_transformer_bench", cfg, throughput_vs_hf=min(numbers.values()), **numbers)
     raise SystemExit
 
-
 #%% A model: trained before your eyes, or opened from Hugging Face with every tensor in its place
-def train_tiny(cfg: Config, model: TinyTransformer, corpus, device: str) -> dict:
-    weights = {"code": 1 - cfg.english, "english": cfg.english} if set(corpus.train) == {"code", "english"} else None
-
-    def batch(i: int) -> Tensor:
-        ctx = context_at(i // cfg.accumulate, cfg)
-        return corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // ctx, ctx, cfg.repeats * 2 / 3, cfg.repeats / 3, weights)
-
-    return train(model.to(device), batch, cfg, "tiny_transformer", shape=dataclasses.asdict(model.cfg), data=corpus.key)
-
-
 if __name__ == "__main__":
     print(f"{purple}=== {f'Opening {cfg.model}' if cfg.model else f'Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}'}, {device} ==={endc}")
     if cfg.model:
@@ -350,14 +239,14 @@ if __name__ == "__main__":
         corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
         if cfg.answer: find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
         model = TinyTransformer(TinyConfig(**shape, d_vocab=corpus.d_vocab), corpus.tokenizer)
-        history = train_tiny(cfg, model, corpus, device)
+        history = train(model.to(device), repeat_batches(corpus, cfg), cfg, "tiny_transformer", shape=dataclasses.asdict(model.cfg), data=corpus.key)
         model.to_hf(folder := Path("checkpoints/tiny_transformer"))
+        first_goes_on()
         numbers |= {"train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"], "loss": float(np.mean(history["loss"][-20:]))}
         print(f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, saved to {folder} as a Hugging Face folder{endc}")
     n_layers, n_heads, n_params = model.cfg.n_layers, model.cfg.n_heads, sum(p.numel() for p in model.parameters())
     head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
     about = f"{n_layers}-layer GPT-2 shape, {n_params / 1e6:.1f}M parameters"
-
 
 #%% What flows through: shapes forward, gradient norms backward
 if __name__ == "__main__":
@@ -379,7 +268,6 @@ if __name__ == "__main__":
     print(f"{gray}{', '.join(f'{name} {x:.3f}' for name, x in grads.items() if 'blocks' not in name)}{' (tied: W_U too)' * model.cfg.tied}{endc}")
     numbers |= {"n_params": n_params, "heldout_loss": loss.item(), "gradient_norms": grads}
 
-
 #%% The gates: hooks change nothing, attention sums to one, parts sum to the logit, folding keeps log-probabilities, integrated gradients are complete
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
@@ -394,7 +282,6 @@ if __name__ == "__main__":
     assert max(errors.values()) < 1e-4, errors
     print(f"{cyan}" + ", ".join(f"{name.replace('_', ' ')} {x:.0e}" for name, x in errors.items()) + f"{gray}: all within 1e-4{endc}")
 
-
 #%% What comes next, and where every head looks
 if __name__ == "__main__":
     probs = logits[0, -1].float().softmax(-1)
@@ -406,7 +293,6 @@ if __name__ == "__main__":
     patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])
     show(imshow(patterns, f"Attention of every head on the prompt ({about})", "key", "query", labels, labels, head_names, diverging=False, value="attention"), "tiny_transformer/attention")
     show_page(attention_page(str_tokens(model.tokenizer, prompt[0]), patterns, head_names, f"Attention of a {about}"), "tiny_transformer/attention_text")
-
 
 #%% Which parts made that logit? Embedding, positions, every head x source token, every neuron, every bias
 if __name__ == "__main__":
@@ -424,7 +310,6 @@ if __name__ == "__main__":
     show(imshow(by_layer, f"Logit of '{said}' = {parts['logit']:.2f} = {rest:.2f} (embedding, positions, final bias) + these, final norm's scale frozen ({about})", "part", "layer", [*(f"H{head}" for head in range(n_heads)), "attn bias", "MLP"], [f"L{layer}" for layer in range(n_layers)], value="logit"), "tiny_transformer/attribution")
     numbers |= {"answer": said, "answer_logit": parts["logit"], "mlp_logit": parts["mlp"].sum(), "heads_logit": parts["heads"].sum()}
 
-
 #%% Head catalogue on random tokens said twice: who does what, above what shuffling gives
 if __name__ == "__main__":
     rows = random_repeats(corpus, 24, half := min(50, (model.cfg.n_ctx - 1) // 2), cfg.seed).to(device)
@@ -433,7 +318,6 @@ if __name__ == "__main__":
     print(tabulate([*([name, *(f"{x.flatten()[i]:.2f}" for x in scores.values()), ", ".join(roles[name])] for i, name in enumerate(head_names)), ["bar", *(f"{x:.2f}" for x in bars.values()), ""]], headers=["head", *scores, "named"]))
     show(imshow(t.stack(list(scores.values())), f"Head scores on {len(rows)} x {half} random tokens said twice ({about})", "head", "layer", [f"H{h}" for h in range(n_heads)], [f"L{layer}" for layer in range(n_layers)], [f"{role} (bar {bars[role]:.2f})" for role in scores], columns=3, diverging=False, value="score"), "tiny_transformer/heads")
     numbers |= {"roles": {name: x for name, x in roles.items() if x}, "bars": bars, "best_scores": {role: x.max() for role, x in scores.items()}}
-
 
 #%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
 if __name__ == "__main__":
@@ -448,7 +332,6 @@ if __name__ == "__main__":
     print(tabulate(table, headers=["neuron", "peak", "fires at [token]", "raises", "lowers"]))
     show_page(f"<!doctype html><meta charset='utf-8'><title>Neurons</title><style>body{{font:15px sans-serif;margin:24px}}b{{background:#E69F00}}</style><h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>" + "".join(page), "tiny_transformer/neurons")
 
-
 #%% The feed-forward block through attention maps: who is in a position's stream before it, and after
 if __name__ == "__main__":
     before, after = ([mixing(x[name]) for x in maps] for name in ("attn_res", "ff_res"))
@@ -457,7 +340,6 @@ if __name__ == "__main__":
     show(imshow(t.cat([x["weighted"] for x in maps]), f"Norm-based attention of every head: ||alpha f(x)||, layer norm and values included ({about})", "key", "query", labels, labels, head_names, diverging=False, value="norm"), "tiny_transformer/norm_based")
     numbers |= {"mixing_before_ff": before, "mixing_after_ff": after}
     print(f"{purple}=== Share of the stream that comes from other positions ==={endc}\n" + "\n".join(f"layer {l}: {cyan}{a:.3f}{endc} after attention, {cyan}{b:.3f}{endc} after the feed-forward block" for l, (a, b) in enumerate(zip(before, after))))
-
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

@@ -381,6 +381,26 @@ def start_wandb(name: str, run: dict):
     return wandb.init(project="interp", name=name, config=run, mode="online" if key else "offline")
 
 
+#%% Speed: hooks cost nothing when nobody listens
+def bench_against_hf(ours: nn.Module, hf_model: nn.Module, tokens: Tensor, pairs: int = 7) -> float:
+    """Hugging Face's time / ours for forward, loss and backward, median of interleaved pairs: above 1 ours is faster."""
+    def seconds(forward: Callable, model: nn.Module) -> float:
+        if tokens.is_cuda: t.cuda.synchronize()
+        start = time.perf_counter()
+        next_token_loss(forward, tokens).backward()
+        if tokens.is_cuda: t.cuda.synchronize()
+        model.zero_grad()
+        return time.perf_counter() - start
+
+    runs = [(ours.train(), ours), (lambda x: hf_model(x, use_cache=False).logits, hf_model.train())]
+    for run in runs * 2: seconds(*run)
+    ratios = []
+    for i in range(pairs):
+        took = [seconds(*runs[j]) for j in ((0, 1) if i % 2 else (1, 0))]
+        ratios.append(took[1] / took[0] if i % 2 else took[0] / took[1])
+    return sorted(ratios)[pairs // 2]
+
+
 #%% Launching: flags with a preset for big machines, sweeps, Slurm through submitit
 @dataclass
 class Launch:

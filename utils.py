@@ -22,9 +22,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch as t
 import torch.nn as nn
-import torch.nn.functional as F
 from dotenv import dotenv_values
-from einops import einsum
 from safetensors import safe_open
 from torch import Tensor
 
@@ -84,13 +82,6 @@ def secret(name: str) -> str | None:
 def in_kernel() -> bool:
     """True in Jupyter and VS Code cells, where argv belongs to the kernel; `%run script.py --flags` is a script."""
     return "kernel_launcher" in sys.argv[0]
-
-
-def flags[Config](config: type[Config], description: str = "") -> Config:
-    """A dataclass of settings from the command line: one --flag per field; in a notebook, its defaults."""
-    if in_kernel(): return config()
-    import tyro
-    return tyro.cli(config, description=description)
 
 #%% Figures and results: a notebook shows figures, a script writes them
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
@@ -387,158 +378,51 @@ def tensor_table(name: str) -> Iterator[tuple[str, tuple[int, ...], str, float]]
     """(tensor name, shape, dtype, Frobenius norm), one tensor in memory at a time."""
     for key, x in read_tensors(name): yield key, tuple(x.shape), str(x.dtype)[6:], math.sqrt(sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24)))
 
-
-#%% Head scores on repeated random tokens: what makes a head an induction, previous-token or duplicate-token head
-def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
-    """(batch, [bos] + 2 * half): random tokens, said twice. vocab: the number of tokens, or the ids to draw from."""
-    generator = t.Generator().manual_seed(seed)
-    pool = vocab if isinstance(vocab, Tensor) else t.arange(vocab)
-    once = pool[t.randint(len(pool), (batch, half), generator=generator)]
-    return t.cat([*([t.full((batch, 1), bos)] if bos is not None else []), once, once], dim=1)
-
-
-def stripe(pattern: Tensor, offset: int, start: int = 0) -> Tensor:
-    """Mean attention (head) that queries from position start on pay to the key `offset` places back. pattern: (batch, head, query, key)."""
-    return pattern.diagonal(-offset, dim1=-2, dim2=-1)[..., max(start - offset, 0):].mean((0, -1))
-
-
-def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> dict[str, Tensor]:
-    """
-    Each score (layer, head) in 0..1, on tokens from repeated_tokens: 'prefix_matching' (attention to the token after the earlier
-    copy, Olsson et al. 2022), 'previous_token', 'duplicate_token' (attention to the earlier copy itself), 'first_token'.
-    """
-    second = tokens.shape[1] - half
-    scores: dict[str, list[Tensor]] = {"prefix_matching": [], "previous_token": [], "duplicate_token": [], "first_token": []}
-    with t.no_grad(): _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
-    for layer in range(n_layers):
-        pattern = cache["pattern", layer].float()
-        scores["prefix_matching"].append(stripe(pattern, half - 1, second))
-        scores["previous_token"].append(stripe(pattern, 1, 2))
-        scores["duplicate_token"].append(stripe(pattern, half, second))
-        scores["first_token"].append(pattern[:, :, 2:, 0].mean((0, 2)))
-    return {name: t.stack(rows).cpu() for name, rows in scores.items()}
+#%% The Llama family in Hugging Face's words: its config.json, and the names of its tensors (each part of a name has one of ours)
+def read_llama_config(hf: dict, architectures: tuple[str, ...]) -> dict:
+    """Fields of llama_block.LlamaConfig from a config.json; whatever is not built here ends the program rather than being left out."""
+    name = (hf.get("architectures") or ["unknown"])[0]
+    if name not in architectures: fail(f"architecture {name} is not built here (built: {', '.join(architectures)}); load_model opens it as a TransformerBridge")
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"): fail(f"rope type {kind!r} of {name} is not built here (built: default, llama3)")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0: fail(f"partial rotary positions of {name} are not built here")
+    if (act := hf.get("hidden_act", "silu")) != "silu": fail(f"activation {act!r} of {name} is not built here (built: silu)")
+    if hf.get("mlp_bias"): fail(f"mlp_bias of {name} is not built here")
+    n_layers, n_heads, window = hf["num_hidden_layers"], hf["num_attention_heads"], hf.get("sliding_window")
+    if name.startswith("Qwen"):  # Qwen states a window that only some layers use, and only when told to
+        kinds = hf.get("layer_types") or ["sliding_attention" if hf.get("use_sliding_window") and i >= hf.get("max_window_layers", n_layers) else "full_attention" for i in range(n_layers)]
+        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    else: windows = (window,) * n_layers
+    return dict(
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=hf.get("num_key_value_heads") or n_heads, d_model=hf["hidden_size"],
+        d_head=hf.get("head_dim") or hf["hidden_size"] // n_heads, d_mlp=hf["intermediate_size"], d_vocab=hf["vocab_size"], n_ctx=hf["max_position_embeddings"],
+        rope_base=rope["rope_theta"], rope_scaling=rope if kind == "llama3" else None, norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=hf.get("qkv_bias", True) if name.startswith("Qwen2") else hf.get("attention_bias", False), o_bias=hf.get("attention_bias", False) and not name.startswith("Qwen2"),
+        qk_norm={"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "full"}.get(name, "none"),
+        windows=windows if any(windows) else (), architecture=name,
+    )
 
 
-#%% Direct logit attribution: embedding, positions, every head x source, every neuron, every bias; with the final norm's scale frozen they sum to the logit
-def centres(model: nn.Module) -> bool:
-    """LayerNorm subtracts the mean and has a bias; RMSNorm neither."""
-    return getattr(model.ln_final, "bias", None) is not None
+def write_llama_config(cfg: object) -> dict:
+    """config.json for transformers of a llama_block.LlamaConfig."""
+    window = next((w for w in cfg.windows if w), None)
+    hf = dict(
+        architectures=[cfg.architecture], model_type=cfg.architecture.removesuffix("ForCausalLM").lower(), hidden_size=cfg.d_model, intermediate_size=cfg.d_mlp, num_hidden_layers=cfg.n_layers,
+        num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.d_head, vocab_size=cfg.d_vocab, max_position_embeddings=cfg.n_ctx, rms_norm_eps=cfg.norm_eps,
+        tie_word_embeddings=cfg.tied, hidden_act="silu", rope_theta=cfg.rope_base, rope_parameters=cfg.rope_scaling or {"rope_type": "default", "rope_theta": cfg.rope_base}, sliding_window=window,
+    )
+    if cfg.architecture.startswith("Qwen"): hf |= dict(use_sliding_window=window is not None, layer_types=["sliding_attention" if w else "full_attention" for w in cfg.windows or [None] * cfg.n_layers])
+    if not cfg.architecture.startswith("Qwen2"): hf |= dict(attention_bias=cfg.qkv_bias)
+    return hf
 
 
-def read_out(model: nn.Module, ids: Tensor | None = None) -> Tensor:
-    """(d_model, token): the unembedding with the final norm's weight folded in and, for LayerNorm, centred; all tokens or those of ids."""
-    W = model.ln_final.weight[:, None] * (model.W_U if ids is None else model.W_U[:, ids])
-    return (W - W.mean(0) if centres(model) else W).float()
+PARTS = {
+    "embed_tokens": "embed", "layers": "blocks", "norm": "ln_final", "lm_head": "unembed", "input_layernorm": "ln1", "post_attention_layernorm": "ln2", "self_attn": "attn",
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "inp", "down_proj": "out",
+}
+THEIRS = {ours: theirs for theirs, ours in PARTS.items()}
 
 
-def per_head(x: Tensor, n_heads: int) -> Tensor:
-    """Keys or values (batch, pos, kv head, d_head), repeated for the query heads that share them."""
-    return x.repeat_interleave(n_heads // x.shape[2], 2)
-
-
-@t.no_grad()
-def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
-    """
-    Parts of the logit of `token` at one position of tokens (1, pos): 'embed', 'pos_embed' (), 'heads' (layer, head, source), 'attn_bias' (layer),
-    'mlp' (layer), 'constant' () (the final norm's bias), and 'logit', which they sum to; 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
-    The final norm's scale is frozen at its value there. Ours or a TransformerBridge, grouped queries too. Weights: unprocessed, read_out's fold apart.
-    """
-    layers, n_heads = range(model.cfg.n_layers), model.cfg.n_heads
-    has_pos, has_neurons = hasattr(model, "W_pos") or hasattr(model, "pos_embed"), all(hasattr(block.mlp, "W_out") for block in model.blocks)
-    names = [act_name(short, layer) for layer in layers for short in ("v", "pattern", "mlp_out") + ("post",) * has_neurons]
-    logits, cache = run_with_cache(model, tokens, [*names, act_name("resid_pre", 0), "ln_final.hook_scale", *["hook_pos_embed"] * has_pos])
-    g = read_out(model, t.tensor([token], device=tokens.device))[:, 0] / cache["ln_final.hook_scale"][0, position]
-    none = g.new_zeros(())
-    bias = lambda linear: none if getattr(linear, "bias", None) is None else linear.bias.float() @ g
-    positional = cache["hook_pos_embed"][0, position].float() @ g if has_pos else none
-    heads = [einsum(cache["pattern", l][0, :, position].float(), per_head(cache["v", l], n_heads)[0].float(), model.blocks[l].attn.W_O.float() @ g, "head source, source head d_head, head d_head -> head source") for l in layers]
-    parts = {
-        "embed": cache["resid_pre", 0][0, position].float() @ g - positional, "pos_embed": positional, "heads": t.stack(heads), "attn_bias": t.stack([bias(model.blocks[l].attn.o) for l in layers]),
-        "mlp": t.stack([cache["mlp_out", l][0, position].float() @ g for l in layers]), "constant": model.ln_final.bias.float() @ model.W_U[:, token].float() if centres(model) else none, "logit": logits[0, position, token].float(),
-    }
-    if has_neurons: parts |= {"neurons": t.stack([cache["post", l][0, position].float() * (model.blocks[l].mlp.W_out.float() @ g) for l in layers]), "mlp_bias": t.stack([bias(model.blocks[l].mlp.out) for l in layers])}
-    return parts
-
-
-def parts_error(parts: dict[str, Tensor]) -> float:
-    """How far the parts miss the logit, and the neurons the MLPs, relative to max(1, |logit|)."""
-    miss = [sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant")) - parts["logit"]]
-    if "neurons" in parts: miss.append((parts["neurons"].sum(1) + parts["mlp_bias"] - parts["mlp"]).abs().max())
-    return max(abs(x.item()) for x in miss) / max(1.0, abs(parts["logit"].item()))
-
-
-#%% Head catalogue: a role is named only above a floor and above the best of all heads where the role's structure is shuffled away
-FLOORS = {"previous token": 0.3, "duplicate token": 0.3, "induction": 0.3, "text-begin sink": 0.5, "copying": 0.95}
-
-
-def role_targets(tokens: Tensor) -> dict[str, Tensor]:
-    """Where each role looks, True in (row, query, key); induction: the key after an earlier copy of the query."""
-    place = t.arange(tokens.shape[1], device=tokens.device)
-    back, same = place[:, None] - place, tokens[:, :, None] == tokens[:, None]
-    targets = {"previous token": ((back == 1) & (back[:, :1] > 1)).expand_as(same), "text-begin sink": ((place == 0) & (back[:, :1] > 1)).expand_as(same)}
-    return targets | {"duplicate token": same & (back > 0), "induction": F.pad(same[:, :, :-1], (1, 0)) & (back > 0)}
-
-
-def attention_on(pattern: Tensor, targets: Tensor) -> Tensor:
-    """(head) attention (row, head, query, key) paid to targets (row, query, key), averaged over the queries that have one."""
-    asked = targets.any(-1)
-    return einsum(pattern, targets.to(pattern.dtype), "row head query key, row query key -> head") / asked.sum()
-
-
-@t.no_grad()
-def catalogue(model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
-    """
-    Scores {role: (layer, head)}, bars {role: float} and names {head: its roles}, for rows (batch, pos) that start with beginning-of-text and repeat
-    (utils.repeated_tokens). Ours or a TransformerBridge. 'copying' is by OV score: of the other tokens in the rows, the share whose logit the head's
-    value-output map, fed a token, raises less than that token's own (0.5 is chance; the direct path from real values, through read_out's weights).
-    The bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads: shuffled are each query's keys
-    (previous token, sink), the tokens behind the first (duplicate, induction) or the tokens' names (copying).
-    """
-    generator, layers, n_heads, targets = t.Generator().manual_seed(seed), range(model.cfg.n_layers), model.cfg.n_heads, role_targets(tokens)
-    if not targets["induction"].any(): fail("the head catalogue needs rows that repeat tokens: utils.repeated_tokens")
-    chosen = t.randperm(tokens.numel(), generator=generator)[:256].to(tokens.device)
-    ids, own = tokens.flatten()[chosen].unique(return_inverse=True)
-    U, looks = read_out(model, ids), {role: [mask] for role, mask in targets.items()}
-    hidden = t.ones_like(targets["induction"][0]).triu(1).cpu()
-    for _ in range(shuffles):
-        order = t.rand(targets["induction"].shape, generator=generator).masked_fill(hidden, 2.0).argsort(-1).to(tokens.device)
-        for role in ("previous token", "text-begin sink"): looks[role].append(targets[role].gather(-1, order))
-
-    def measure(rows: Tensor, looks: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """{role: (look, layer, head)}"""
-        found: dict[str, list[Tensor]] = {role: [] for role in looks}
-        def fn(pattern: Tensor, hook: nn.Module) -> None:
-            for role, masks in looks.items(): found[role].append(t.stack([attention_on(pattern.float(), mask) for mask in masks]).cpu())
-        with hooks(model, [(act_name("pattern", layer), fn) for layer in layers]): model(rows)
-        return {role: t.stack(x, 1) for role, x in found.items()}
-
-    found, content = measure(tokens, looks), {role: targets[role] for role in ("duplicate token", "induction")}
-    for _ in range(shuffles):
-        order = t.rand(tokens[:, 1:].shape, generator=generator).argsort(1).to(tokens.device)
-        null = measure(t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1), {role: [mask] for role, mask in content.items()})
-        found |= {role: t.cat([found[role], null[role]]) for role in content}
-    names = [own, *(own[t.randperm(len(own), generator=generator).to(own.device)] for _ in range(shuffles))]
-    _, cache = run_with_cache(model, tokens, [act_name("v", layer) for layer in layers])
-    copying = []
-    for layer in layers:
-        out = einsum(per_head(cache["v", layer], n_heads).flatten(0, 1)[chosen].float(), model.blocks[layer].attn.W_O.float(), U, "place head d_head, head d_head d_model, d_model token -> place head token")
-        rank = out.argsort(-1).argsort(-1) / (len(ids) - 1)
-        copying.append(t.stack([rank.gather(-1, name[:, None, None].expand(-1, n_heads, 1)).mean((0, 2)) for name in names]).cpu())
-    found["copying"] = t.stack(copying, 1)
-    bars = {role: max(FLOORS[role], x[1:].flatten(1).amax(1).quantile(0.99).item()) for role, x in found.items()}
-    scores = {role: x[0] for role, x in found.items()}
-    return scores, bars, {f"L{layer}H{head}": [role for role in scores if scores[role][layer, head] > bars[role]] for layer in layers for head in range(n_heads)}
-
-
-#%% Neuron catalogue: where the strongest neurons fire, and which tokens they raise
-@t.no_grad()
-def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, contexts: int = 5) -> list[dict]:
-    """The n neurons of a layer with the largest peak activation x ||W_out||: 'neuron', 'peaks' [(activation, row, position)], 'effect' (d_vocab) on the logits by the direct path (read_out's weights, scale of the final norm left out)."""
-    _, cache = run_with_cache(model, rows, act_name("post", layer))
-    acts, W_out, U, found = cache["post", layer].float(), model.blocks[layer].mlp.W_out.float(), read_out(model), []
-    best, position = acts.max(1)  # row neuron
-    for neuron in (best.amax(0) * W_out.norm(dim=-1)).topk(n).indices.tolist():
-        top = best[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
-        effect = W_out[neuron] @ U
-        found.append({"neuron": neuron, "peaks": [(best[row, neuron].item(), row, position[row, neuron].item()) for row in top], "effect": (effect - effect.mean()).cpu()})
-    return found
+def our_name(hf: str) -> str: return ".".join(PARTS.get(part, part) for part in hf.removeprefix("model.").split("."))
+def hf_name(ours: str) -> str: return "model." * (not ours.startswith("unembed")) + ".".join(THEIRS.get(part, part) for part in ours.split("."))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import COLORS, HookPoint, array, cyan, endc, fail, flags, gray, green, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
+from utils import COLORS, HookPoint, array, cyan, endc, fail, gray, green, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
 from data import find_tokens, load_corpus, str_tokens
-from train import TrainConfig, train
+from train import TrainConfig, first_goes_on, flags, train
 
 import numpy as np
 import plotly.graph_objects as go
@@ -197,7 +197,8 @@ def kind_of(token: str) -> str:
 
 #%% Config and text: every adjacent pair of tokens is one count
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000))  # --hpc: an A100 with 40 GB
+    first_goes_on()
     if min(cfg.steps, cfg.d_model, cfg.vocab, cfg.tokens_per_step, *cfg.ranks) < 1: fail("--steps, --d-model, --vocab, --tokens-per-step and --ranks must be at least 1")
     set_seed(cfg.seed)
     print(f"{purple}Zero layers: W_E -> W_U{endc}")

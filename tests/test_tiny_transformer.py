@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from conftest import one_line_error
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from anatomy import catalogue, ff_maps, fold_norm, head_scores, logit_parts, mixing, neuron_catalogue, parts_error, read_out, repeated_tokens, role_targets
 from data import train_bpe
 from llama_block import Llama, LlamaConfig
-from tiny_transformer import TinyConfig, TinyTransformer, bench_against_hf, catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, sinusoids, tensor_table
-from train import next_token_loss
-from utils import head_scores, hook_points, load_model, read_out, repeated_tokens, role_targets, run_with_cache
+from tiny_transformer import TinyConfig, TinyTransformer, sinusoids
+from train import bench_against_hf, next_token_loss
+from utils import hook_points, load_model, run_with_cache, tensor_table
 
 V = 300
 

@@ -10,8 +10,9 @@ import torch.nn as nn
 from conftest import ROOT
 
 import utils
+from anatomy import head_scores, repeated_tokens, stripe
 from attn_only import AttnOnly, AttnOnlyConfig
-from utils import Cache, HookPoint, find_hooks, head_scores, hook_points, hooks, imshow, label_tokens, line, pick_device, pick_dtype, repeated_tokens, run_with_cache, run_with_hooks, save_results, secret, show, stripe, write_aside
+from utils import Cache, HookPoint, find_hooks, hook_points, hooks, imshow, label_tokens, line, pick_device, pick_dtype, run_with_cache, run_with_hooks, save_results, secret, show, write_aside
 
 
 @pytest.fixture
@@ -139,13 +140,6 @@ def test_secrets_come_from_the_env_file_only(tmp_path, monkeypatch):
 @dataclass
 class Settings:
     steps: int = 3
-
-
-def test_flags_leave_a_kernels_argv_alone(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json"])
-    assert utils.flags(Settings) == Settings(3)
-    monkeypatch.setattr(sys, "argv", ["script.py", "--steps", "7"])
-    assert utils.flags(Settings) == Settings(7)
 
 
 def test_figures_and_results_are_written(tmp_path, monkeypatch):
