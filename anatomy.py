@@ -238,3 +238,31 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
 def mixing(norms: Tensor) -> float:
     """Share of a map (query, key) that lies off the diagonal, mean over queries but the first."""
     return (1 - norms.diagonal() / norms.sum(1))[1:].mean().item()
+
+
+#%% Logit attribution: what each layer writes in the direction of the answer, for any model whose stream can be read
+def device_of(model: nn.Module) -> t.device: return next(model.ln_final.parameters()).device
+
+
+def points(model: nn.Module) -> list[str]:
+    """The stream after 0, 1, ... n_layers blocks."""
+    return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
+
+
+@t.no_grad()
+def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str, float], float]:
+    """
+    ({'embed', 'L0' .., 'constant'}, the logit of token after the row that they sum to, before a soft cap). The final norm's scale is frozen there; its weight,
+    and whether it centres, are found by asking the module: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ..., and LayerNorm does not see v + 1.
+    """
+    _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
+    x = t.stack([cache[name][0, -1] for name in points(model)])
+    v = (1 - 2 * (t.arange(x.shape[1], device=x.device) % 2)).to(x.dtype)
+    zero, plain, moved, out = model.ln_final(t.stack([0 * v, v, v + 1, x[-1]])[None])[0].float()
+    weight, column, x = (plain - zero) * v, model.W_U[:, token].float(), x.float()
+    if t.allclose(plain, moved, atol=1e-2): x = x - x.mean(-1, keepdim=True)
+    along = x @ (weight * column) * (out - zero).norm() / (weight * x[-1]).norm()
+    bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
+    fixed = 0.0 if bias is None else bias[token].item()
+    names = ["embed", *(f"L{layer}" for layer in range(model.cfg.n_layers)), "constant"]
+    return dict(zip(names, [*t.cat([along[:1], along.diff()]).tolist(), (zero @ column).item() + fixed])), (out @ column).item() + fixed

@@ -14,16 +14,20 @@ import json
 import math
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import numpy as np
 import plotly.graph_objects as go
+import psutil
 import torch as t
 import torch.nn as nn
 from dotenv import dotenv_values
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 purple = '\x1b[38;2;255;0;255m'
@@ -38,6 +42,8 @@ bold = '\033[1m'
 underline = '\033[4m'
 endc = '\033[0m'
 
+ROOT = Path(__file__).parent
+WORLD = ROOT / "models/world"
 BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", mininterval=0.2 if sys.stderr.isatty() else 10)  # tqdm: information on the left
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
@@ -76,7 +82,7 @@ def pick_dtype(device: str, dtype: str = "auto") -> t.dtype:
 
 def secret(name: str) -> str | None:
     """A key from the .env file beside the scripts, or None; the shell's environment is not looked at."""
-    return dotenv_values(Path(__file__).parent / ".env").get(name) or None
+    return dotenv_values(ROOT / ".env").get(name) or None
 
 
 def in_kernel() -> bool:
@@ -426,3 +432,98 @@ THEIRS = {ours: theirs for theirs, ours in PARTS.items()}
 
 def our_name(hf: str) -> str: return ".".join(PARTS.get(part, part) for part in hf.removeprefix("model.").split("."))
 def hf_name(ours: str) -> str: return "model." * (not ours.startswith("unembed")) + ".".join(THEIRS.get(part, part) for part in ours.split("."))
+
+#%% Models larger than memory: in memory where they fit, else their blocks come from the file when they are called
+HINTS = {"gated": "accept its licence on the hub and put HF_TOKEN=... into .env", "offline": "fetch it where there is a network, or give a folder", "connect": "without a network, give a folder"}
+
+
+def find_model(name: str) -> str:
+    """The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot be read gets one line."""
+    beside = ROOT / name
+    name = str(beside) if not Path(name).exists() and beside.is_dir() else full_name(name)
+    has = lambda kind: any(Path(name).glob(kind))
+    if name.endswith(".gguf") or (has("*.gguf") and not has("*.safetensors")): fail(f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder that it was made from")
+    try: read_config(name)
+    except SystemExit as error: fail(f"{error}{''.join(f' ({hint})' for word, hint in HINTS.items() if word in str(error).lower())}")
+    if Path(name).is_dir() and not has("*.safetensors"): fail(f"no *.safetensors in {name}: save the weights there with model.save_pretrained")
+    return name
+
+
+class Streamed(nn.Module):
+    """
+    A plain transformers model under accelerate's offload: a share `resident` of the blocks stays on the device, the others come from the checkpoint
+    (memory-mapped) when they are called, and leave again. Hooks: blocks.L.hook_resid_pre and hook_resid_post.
+    """
+
+    def __init__(self, name: str, device: str, dtype: t.dtype, resident: float = 0.0):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        config = AutoConfig.from_pretrained(name, token=secret("HF_TOKEN"))
+        shape = config.get_text_config()
+        n_layers = shape.num_hidden_layers
+        with t.device("meta"): empty = AutoModelForCausalLM.from_config(config)
+        stack = next(path for path, module in empty.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers) + "."
+        owners = {path.rpartition(".")[0] for path, _ in [*empty.named_parameters(remove_duplicate=False), *empty.named_buffers()]}
+        places = {path: device for path in owners if not path.startswith(stack)} | {f"{stack}{i}": device if i < int(resident * n_layers) else "disk" for i in range(n_layers)}
+        self.converted = tempfile.TemporaryDirectory()  # for tensors that transformers keeps otherwise than the file does (experts)
+        self.hf = AutoModelForCausalLM.from_pretrained(name, device_map=places, offload_folder=self.converted.name, dtype=dtype, token=secret("HF_TOKEN")).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(name, token=secret("HF_TOKEN"))
+        self.cfg = SimpleNamespace(n_layers=n_layers, d_model=shape.hidden_size, n_ctx=shape.max_position_embeddings, output_logits_soft_cap=getattr(shape, "final_logit_softcapping", None))
+        self.ln_final = [module for path, module in self.hf.named_modules() if not path.startswith(stack) and "norm" in type(module).__name__.lower()][-1]
+        self.unembed, self.blocks = self.hf.get_output_embeddings(), nn.ModuleList(nn.Module() for _ in range(n_layers))
+        for ours, theirs in zip(self.blocks, self.hf.get_submodule(stack[:-1])):
+            ours.hook_resid_pre, ours.hook_resid_post = HookPoint(), HookPoint()
+            theirs.register_forward_pre_hook(lambda _, args, ours=ours: (ours.hook_resid_pre(args[0]), *args[1:]))
+            theirs.register_forward_hook(lambda _, args, out, ours=ours: (ours.hook_resid_post(out[0]), *out[1:]) if isinstance(out, tuple) else ours.hook_resid_post(out))
+
+    @property
+    def W_U(self) -> Tensor: return self.unembed.weight.T
+
+    def forward(self, tokens: Tensor, **kwargs) -> Tensor: return self.hf(tokens, **{"use_cache": False} | kwargs).logits
+
+
+def open_model(name: str, ours: tuple[type, ...] = (), device: str = "auto", dtype: str = "auto", offload: str = "auto") -> nn.Module:
+    """load_model, or Streamed where the weights do not fit (offload auto) or always (on)."""
+    name, device, count = find_model(name), pick_device(device), 0
+    torch_dtype = pick_dtype(device, dtype)
+    for path in model_folder(name).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file: count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+    need, free = count * torch_dtype.itemsize, t.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    if offload == "off" or (offload == "auto" and need < 0.85 * free): return load_model(name, ours, device, dtype)
+    resident = 0.0 if offload == "on" else min(1.0, max(0.0, 0.8 * free / need - 0.15))  # embeddings stay too; the margin is for activations
+    print(f"{yellow}{name}: {need / 1e9:.2f} GB of weights, {free / 1e9:.1f} GB free on {device}: {resident:.0%} of the blocks stay, the others come from disk at every pass; hooks on the residual stream only{endc}")
+    return Streamed(name, device, torch_dtype, resident)
+
+#%% Tokens of any model: its own tokenizer, beginning-of-text exactly once
+def text_tokenizer(model: nn.Module) -> Tokenizer: return getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+
+
+def begin(model: nn.Module) -> int | None:
+    """The beginning-of-text token this model reads, or None: what TransformerLens says of the architecture, else what the tokenizer does by itself."""
+    bare, own = (text_tokenizer(model).encode("a", add_special_tokens=special).ids for special in (False, True))
+    bos = getattr(model.tokenizer, "bos_token_id", own[0])
+    return bos if getattr(model.cfg, "default_prepend_bos", own != bare and own[0] == bos) else None
+
+
+def encode(model: nn.Module, text: str) -> list[int]:
+    ids, bos = text_tokenizer(model).encode(text, add_special_tokens=False).ids, begin(model)
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def token_text(model: nn.Module, token: int) -> str:
+    piece = text_tokenizer(model).id_to_token(token) or ""  # padded vocabularies have ids without a token
+    return " " + piece[1:] if piece.startswith("▁") else text_tokenizer(model).decode([token], skip_special_tokens=False)
+
+
+def about_bos(model: nn.Module) -> str:
+    bos = begin(model)
+    return "no beginning-of-text token: this model reads none" if bos is None else f"beginning-of-text token {token_text(model, bos)!r} ({bos}) put first, once"
+
+
+def answer_token(model: nn.Module, prompt: str, answer: str) -> int:
+    """The one token that `answer` is after the prompt, with a space before it or as given."""
+    ids = encode(model, prompt)
+    pieces = [whole[len(ids):] for form in (f" {answer.strip()}", answer) if (whole := encode(model, prompt + form))[:len(ids)] == ids]
+    one = [piece[0] for piece in pieces if len(piece) == 1]
+    if not one: fail(f"--answer {answer!r} is several tokens here ({' + '.join(repr(token_text(model, i)) for i in pieces[0])}): the lens follows one, so give the first: --answer {token_text(model, pieces[0][0])!r}")
+    return one[0]

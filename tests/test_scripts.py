@@ -13,6 +13,7 @@ FLAGS = {
     "tiny_transformer.py": "--steps 8 --tokens-per-step 512",
     "llama_block.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-expert 32",
+    "logit_lens.py": "--countries 8 --forms 1 --tuned-steps 20 --draws 50",
 }
 
 
