@@ -1,7 +1,13 @@
 """Reading any hooked model, ours or a TransformerBridge: head scores, a logit's parts, catalogues of heads and neurons, folded norms, maps through the MLP."""
 import copy
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from utils import act_name, fail, hooks, run_with_cache
+from data import DRAW, FACTS, Prompt, World
+from utils import act_name, fail, hooks, run_with_cache, run_with_hooks
 
 import numpy as np
 import torch as t
@@ -266,3 +272,112 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
     fixed = 0.0 if bias is None else bias[token].item()
     names = ["embed", *(f"L{layer}" for layer in range(model.cfg.n_layers)), "constant"]
     return dict(zip(names, [*t.cat([along[:1], along.diff()]).tolist(), (zero @ column).item() + fixed])), (out @ column).item() + fixed
+
+
+#%% What a model knows of the world: any callable from tokens (batch, pos) to logits
+@t.no_grad()
+def read_answers(model: Callable[[Tensor], Tensor], world: World, prompts: list[Prompt], device: str = "cpu", batch: int = 256) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """
+    By prompt: whether the whole answer (of a fact: and the token that ends it) is chosen greedily; logit of the answer's first token
+    minus the wrong one's; log-probabilities (prompt, vocab) at the place of the first token.
+    """
+    encode = lambda texts: [x.ids for x in world.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    asked, whole = encode([p.text for p in prompts]), encode([p.sentence for p in prompts])
+    said, wrong = encode([p.text + p.answer for p in prompts]), encode([p.text + (p.wrong or p.answer) for p in prompts])
+    right, gap, first = np.zeros(len(prompts), bool), np.zeros(len(prompts)), t.zeros(len(prompts), world.d_vocab)
+    for length in sorted({len(ids) for ids in whole}):
+        same = [i for i, ids in enumerate(whole) if len(ids) == length]
+        for rows in (same[i:i + batch] for i in range(0, len(same), batch)):
+            tokens = t.tensor([[world.bos, *whole[i]] for i in rows], device=device)
+            logits = model(tokens).float().cpu()
+            hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:].cpu()).numpy()
+            for row, i in enumerate(rows):
+                start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), length)
+                right[i], at = hits[row, start:stop].all(), logits[row, start]
+                gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
+    return right, gap, first
+
+
+def evaluate_world(model: Callable[[Tensor], Tensor], world: World, quick: bool = False, device: str = "cpu") -> dict[str, float]:
+    """
+    What the model knows. Recalls: share of whole answers; forward and reverse are the directions of the capital fact, *_of_* names the part.
+    ioi_accuracy, induction_accuracy: the answer is the likeliest of all tokens; agreement, gender: likelier than the wrong one; ioi_logit_diff
+    in logits; greater_than: p(later year) - p(not later); heldout_loss: nats per token of natural text; prefix_matching (modules only): of the
+    best head. quick: a fixed subsample, for curves over training.
+    """
+    facts = {(task, split): world.prompts(task, split, n=100 if quick else None) for task in FACTS for split in ("taught", "held_out") if not (quick and task not in ("forward", "reverse") and split == "held_out")}
+    drawn = {task: world.prompts(task, "held_out", n=48 if quick else 512) for task in DRAW}
+    prompts = [p for group in (facts | drawn).values() for p in group]
+    right, gap, first = read_answers(model, world, prompts, device)
+    is_in = lambda tasks, held, part="": np.array([p.task in tasks and p.held_out == held and part in ("", p.labels.get("part")) for p in prompts])
+    taught = np.array([p.taught for p in prompts])
+    share = lambda chosen, values=right: float(values[chosen].mean())
+    numbers = {
+        "fact_recall": share(is_in(("forward", "reverse"), False) & taught), "fact_recall_heldout_phrasing": share(is_in(("forward", "reverse"), True) & taught),
+        "forward_recall": share(is_in(("forward",), False) & taught), "reverse_recall": share(is_in(("reverse",), False) & taught),
+        "forward_recall_of_both": share(is_in(("forward",), False, "both")), "reverse_recall_of_both": share(is_in(("reverse",), False, "both")),
+        "reverse_recall_of_forward_only": share(is_in(("reverse",), False, "forward")), "forward_recall_of_reverse_only": share(is_in(("forward",), False, "reverse")),
+        **{f"{task}_recall": share(is_in((task,), False)) for task in ("continent", "language", "currency")},
+    }
+    if not quick: numbers |= {f"{task}_recall_heldout_phrasing": share(is_in((task,), True)) for task in ("continent", "language", "currency")}
+    digits = t.tensor([world.tokenizer.token_to_id(f"{i:02d}") for i in range(100)])
+    years = is_in(("greater_than",), True)
+    later = t.arange(100) > t.tensor([int(p.labels["start"]) for p, chosen in zip(prompts, years) if chosen])[:, None]
+    chance = first[t.from_numpy(years)][:, digits].exp()
+    numbers |= {
+        "ioi_accuracy": share(is_in(("ioi",), True)), "ioi_logit_diff": share(is_in(("ioi",), True), gap), "greater_than": (chance * later - chance * ~later).sum(1).mean().item(),
+        **{f"{task}_accuracy": share(is_in((task,), True), gap > 0) for task in ("agreement", "gender")}, "induction_accuracy": share(is_in(("induction",), True)),
+    }
+    rows = t.from_numpy(world.rows(np.random.default_rng(0), 24 if quick else 256, 64, "heldout")).to(device)
+    with t.no_grad(): numbers["heldout_loss"] = float(np.mean([t.nn.functional.cross_entropy(model(chunk)[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten()).item() for chunk in rows.split(32)]))
+    if isinstance(model, t.nn.Module): numbers["prefix_matching"] = head_scores(model, model.cfg.n_layers, repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device), 24)["prefix_matching"].max().item()
+    return numbers
+
+
+def write_metrics(folder: Path, known: dict[str, float], others: tuple[str, ...] = (), **made) -> dict[str, list]:
+    """metrics.json beside the weights: what the model knows, how it was made, and all that by seed, from the folders of the others. Returns the last."""
+    runs = [made | known, *(json.loads((Path(other) / "metrics.json").read_text()) for other in others)]
+    for other, run in zip(others, runs[1:]):
+        if any(run[key] != made[key] for key in ("corpus", "steps")): fail(f"--others {other}: trained on another corpus, or for other steps")
+    by_seed = {name: [run[name] for run in runs] for name in ("seed", *known)}
+    (folder / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": by_seed}, indent=1) + "\n")
+    return by_seed
+
+
+#%% Activations: harvested at any hook, heads side by side; streamed through a buffer that is shuffled whenever half of it has left
+@t.no_grad()
+def harvest(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """{hook: (batch, pos, d)} in float32; the blocks above the last hook are not run."""
+    layers = [re.search(r"blocks\.(\d+)\.", name) for name in names]
+    stop = dict(stop_at_layer=max(int(layer[1]) for layer in layers) + 1) if all(layers) else {}
+    _, cache = run_with_cache(model, tokens, names, **stop)
+    found = {name: cache[name].float().flatten(2) for name in names}
+    for name, x in found.items():
+        if not x.isfinite().all(): fail(f"{(~x.isfinite()).sum()} activations at {name} are NaN or infinite: the model's weights are broken, or its dtype is too small")
+    return found
+
+
+def stream(model: nn.Module, hook: str, batch: Callable[[int], Tensor], size: int, buffer: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled activations (size, d_in) without end, `buffer` of them in memory. batch(i) gives rows of tokens; the beginning-of-text at their head is no text and left out."""
+    generator, store = t.Generator().manual_seed(seed), t.empty(0)
+    for i in itertools.count():
+        new = harvest(model, batch(i), [hook])[hook][:, 1:].flatten(0, 1)
+        store = t.cat([store.to(new), new])
+        if len(store) < buffer: continue
+        store = store[t.randperm(len(store), generator=generator).to(store.device)]
+        while len(store) > max(buffer // 2, size):
+            yield store[:size]
+            store = store[size:]
+
+
+def put(new: Callable[[Tensor], Tensor], first: int = 0) -> Callable:
+    """A hook that puts new(x) in the place of x (batch, pos, d_in), from position `first` on."""
+    def fn(x: Tensor, hook: nn.Module) -> Tensor: return t.cat([x[:, :first], new(x.flatten(2).float()).view_as(x).to(x.dtype)[:, first:]], 1)
+    return fn
+
+
+@t.no_grad()
+def loss_of(model: nn.Module, rows: Tensor, edits: list[tuple], batch: int = 64) -> float:
+    """Mean next-token cross-entropy in nats."""
+    losses = [F.cross_entropy(run_with_hooks(model, part, edits)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item() for part in rows.split(batch)]
+    return sum(losses) / rows[:, 1:].numel()

@@ -1,6 +1,7 @@
 """Text and token batches: the standard library every Python carries, any file or folder, any hub dataset, and a small world of our own."""
 import ast
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -9,13 +10,12 @@ import re
 import shutil
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from anatomy import head_scores, repeated_tokens
 from utils import cyan, endc, fail, full_name, gray, secret, write_aside
 
 import numpy as np
@@ -522,71 +522,68 @@ def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "ch
     print(f"{gray}text world: {cyan}{len(world.about)}{gray} sentences about {cyan}{len(countries)}{gray} countries and more, {cyan}{len(world.sentences) / 1e6:.2f}M{gray} tokens of {world.d_vocab} kinds; natural text {cyan}{sum(map(len, world.train.values())) / 1e6:.2f}M{gray}, {sum(map(len, world.heldout.values())) / 1e3:.0f}k held out{endc}")
     return world
 
-#%% What a model knows of the world: any callable from tokens (batch, pos) to logits
-@t.no_grad()
-def read_answers(model: Callable[[Tensor], Tensor], world: World, prompts: list[Prompt], device: str = "cpu", batch: int = 256) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """
-    By prompt: whether the whole answer (of a fact: and the token that ends it) is chosen greedily; logit of the answer's first token
-    minus the wrong one's; log-probabilities (prompt, vocab) at the place of the first token.
-    """
-    encode = lambda texts: [x.ids for x in world.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    asked, whole = encode([p.text for p in prompts]), encode([p.sentence for p in prompts])
-    said, wrong = encode([p.text + p.answer for p in prompts]), encode([p.text + (p.wrong or p.answer) for p in prompts])
-    right, gap, first = np.zeros(len(prompts), bool), np.zeros(len(prompts)), t.zeros(len(prompts), world.d_vocab)
-    for length in sorted({len(ids) for ids in whole}):
-        same = [i for i, ids in enumerate(whole) if len(ids) == length]
-        for rows in (same[i:i + batch] for i in range(0, len(same), batch)):
-            tokens = t.tensor([[world.bos, *whole[i]] for i in rows], device=device)
-            logits = model(tokens).float().cpu()
-            hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:].cpu()).numpy()
-            for row, i in enumerate(rows):
-                start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), length)
-                right[i], at = hits[row, start:stop].all(), logits[row, start]
-                gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
-    return right, gap, first
+
+def held_out_world(world: World, n: int = 2000, seed: int = 1) -> World:
+    """The same mixture of what training never saw, natural text, phrasings, pairs of names, years and nouns: its `batch` gives rows for judging."""
+    rng, lines, about, kinds = Random(seed), [], [], {}
+    tasks = {"capital": ("forward", "reverse"), "other": ("continent", "language", "currency")}
+    for kind in KINDS:
+        if kind in tasks: new = [(prompt.sentence, i) for i, row in enumerate(world.countries) for task in tasks[kind] for prompt in fact_prompts([row], task, True) if prompt.taught]
+        else: new = [(draw_list(rng) if kind == "list" else DRAW[kind](rng, True).sentence, -1) for _ in range(n)]
+        kinds[kind] = (len(lines), len(lines) + len(new))
+        lines, about = lines + [text for text, _ in new], about + [i for _, i in new]
+    ids = [encoding.ids for encoding in world.tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
+    return dataclasses.replace(world, train=world.heldout, sentences=np.concatenate(ids).astype(np.int64), starts=np.cumsum([0, *map(len, ids)]), about=np.array(about), kinds=kinds)
 
 
-def evaluate_world(model: Callable[[Tensor], Tensor], world: World, quick: bool = False, device: str = "cpu") -> dict[str, float]:
-    """
-    What the model knows. Recalls: share of whole answers; forward and reverse are the directions of the capital fact, *_of_* names the part.
-    ioi_accuracy, induction_accuracy: the answer is the likeliest of all tokens; agreement, gender: likelier than the wrong one; ioi_logit_diff
-    in logits; greater_than: p(later year) - p(not later); heldout_loss: nats per token of natural text; prefix_matching (modules only): of the
-    best head. quick: a fixed subsample, for curves over training.
-    """
-    facts = {(task, split): world.prompts(task, split, n=100 if quick else None) for task in FACTS for split in ("taught", "held_out") if not (quick and task not in ("forward", "reverse") and split == "held_out")}
-    drawn = {task: world.prompts(task, "held_out", n=48 if quick else 512) for task in DRAW}
-    prompts = [p for group in (facts | drawn).values() for p in group]
-    right, gap, first = read_answers(model, world, prompts, device)
-    is_in = lambda tasks, held, part="": np.array([p.task in tasks and p.held_out == held and part in ("", p.labels.get("part")) for p in prompts])
-    taught = np.array([p.taught for p in prompts])
-    share = lambda chosen, values=right: float(values[chosen].mean())
-    numbers = {
-        "fact_recall": share(is_in(("forward", "reverse"), False) & taught), "fact_recall_heldout_phrasing": share(is_in(("forward", "reverse"), True) & taught),
-        "forward_recall": share(is_in(("forward",), False) & taught), "reverse_recall": share(is_in(("reverse",), False) & taught),
-        "forward_recall_of_both": share(is_in(("forward",), False, "both")), "reverse_recall_of_both": share(is_in(("reverse",), False, "both")),
-        "reverse_recall_of_forward_only": share(is_in(("reverse",), False, "forward")), "forward_recall_of_reverse_only": share(is_in(("forward",), False, "reverse")),
-        **{f"{task}_recall": share(is_in((task,), False)) for task in ("continent", "language", "currency")},
-    }
-    if not quick: numbers |= {f"{task}_recall_heldout_phrasing": share(is_in((task,), True)) for task in ("continent", "language", "currency")}
-    digits = t.tensor([world.tokenizer.token_to_id(f"{i:02d}") for i in range(100)])
-    years = is_in(("greater_than",), True)
-    later = t.arange(100) > t.tensor([int(p.labels["start"]) for p, chosen in zip(prompts, years) if chosen])[:, None]
-    chance = first[t.from_numpy(years)][:, digits].exp()
-    numbers |= {
-        "ioi_accuracy": share(is_in(("ioi",), True)), "ioi_logit_diff": share(is_in(("ioi",), True), gap), "greater_than": (chance * later - chance * ~later).sum(1).mean().item(),
-        **{f"{task}_accuracy": share(is_in((task,), True), gap > 0) for task in ("agreement", "gender")}, "induction_accuracy": share(is_in(("induction",), True)),
-    }
-    rows = t.from_numpy(world.rows(np.random.default_rng(0), 24 if quick else 256, 64, "heldout")).to(device)
-    with t.no_grad(): numbers["heldout_loss"] = float(np.mean([t.nn.functional.cross_entropy(model(chunk)[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten()).item() for chunk in rows.split(32)]))
-    if isinstance(model, t.nn.Module): numbers["prefix_matching"] = head_scores(model, model.cfg.n_layers, repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device), 24)["prefix_matching"].max().item()
-    return numbers
+def judging_rows(corpus: Corpus, n: int, context: int, seed: int) -> Tensor:
+    rng = np.random.default_rng((seed, 12345))
+    return held_out_world(corpus).batch(rng, n, context) if isinstance(corpus, World) else t.from_numpy(corpus.rows(rng, n, context, "heldout"))
 
 
-def write_metrics(folder: Path, known: dict[str, float], others: tuple[str, ...] = (), **made) -> dict[str, list]:
-    """metrics.json beside the weights: what the model knows, how it was made, and all that by seed, from the folders of the others. Returns the last."""
-    runs = [made | known, *(json.loads((Path(other) / "metrics.json").read_text()) for other in others)]
-    for other, run in zip(others, runs[1:]):
-        if any(run[key] != made[key] for key in ("corpus", "steps")): fail(f"--others {other}: trained on another corpus, or for other steps")
-    by_seed = {name: [run[name] for run in runs] for name in ("seed", *known)}
-    (folder / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": by_seed}, indent=1) + "\n")
-    return by_seed
+#%% Concepts with known labels: every token of world sentences, what it is, and the entity whose split it belongs to
+@dataclass
+class Concept:
+    """index: the tokens asked about; y: the label; group: tokens of one group stand in one split."""
+    index: np.ndarray
+    y: np.ndarray
+    group: np.ndarray
+
+
+@dataclass
+class Labelled:
+    """Rows of tokens without beginning-of-text; of the kept tokens row, position and role ('' is none, 'skip' is part of an entity); what is asked of them."""
+    rows: list[list[int]]
+    row: np.ndarray
+    pos: np.ndarray
+    role: np.ndarray
+    concepts: dict[str, Concept]
+
+
+def label_sentences(tokenizer, prompts: list[Prompt], natural: Tensor, limit: int, seed: int) -> Labelled:
+    """The last token of an entity has its role; natural (row, pos) adds text without labels. Of the tokens without a role, `limit` are kept."""
+    facts = {row["country"]: row for row in read_countries()}
+    words, roles = {"country": list(facts), "capital": [row["capital"] for row in facts.values()], "name": WOMEN + MEN, "place": PLACES, "object": OBJECTS}, {}
+    for role, names in words.items(): roles |= {name: "skip" if name in roles else role for name in names}
+    find = re.compile(rf"(?<= )(?:{'|'.join(map(re.escape, sorted(roles, key=len, reverse=True)))})(?!\w)")
+    rows, table = [], []
+    for i, (prompt, encoding) in enumerate(zip(prompts, tokenizer.encode_batch([p.sentence for p in prompts], add_special_tokens=False))):
+        labels = [("", f"sentence {i}")] * len(encoding.ids)
+        for match in find.finditer(prompt.sentence):
+            at = [j for j, (start, end) in enumerate(encoding.offsets) if start < match.end() and end > match.start()]
+            for j in at: labels[j] = ("skip" if j < at[-1] else roles[match[0]], match[0])
+        if prompt.task == "agreement": labels[max(j for j, (_, end) in enumerate(encoding.offsets) if end <= len(prompt.text))] = (prompt.labels["number"], prompt.labels["subject"])
+        rows.append(encoding.ids)
+        table += [(i, j, *label) for j, label in enumerate(labels)]
+    known = {word.lower() for name in roles for word in name.split()}
+    for i, ids in enumerate(natural.tolist(), len(rows)):
+        rows.append(ids)
+        table += [(i, j, "skip" if word.strip().lower() in known else "natural", f"row {i}") for j, word in enumerate(str_tokens(tokenizer, ids))]
+    plain = np.isin([role for _, _, role, _ in table], ("", "skip", "natural"))
+    keep = np.sort(np.concatenate([np.flatnonzero(~plain), np.random.default_rng(seed).permutation(np.flatnonzero(plain))[:limit]]))
+    row, pos, role, group = (np.array(column) for column in zip(*(table[i] for i in keep)))
+    fact = lambda column: np.array([facts[g][column] if r == "country" else "" for g, r in zip(group, role)])
+    before_capital = np.array([i < len(prompts) and prompts[i].task != "reverse" for i in row])
+    asked = {name: (role != "skip", role == name) for name in words} | {f"in {c}": (role == "country", fact("continent") == c) for c in sorted({r["continent"] for r in facts.values()})}
+    asked |= {"known both ways": ((role == "country") & before_capital & (fact("part") != "reverse"), fact("part") == "both"), "plural subject": (np.isin(role, ("plural", "singular")), role == "plural"), "early position": (role == "natural", pos < 8)}
+    return Labelled(rows, row, pos, role, {name: Concept(np.flatnonzero(which), y[which], group[which]) for name, (which, y) in asked.items()})

@@ -5,8 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from anatomy import evaluate_world, write_metrics
 from attn_only import HeadWeights, attend
-from data import evaluate_world, load_corpus, load_world, str_tokens, to_tokens, write_folder, write_metrics
+from data import load_corpus, load_world, str_tokens, to_tokens, write_folder
 from train import TrainConfig, bench_against_hf, context_at, first_goes_on, flags, train
 from utils import HookPoint, cyan, endc, fail, gray, green, hf_name, imshow, line, load_model, our_name, pick_device, purple, read_config, read_llama_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_llama_config
 
@@ -219,7 +220,7 @@ class Config(TrainConfig):
     vocab: int = 3072  # size of the byte-level BPE trained on the text
     rope_base: float = 10000.0
     bias: bool = True  # on q, k, v and o: Llama's attention_bias (transformers reads any tokenizer in a Qwen2 folder as Qwen's)
-    steps: int = 600
+    steps: int = 500
     lr: float = 1e-2
     decay: float = 0.4  # share of the steps (wsd)
     contexts: tuple[int, ...] = (64,)
@@ -264,7 +265,7 @@ if __name__ == "__main__":
         model.init_weights(0.2, 0.5 / math.sqrt(cfg.d_model))
         batch = lambda i: corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // (ctx := context_at(i // cfg.accumulate, cfg)), ctx)
         watch = (lambda step: evaluate_world(model, corpus, quick=True, device=device)) if cfg.data == "world" else None
-        history = train(model, batch, cfg, "llama_block", watch=watch, watch_every=max(1, cfg.steps // 20), shape=dataclasses.asdict(model.cfg), data=corpus.key)
+        history = train(model, batch, cfg, "llama_block", watch=watch, watch_every=max(1, cfg.steps // 12), shape=dataclasses.asdict(model.cfg), data=corpus.key)
         model.to_hf(Path(cfg.out), t.float16)
         first_goes_on()
         numbers |= {"train_loss": float(np.mean(history["loss"][-20:])), "train_seconds": history["seconds"], "tokens_per_second": history["tokens_per_second"]}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from data import bos_id, load_corpus, str_tokens, to_tokens
-from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, rope_frequencies, write_llama_config
+from llama_block import Llama, LlamaConfig, SwiGLU, rope_frequencies
 from train import TrainConfig, context_at, first_goes_on, flags, train
-from utils import COLORS, HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, line, model_folder, pick_device, pick_dtype, purple, read_config, run_with_cache, run_with_hooks, save_results, set_seed, show, tensor_table, visible, yellow
+from utils import COLORS, HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, line, model_folder, pick_device, pick_dtype, purple, read_config, read_llama_config, run_with_cache, run_with_hooks, save_results, set_seed, show, tensor_table, visible, write_llama_config, yellow
 from zero_layer import kind_of, mutual_information
 
 import numpy as np

@@ -114,6 +114,32 @@ def show_page(html: str, name: str) -> None:
     print(f"{gray}page: {path}{endc}")
 
 
+#%% A page to read features by: search, sort, and link to one as page.html#f123
+FEATURE_PAGE = """<!doctype html><meta charset="utf-8"><title>Features</title><style>body{font:15px sans-serif;margin:24px;max-width:1100px}input,select{font:inherit;padding:4px}
+article{border-top:1px solid #ccc;padding:10px 0}.aim{background:#FFF8E7}pre{margin:2px 0;white-space:pre-wrap;font:13px monospace}
+.bar{display:inline-block;width:8px;background:#0072B2;margin-right:1px;vertical-align:bottom}small{color:#555}a{color:#0072B2}</style><h1>TITLE</h1>
+<p><input id="q" placeholder="search tokens, concepts, numbers" size="34"> sort by <select id="s"><option value="density">density<option value="max">largest activation<option value="id">number</select> <small id="n"></small></p><main></main><button id="more">more</button>
+<script>const F=DATA,$=id=>document.getElementById(id),main=document.querySelector("main");let shown=40;
+const el=(tag,text,to)=>{const e=document.createElement(tag);if(text!=null)e.textContent=text;to.append(e);return e};
+for(const f of F)f.text=("f"+f.id+" "+[f.concepts,f.up,f.down].map(x=>x.join(" ")).join(" ")+" "+f.contexts.map(c=>c[0].join("")).join(" ")).toLowerCase();
+function links(name,list,to){const p=el("small",name+": ",to);for(const[j,x]of list){el("a","f"+j,p).href="#f"+j;p.append(" "+x+"  ")}el("br",null,to)}
+function card(f,aim){const a=el("article",null,main);if(aim)a.className="aim";const h=el("h3",null,a);el("a","f"+f.id,h).href="#f"+f.id;h.append(" "+f.concepts.join(", "));
+el("small","active on "+(100*f.density).toPrecision(2)+"% of tokens, at most "+f.max+" ",a);const top=Math.max(...f.histogram,1);
+for(const x of f.histogram){const b=el("span",null,a);b.className="bar";b.title=x+" tokens";b.style.height=Math.round(26*Math.log1p(x)/Math.log1p(top))+"px"}el("br",null,a);
+if(f.up.length){el("small","promotes "+f.up.join(" ")+" | suppresses "+f.down.join(" "),a);el("br",null,a)}
+for(const[words,shades]of f.contexts){const p=el("pre",null,a);words.forEach((w,i)=>{const s=el("span",w,p);s.title=shades[i]+"% of the largest";if(shades[i])s.style.background="rgba(230,159,0,"+(.15+.85*shades[i]/100)+")"})}
+links("fires with",f.with,a);links("points like",f.near,a)}
+function draw(){main.replaceChildren();const aim=F.find(f=>"#f"+f.id==location.hash);if(aim)card(aim,true);const words=$("q").value.toLowerCase().split(" ").filter(Boolean),key=$("s").value;
+const found=F.filter(f=>f!=aim&&words.every(w=>f.text.includes(w))).sort((a,b)=>key=="id"?a.id-b.id:b[key]-a[key]);found.slice(0,shown).forEach(f=>card(f));
+$("n").textContent=found.length+" of "+F.length+" features";$("more").hidden=found.length<=shown;if(aim)scrollTo(0,0)}
+$("q").oninput=$("s").onchange=()=>{shown=40;draw()};onhashchange=draw;$("more").onclick=()=>{shown+=40;draw()};draw()</script>"""
+
+
+def feature_page(entries: list[dict], title: str) -> str:
+    return FEATURE_PAGE.replace("TITLE", title.replace("<", "&lt;")).replace("DATA", json.dumps(entries, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+#%% Heatmaps, lines, labels, results
 def array(x: Tensor | np.ndarray | list) -> np.ndarray:
     return x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
@@ -437,10 +463,15 @@ def hf_name(ours: str) -> str: return "model." * (not ours.startswith("unembed")
 HINTS = {"gated": "accept its licence on the hub and put HF_TOKEN=... into .env", "offline": "fetch it where there is a network, or give a folder", "connect": "without a network, give a folder"}
 
 
+def find_folder(name: str) -> str:
+    """A folder as given, or beside the scripts; else a hub name."""
+    folders = [folder.resolve() for folder in (Path(name), ROOT / name) if folder.is_dir()]
+    return str(folders[0]) if folders else full_name(name)
+
+
 def find_model(name: str) -> str:
     """The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot be read gets one line."""
-    beside = ROOT / name
-    name = str(beside) if not Path(name).exists() and beside.is_dir() else full_name(name)
+    name = find_folder(name)
     has = lambda kind: any(Path(name).glob(kind))
     if name.endswith(".gguf") or (has("*.gguf") and not has("*.safetensors")): fail(f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder that it was made from")
     try: read_config(name)

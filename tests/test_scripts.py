@@ -14,6 +14,15 @@ FLAGS = {
     "llama_block.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-expert 32",
     "logit_lens.py": "--countries 8 --forms 1 --tuned-steps 20 --draws 50",
+    "sae_probe.py": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants --no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
+}
+TRUE = {  # what the numbers of even so small a run must say
+    "attn_only.py": lambda n: n["attribution_max_error"] < 1e-4,
+    "tiny_transformer.py": lambda n: max(n[f"{name}_max_error"] for name in ("hooks", "fold_norm", "rows", "attribution", "integrated_gradients")) < 1e-4,
+    "llama_block.py": lambda n: n["rope_offset_drift"] < 1e-4 and n["fact_recall"] <= 1,
+    "moe.py": lambda n: max(n["dense_sum_error"], n["replay_error"]) < 1e-4,
+    "logit_lens.py": lambda n: n["models"]["models-world"]["last_layer_gate_error"] < 1e-4 and n["models"]["models-world"]["reversal_gap"] == {"forward": -1.0, "reverse": -1.0},
+    "sae_probe.py": lambda n: abs(n["l0"] - 16) < 0.01 and n["steering_effect"] > n["steering_effect_random"] and n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95,
 }
 
 
@@ -50,7 +59,7 @@ def test_a_script_runs_and_its_figures_open(script, run, workdir):
     done = run(script, *FLAGS[script].split(), fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
     numbers = json.loads((workdir / f"results/{name}.json").read_text())
-    assert {"config", "versions"} < set(numbers)
+    assert {"config", "versions"} < set(numbers) and TRUE.get(script, bool)(numbers)
     assert purple in done.stdout and (green in done.stdout or yellow in done.stdout), "a story has sections, and a conclusion: green, or yellow where the small run misses a gate"
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     pages = sorted((workdir / "figs" / name).glob("*.html"))

@@ -14,7 +14,8 @@ import torch as t
 from conftest import ROOT
 
 import data
-from data import DRAW, FACTS, KINDS, MEN, NOUNS, PLACES, SHARES, WOMEN, World, evaluate_world, fact_prompts, is_held_out, load_world, read_answers, read_countries, train_bpe, without_facts
+from anatomy import evaluate_world, read_answers
+from data import DRAW, FACTS, KINDS, MEN, NOUNS, PLACES, SHARES, WOMEN, World, fact_prompts, is_held_out, load_world, read_countries, train_bpe, without_facts
 from llama_block import Llama
 from utils import load_model
 
