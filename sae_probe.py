@@ -144,10 +144,9 @@ def fit_sae(model: nn.Module, cfg: "Config", corpus: Corpus, name: str, device: 
     parts, aside = folder.with_name(f"{key}.parts"), folder.with_name(f".{key}")
     if cfg.architecture == "own": train_own(batches, cfg, metadata, device).save_model(aside)
     else:
-        board = start_wandb("sae_probe", same) if cfg.wandb else None
+        if cfg.wandb: start_wandb("sae_probe", same)
         d_in = harvest(model, batch(0, 0)[:1], [cfg.hook])[cfg.hook].shape[-1]
         train_lens(training_sae(cfg, d_in, metadata, device), batches, cfg, parts, device).save_inference_model(aside)
-        if board: board.finish()
     sae = open_folder(aside, device)
     if not all(p.isfinite().all() for p in sae.parameters()): fail(f"training {label_of(cfg)} diverged: lower --lr")
     aside.rename(folder)

@@ -367,14 +367,15 @@ def train(
     if cfg.fsdp: collect(model.to(device), work)
     if cfg.activation_checkpointing and not cfg.fsdp:
         for block in model.blocks: del block.forward
-    if board: board.finish()
     tec()
     model.eval()
     return {**history, "tokens_per_second": seen / history["seconds"]}
 
 
 def start_wandb(name: str, run: dict):
+    """A new run, which the script's figures and numbers join; it ends with the script, or where the next begins."""
     import wandb
+    if wandb.run: wandb.run.finish()
     key = secret("WANDB_API_KEY")
     if key: wandb.login(key=key)
     else: print(f"{yellow}no WANDB_API_KEY in .env: wandb writes an offline run{endc}")

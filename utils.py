@@ -93,9 +93,15 @@ def in_kernel() -> bool:
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
 
 
+def wandb_run():
+    """The wandb run that is going on (--wandb), or None."""
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
 def show(fig: go.Figure, name: str) -> None:
     """name is 'script/figure'. A notebook shows it; a script writes figs/script/figure.html, with one plotly.min.js per folder."""
     fig.update_layout(template="plotly_white", colorway=COLORS, margin=dict(t=90), title=dict(font=dict(size=16)))
+    if board := wandb_run(): board.log({name: fig})
     if in_kernel(): return fig.show()
     path = Path("figs") / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,6 +209,7 @@ def save_results(script: str, config: object, **numbers) -> None:
     path = Path("results") / f"{script}.json"
     path.parent.mkdir(exist_ok=True)
     write_aside(path, lambda p: p.write_text(json.dumps({**numbers, "config": dataclasses.asdict(config), "versions": versions}, indent=1, default=lambda x: x.tolist()) + "\n"))
+    if board := wandb_run(): board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
     print(f"{gray}numbers: {path}{endc}")
 
 

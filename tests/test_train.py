@@ -18,7 +18,7 @@ from conftest import ROOT
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
 from data import load_corpus
 from train import TrainConfig, bf16_is_faster, context_at, expected_memory, flags, halving, make_optimizers, next_token_loss, recompute_blocks, schedule, train
-from utils import set_seed
+from utils import secret, set_seed
 
 SMALL = AttnOnlyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_vocab=20, n_ctx=16)
 CFG = TrainConfig(steps=12, contexts=(16,), device="cpu", autocast="off", save_every=4)
@@ -408,3 +408,12 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name, two, monkeypatch):
 
 
 def jsonable(optimizers: list[dict]) -> list: return [{i: {key: list(x.shape) if isinstance(x, t.Tensor) else type(x).__name__ for key, x in state.items()} for i, state in o["state"].items()} for o in optimizers]
+
+
+def test_wandb_without_a_key_writes_an_offline_run(run, tmp_path):
+    if secret("WANDB_API_KEY"): pytest.skip("a key stands in .env: the run would go online")
+    done = run("attn_only.py", *"--steps 4 --tokens-per-step 512 --contexts 32 --n-layers 1 --save-every 0 --wandb".split(), cwd=tmp_path, fresh=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert "wandb writes an offline run" in done.stdout
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert sum(file.stat().st_size for file in folder.glob("*.wandb")) > 2000 and list(folder.rglob("media/plotly/**/*.json"))
