@@ -400,8 +400,9 @@ def peak_bytes(run: Callable) -> int:
 
 @t.no_grad()
 def bench(rounds: int = 5) -> dict:
-    """GPT-2-small's shape with random weights on the CPU, 8 x 64 tokens: medians over interleaved rounds of CPU seconds; the floor is the forward pass and one norm and unembedding for each layer but the last."""
+    """GPT-2-small's shape with random weights on the CPU, 8 x 64 tokens: medians over interleaved rounds of CPU seconds on one thread (waiting threads would count); the floor is the forward pass and one norm and unembedding for each layer but the last."""
     keep_freed_memory()
+    t.set_num_threads(1)
     model = TinyTransformer(TinyConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, d_vocab=50257, n_ctx=64)).eval()
     lens, tokens = Lens(model), t.randint(50257, (8, 64))
     rows, answers, places = tokens.tolist(), tokens.roll(-1, 1).flatten().tolist(), list(itertools.product(range(8), range(64)))

@@ -1,21 +1,17 @@
 """Causal interventions: activation patching, ablations, path patching, edge attribution and circuits, on our own models and any TransformerBridge."""
-import contextlib
-import csv
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from random import Random
 from typing import Literal, NamedTuple
 
-from anatomy import device_of, read_out
-from data import DRAW, fact_prompts, judging_rows, load_corpus, load_world, read_countries
+from anatomy import Pairs, draw_pairs, inputs, make_pairs, read_out, read_pairs, record, rows_that_fit, run_from
+from data import judging_rows, load_corpus, load_world
 from llama_block import Llama
 from train import flags, keep_freed_memory
-from utils import WORLD, Cache, about_bos, act_name, cyan, encode, endc, fail, find_folder, gray, green, hook_points, hooks, imshow, label_tokens, line, load_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
+from utils import WORLD, Cache, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, hook_points, imshow, label_tokens, line, load_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
 
 import numpy as np
 import plotly.graph_objects as go
@@ -27,79 +23,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 STREAM, HEADS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("z", "q", "k", "v", "pattern")
-
-#%% Prompt pairs: clean and corrupt in as many tokens, an answer and a wrong answer of one token each, and names for their positions
-@dataclass
-class Pairs:
-    """clean, corrupt (pair, pos), padded on the right; answer, wrong (pair) tokens, read at position at (pair). places: named masks (pair, pos)."""
-    clean: Tensor
-    corrupt: Tensor
-    answer: Tensor
-    wrong: Tensor
-    at: Tensor
-    places: dict[str, Tensor] = field(default_factory=dict)
-    corrupt_resid: Tensor | None = None  # (pair, pos, d_model) enters layer 0 in place of corrupt's embeddings
-
-    def __len__(self) -> int: return len(self.clean)
-
-    @property
-    def index(self) -> Tensor: return t.arange(len(self), device=self.at.device)
-
-    def take(self, index: Tensor | slice) -> "Pairs":
-        """Some of the pairs, cut behind the last answer."""
-        cut = lambda x: None if x is None else x[index, :int(self.at[index].max()) + 1]
-        return Pairs(cut(self.clean), cut(self.corrupt), self.answer[index], self.wrong[index], self.at[index], {name: cut(mask) for name, mask in self.places.items()}, cut(self.corrupt_resid))
-
-def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str | None:
-    """What keeps the texts from being a pair, in one line."""
-    first, second = encode(model, clean), encode(model, corrupt)
-    if len(first) != len(second): return f"clean has {len(first)} tokens, corrupt {len(second)}: {[token_text(model, i) for i in first]} against {[token_text(model, i) for i in second]}; reword one of them"
-    for answer in answers:
-        if (whole := encode(model, clean + answer))[:-1] != first: return f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {[token_text(model, i) for i in whole[-3:]]}; a word begins with a space, {' ' + answer.strip()!r}"
-    return None
-
-def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs:
-    """rows of (clean, corrupt, answer, wrong), sorted by length."""
-    for i, row in enumerate(rows):
-        if error := pair_error(model, *row): fail(f"pair {i + 1}: {error}")
-    ids = sorted(([encode(model, text) for text in (clean, corrupt, clean + answer, clean + wrong)] for clean, corrupt, answer, wrong in rows), key=lambda row: len(row[0]))
-    clean, corrupt = (t.tensor([row[i] + row[i][:1] * (len(ids[-1][0]) - len(row[i])) for row in ids], device=device_of(model)) for i in (0, 1))
-    if clean.equal(corrupt): fail("clean and corrupt are the same: there is nothing to patch")
-    pairs = Pairs(clean, corrupt, *(clean.new_tensor([row[i][-1] for row in ids]) for i in (2, 3)), clean.new_tensor([len(row[0]) - 1 for row in ids]))
-    return replace(pairs, places=find_places(pairs))
-
-def find_places(pairs: Pairs) -> dict[str, Tensor]:
-    """Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and corrupt has the answer's there; else by what changed."""
-    position, changed, end = t.arange(pairs.clean.shape[1], device=pairs.at.device), pairs.clean != pairs.corrupt, pairs.at[:, None]
-    begin = changed.float().argmax(1, keepdim=True)
-    io, s1 = ((pairs.clean == name[:, None]).float().argmax(1, keepdim=True) == position for name in (pairs.answer, pairs.wrong))
-    s2 = changed & (pairs.clean == pairs.wrong[:, None]) & (pairs.corrupt == pairs.answer[:, None]) & ~s1
-    if s2.any(1).all() and (io & (position < begin)).any(1).all():
-        named = {"IO": io, "S1": s1, "S1+1": F.pad(s1[:, :-1], (1, 0)), "S2": s2, "end": position == end, "before S2": position < begin, "after S2": (position > begin) & (position < end)}
-    else: named = {"changed": changed & (position != end), "end": position == end, "before": position < begin, "between": (position > begin) & (position < end)}
-    taken = t.zeros_like(changed)
-    for name, mask in named.items(): named[name], taken = mask & ~taken, taken | mask
-    return {name: mask for name, mask in sorted(named.items(), key=lambda item: ((item[1] * position).sum() / item[1].sum()).item()) if mask.any()}
-
-def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
-    """n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held out of models/world's training."""
-    rng, rows = Random(seed), []
-    facts = [fact for fact in fact_prompts(read_countries(), "forward") if fact.taught] if task == "capitals" else []
-    for _ in range(100 * n):
-        prompt = rng.choice(facts) if facts else DRAW[task](rng, True)
-        other = rng.choice([fact for fact in facts if fact.labels["phrasing"] == prompt.labels["phrasing"]]) if facts else None  # the same phrasing about another country
-        row = (prompt.text, other.text, prompt.answer, other.answer) if other else (prompt.text, prompt.corrupt, prompt.answer, prompt.wrong)
-        if len(set(row)) == 4 and not pair_error(model, *row): rows.append(row)
-        if len(rows) == n: return make_pairs(model, rows)
-    fail(f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one length): give your own with --pairs")
-
-def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
-    """Rows of a CSV file with the columns clean, corrupt, answer, wrong, or of a JSON list of such objects."""
-    names = ("clean", "corrupt", "answer", "wrong")
-    try: rows = json.loads(Path(path).read_text()) if path.endswith(".json") else list(csv.DictReader(Path(path).read_text().splitlines()))
-    except (OSError, json.JSONDecodeError) as error: fail(f"--pairs {path} cannot be read: {error}")
-    if bad := [i for i, row in enumerate(rows or [{}]) if not all(name in row and row[name] for name in names)]: fail(f"--pairs {path}: row {bad[0] + 1} lacks one of the columns {', '.join(names)}")
-    return [tuple(row[name] for name in names) for row in rows]
 
 #%% Metrics: one number per row, from its logits where the answer is due
 def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -115,43 +38,6 @@ def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
     """Means over the last axis (pair), on the CPU, as a share of the way from corrupt (0) to clean (1)."""
     if abs(gap := (clean.mean() - corrupt.mean()).item()) < 1e-6: fail("clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers differ")
     return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
-
-#%% A run from the middle: the residual stream enters at a layer, the blocks below are skipped, and only the answer's position is unembedded
-def run_from(model: nn.Module, resid: Tensor, at: Callable[[], Tensor] | Tensor | None, layer: int = 0, fwd_hooks: list[tuple] = [], inner: list[tuple] = []) -> Tensor:
-    """
-    Logits (row, d_vocab) at position at (row), or (row, pos, d_vocab) if at is None, of a run that resid (row, pos, d_model) enters at `layer`. inner: (module,
-    'in' or 'out', fn) replaces a module's input or output; it may add rows on the way, where at is a function, called last.
-    """
-    pick = lambda x: x[range(len(x)), at() if callable(at) else at][:, None]
-    entries = [*inner, *([] if at is None else [(model.unembed, "in", pick)])]
-    with contextlib.ExitStack() as stack:
-        if hasattr(model, "hook_dict"):  # a bridge sees one row of zeros, whose mask and positions serve any number of rows that enter
-            entries = [(model.blocks[layer], "in", lambda x: resid), *entries]
-            for block in list(model.blocks)[:layer]:
-                block.__dict__["forward"] = lambda x, *args, **kwargs: x
-                stack.callback(block.__dict__.pop, "forward")
-        for module, side, fn in entries:
-            if side == "in": handle = module.register_forward_pre_hook(lambda module, args, fn=fn: (fn(args[0]), *args[1:]))
-            else: handle = module.register_forward_hook(lambda module, args, out, fn=fn: fn(out))
-            stack.callback(handle.remove)
-        stack.enter_context(hooks(model, fwd_hooks))
-        out = model(t.zeros(1, resid.shape[1], dtype=t.long, device=resid.device), use_cache=False) if hasattr(model, "hook_dict") else model(None, start_at_layer=layer, resid=resid)
-    return out if at is None else out[:, 0]
-
-def record(model: nn.Module, resid: Tensor, at: Tensor | None, names: list[str]) -> tuple[Tensor, Cache]:
-    """(logits at `at`, cache of names)."""
-    cache = Cache()
-    def save(name: str, x: Tensor, hook: nn.Module) -> None: cache[name] = x.detach()
-    return run_from(model, resid, at, 0, [(name, partial(save, name)) for name in dict.fromkeys(names)]), cache
-
-def inputs(model: nn.Module, pairs: Pairs, which: str) -> Tensor:
-    """What enters layer 0 in the clean or the corrupt run."""
-    return pairs.corrupt_resid if which == "corrupt" and pairs.corrupt_resid is not None else model(getattr(pairs, which), stop_at_layer=0)
-
-def rows_that_fit(model: nn.Module, T: int, memory_gb: float, floats: int = 0) -> int:
-    """How many rows of T tokens a run may have: activations of one layer, the answer's logits, and `floats` per position more."""
-    cfg = model.cfg
-    return max(1, int(memory_gb * 2**28 / (T * (10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * T + floats) + 4 * cfg.d_vocab)))
 
 @t.no_grad()
 def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -506,7 +392,7 @@ class Config:
     bench: bool = False  # only compare the speed of sweeps with transformer_lens.patching
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__)
+    cfg = flags(Config, __doc__, hpc=Config(model="gpt2", n=256, held_out=500, memory_gb=24.0))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     keep_freed_memory()
@@ -559,9 +445,13 @@ if __name__ == "__main__":
     few_clean, few_corrupt = baselines(model, few, kind)
     with t.no_grad(): logits = model(few.clean)[few.index, few.at]
     nothing, whole = (sweep(model, few, "resid_pre", kind=kind, places={"all": t.full_like(few.clean, on, dtype=t.bool)}, skip=False) for on in (False, True))
+    (_, a, own_writes), (_, b, other_writes) = (run_graph(model, graph, few, which) for which in ("clean", "corrupt"))
+    last = graph.n_layers - 1
+    stream = a["resid_pre", last] - b["resid_pre", last]
+    summed, scale = (own_writes - other_writes)[:, :, :graph.heads(last).start].sum(2), 0.01 + (few_clean - few_corrupt).abs().max()
     none, every = edge_patch(model, graph, few, t.stack([~graph.upstream, graph.upstream]), kind)
-    misses = {"answer alone unembedded": make_metric(few, kind, logits)(logits, few.index) - few_clean, "nothing patched": nothing - few_corrupt, "everything patched": whole - few_clean, "no edge patched": none - few_clean, "every edge patched": every - few_corrupt}
-    numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": {title: miss.abs().max().item() / max(1.0, (few_clean - few_corrupt).abs().max().item()) for title, miss in misses.items()}}
+    misses = {"answer alone unembedded": make_metric(few, kind, logits)(logits, few.index) - few_clean, "nothing patched": nothing - few_corrupt, "everything patched": whole - few_clean, "no edge patched": none - few_clean, "every edge patched": every - few_corrupt, "writes along the edges add up": (summed - stream) / stream.abs().max() * scale}
+    numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}}
     print(f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {held_clean.mean():.3f}, {held_corrupt.mean():.3f}); gates: {', '.join(f'{title} {miss:.0e}' for title, miss in numbers['gates'].items())}{endc}")
     wrong = [title for title, miss in numbers["gates"].items() if miss > (1e-4 if model.W_U.dtype == t.float32 else 5e-2)]
     if any("edge" not in title for title in wrong): fail(f"gate: {wrong[0]} misses; sweeps of this model cannot be believed")
@@ -649,8 +539,7 @@ if __name__ == "__main__":
     start = time.perf_counter()
     ranking = {"EAP-IG": edge_attribution(model, graph, pairs, kind, cfg.ig_steps, cfg.memory_gb)}
     numbers["edge_attribution_seconds"] = time.perf_counter() - start
-    write_gap = run_graph(model, graph, few, "clean")[2] - run_graph(model, graph, few, "corrupt")[2]
-    ranking |= {"EAP": edge_attribution(model, graph, pairs, kind, 0, cfg.memory_gb), "magnitude": write_gap.float().norm(dim=-1).sum((0, 1)).cpu()[:, None].expand(graph.upstream.shape), "random": t.rand(graph.upstream.shape)}
+    ranking |= {"EAP": edge_attribution(model, graph, pairs, kind, 0, cfg.memory_gb), "magnitude": (own_writes - other_writes).float().norm(dim=-1).sum((0, 1)).cpu()[:, None].expand(graph.upstream.shape), "random": t.rand(graph.upstream.shape)}
     total, picked = int(graph.upstream.sum()), top_edges(graph, t.rand(graph.upstream.shape), [500])[0].nonzero()  # at most 500 are patched one by one
     single = t.zeros(len(picked), *graph.upstream.shape, dtype=t.bool)
     single[range(len(picked)), picked[:, 0], picked[:, 1]] = True

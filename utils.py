@@ -256,9 +256,9 @@ def hook_points(model: nn.Module) -> dict[str, nn.Module]:
     return points
 
 
-def find_hooks(model: nn.Module, names: str | list[str] | Callable[[str], bool] | None) -> list[str]:
+def find_hooks(model: nn.Module, names: str | list[str] | Callable[[str], bool] | None, known: dict[str, nn.Module] | None = None) -> list[str]:
     """Hook names for a name, a *-pattern, a list of these, or a predicate; None is every name. Raises KeyError where nothing fits."""
-    known = hook_points(model)
+    known = known or hook_points(model)
     if names is None: return list(known)
     if callable(names):
         if not (found := [name for name in known if names(name)]): raise KeyError("no hook name satisfies the predicate")
@@ -289,7 +289,7 @@ def hooks(model: nn.Module, fwd_hooks: list[tuple[str | list[str] | Callable[[st
             return fn(activation, hook=hook)
         return run
 
-    chosen = [(name, fn) for names, fn in fwd_hooks for name in find_hooks(model, names)]
+    chosen = [(name, fn) for names, fn in fwd_hooks for name in find_hooks(model, names, points)]
     silent.update(chosen)
     try:
         for name, fn in chosen: points[name].add_hook(counted(name, fn), level=level)

@@ -6,9 +6,10 @@ import torch as t
 import torch.nn as nn
 from conftest import ROOT, one_line_error
 
+from anatomy import Pairs, draw_pairs, find_places, make_pairs, rows_that_fit, run_from
 from data import load_tokenizer, write_tokenizer
 from llama_block import Llama, LlamaConfig
-from patching import HEADS, STREAM, Graph, Pairs, Part, ablation_effects, area, baselines, draw_pairs, edge_attribution, edge_patch, find_places, knock_out, make_metric, make_pairs, normalised, position_masks, rows_that_fit, run_from, sweep, top_edges
+from patching import HEADS, STREAM, Graph, Part, ablation_effects, area, baselines, edge_attribution, edge_patch, knock_out, make_metric, normalised, position_masks, sweep, top_edges
 from utils import act_name, run_with_cache, run_with_hooks
 
 L, H = 3, 4
@@ -327,10 +328,23 @@ def test_any_bridge_and_any_pairs(script, tmp_path):
     (tmp_path / "pairs.csv").write_text("clean,corrupt,answer,wrong\nThen Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\nSoon Tom saw,Soon Paul saw, the, a\n")
     (tmp_path / "text.txt").write_text("Then Mary and John left the park.\n\n" * 400)
     numbers = script("--model", str(tmp_path / "gpt2"), "--pairs", str(tmp_path / "pairs.csv"), "--metric", "log_prob", "--data", str(tmp_path / "text.txt"))
-    assert max(numbers["gates"].values()) < 1e-4 and numbers["circuit_edges_total"] == Graph_edges(2, 2)
+    assert max(numbers["gates"].values()) < 1e-4 and numbers["circuit_edges_total"] == count_edges(2, 2)
 
 
-def Graph_edges(layers: int, heads: int) -> int:
+def test_where_writes_do_not_add_up_paths_are_left_out(script, models, tmp_path):
+    """Gemma-2 puts a norm behind attention and MLP."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    t.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=3072, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+    for p in model.parameters(): p.data.add_(0.15 * t.randn(p.shape))
+    model.save_pretrained(tmp_path / "gemma")
+    write_tokenizer(tmp_path / "gemma", load_tokenizer(str(ROOT / "models/world")))
+    (tmp_path / "text.txt").write_text("Then Mary and John left the park.\n\n" * 400)
+    numbers = script("--model", str(tmp_path / "gemma"), "--n", "4", "--held-out", "4", "--site", "z", "--data", str(tmp_path / "text.txt"))
+    assert numbers["gates"]["writes along the edges add up"] > 1e-2 and numbers["gates"]["everything patched"] < 1e-4 and "ablation" in numbers and "circuit" not in numbers
+
+
+def count_edges(layers: int, heads: int) -> int:
     """By counting: q, k, v of each head and the MLP read all before them, the logits read everything."""
     return sum(3 * heads * (1 + l * (heads + 1)) + 1 + l * (heads + 1) + heads for l in range(layers)) + 1 + layers * (heads + 1)
 

@@ -14,6 +14,7 @@ FLAGS = {
     "llama_block.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-expert 32",
     "logit_lens.py": "--countries 8 --forms 1 --tuned-steps 20 --draws 50",
+    "patching.py": "--n 6 --held-out 6 --ig-steps 2 --site resid_pre z",
     "sae_probe.py": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants --no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
 }
 TRUE = {  # what the numbers of even so small a run must say
@@ -22,6 +23,7 @@ TRUE = {  # what the numbers of even so small a run must say
     "llama_block.py": lambda n: n["rope_offset_drift"] < 1e-4 and n["fact_recall"] <= 1,
     "moe.py": lambda n: max(n["dense_sum_error"], n["replay_error"]) < 1e-4,
     "logit_lens.py": lambda n: n["models"]["models-world"]["last_layer_gate_error"] < 1e-4 and n["models"]["models-world"]["reversal_gap"] == {"forward": -1.0, "reverse": -1.0},
+    "patching.py": lambda n: max(n["gates"].values()) < 1e-4,
     "sae_probe.py": lambda n: abs(n["l0"] - 16) < 0.01 and n["steering_effect"] > n["steering_effect_random"] and n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95,
 }
 
