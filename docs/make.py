@@ -40,7 +40,7 @@ ROWS = [
     ("... area under the faithfulness curve: EAP-IG, EAP", "{patching[eap_ig_faithfulness]:.3f}, {patching[eap_faithfulness]:.3f}", "Hanna et al. 2024: EAP-IG above EAP", "uv run patching.py"),
     ("sparse autoencoder: L0, cross-entropy recovered, FVU, dead", "{sae_probe[l0]:.1f}, {sae_probe[ce_recovered]:.1%}, {sae_probe[fvu]:.3f}, {sae_probe[dead_fraction]:.1%}", "Bricken et al. 2023, A/1: recovered 79%", "uv run sae_probe.py"),
 ]
-PICTURES = {"zero_layer": "zero_layer/loss", "attn_only": "attn_only/phase_change", "tiny_transformer": "tiny_transformer/heads", "llama_block": "llama_block/phases", "moe": "moe/specialisation", "logit_lens": "logit_lens/grid", "patching": "", "sae_probe": ""}
+PICTURES = {"zero_layer": "zero_layer/loss", "attn_only": "attn_only/phase_change", "tiny_transformer": "tiny_transformer/heads", "llama_block": "llama_block/phases", "moe": "moe/specialisation", "logit_lens": "logit_lens/grid", "patching": "patching/circuit", "sae_probe": "sae_probe/probes"}
 START, END = "<!-- measured -->\n", "<!-- measured ends -->\n"
 
 
@@ -79,7 +79,7 @@ def pictures() -> None:
     for name, figure in PICTURES.items():
         if not (page := ROOT / f"figs/{figure}.html").exists(): continue
         with tempfile.TemporaryDirectory() as profile:
-            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}", "--window-size=1100,620", "--virtual-time-budget=8000"]
+            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}", "--window-size=1100,700", "--virtual-time-budget=8000"]
             subprocess.run([shutil.which("chromium"), *flags, f"--screenshot={ROOT / f'docs/{name}.png'}", f"file://{page}"], check=True, capture_output=True)
 
 
