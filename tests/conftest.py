@@ -21,8 +21,12 @@ from data import train_bpe  # noqa: E402
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
-    """One folder per test process for all runs of scripts, so that the text is tokenized once."""
-    return tmp_path_factory.mktemp("runs")
+    """One folder per test process for all runs of scripts; the tokenized text is shared by all."""
+    base, folder = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("runs")
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data"
+    shared.mkdir(exist_ok=True), (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/data").symlink_to(shared)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ TRUE = {  # what the numbers of even so small a run must say
 
 def open_pages(pages: list) -> None:
     """Every page draws something, asks the network for nothing, logs no error, and answers the mouse."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import TimeoutError, sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page, wrong = browser.new_page(viewport=dict(width=1300, height=800)), []
@@ -40,7 +40,8 @@ def open_pages(pages: list) -> None:
         for path in pages:
             page.goto(f"file://{path}")
             if "plotly-graph-div" in page.content():
-                page.wait_for_selector(".mlayer path, .mlayer image, .mlayer text", state="attached", timeout=10_000)
+                try: page.wait_for_selector(".mlayer path, .mlayer image, .mlayer text", state="attached", timeout=20_000)
+                except TimeoutError: pytest.fail(f"{path.name} is blank")
                 titles = page.evaluate("Object.entries(document.querySelector('.plotly-graph-div').layout).map(([key, value]) => [key.replace(/[0-9]/g, ''), value.title?.text])")
                 assert {"title", "xaxis", "yaxis"} <= {key if key != "text" else "" for key, text in titles if text or key == "title"}, f"{path.name}: an axis has no name"
             else:

@@ -130,7 +130,7 @@ def test_device_and_dtype():
 
 
 def test_secrets_come_from_the_env_file_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
     monkeypatch.setenv("HF_TOKEN", "from the shell")
     assert secret("HF_TOKEN") is None
     (tmp_path / ".env").write_text("HF_TOKEN=from the file\nWANDB_API_KEY=\n")

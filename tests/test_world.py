@@ -28,7 +28,7 @@ MENTION = re.compile(rf"\b({'|'.join(map(re.escape, sorted(TABLE, key=len, rever
 def cache(tmp_path_factory) -> str:
     """One cache for all test processes of a run; the first of them makes it."""
     base = tmp_path_factory.getbasetemp()
-    return str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world")
+    return str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "data")
 
 
 @pytest.fixture(scope="module")
