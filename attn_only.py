@@ -502,7 +502,7 @@ if __name__ == "__main__" and histories:
     fig = line(curves, f"Phase change of {about}: best head's scores on 32 rows of random tokens, ICL score on 48 held-out rows (seed {cfg.seed})", "tokens seen", "score (ICL: nats)", [w["tokens"] for w in histories[n_layers]["watch"]], markers=True, dashed=[name for name in curves if name.endswith("1 layer") and n_layers > 1])
     for step in (share * cfg.steps for share in cfg.context_steps[:len(cfg.contexts) - 1]): fig.add_vline(step * cfg.tokens_per_step, line_dash="dot", annotation_text="longer context")
     show(fig, "attn_only/phase_change")
-    show(line({f"{n} layer{'s' * (n > 1)}": np.convolve(h["loss"], np.ones(10) / 10, "valid") for n, h in histories.items()}, f"Training loss, mean of 10 steps of {cfg.tokens_per_step} tokens, {cfg.repeats:.0%} rows with repeats", "tokens seen", "loss (nats)", histories[n_layers]["tokens"][9:]), "attn_only/loss")
+    show(line({f"{n} layer{'s' * (n > 1)}": np.convolve(h["loss"], np.ones(min(10, cfg.steps)) / min(10, cfg.steps), "valid") for n, h in histories.items()}, f"Training loss, mean of 10 steps of {cfg.tokens_per_step} tokens, {cfg.repeats:.0%} rows with repeats", "tokens seen", "loss (nats)", histories[n_layers]["tokens"][min(10, cfg.steps) - 1:]), "attn_only/loss")
 
 #%% Loss by position: on repeated random tokens the second time is cheap; on natural text later tokens are cheaper (in-context learning)
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from utils import green, purple, yellow
 
 FLAGS = {
     "zero_layer.py": "--steps 20",
-    "attn_only.py": "--steps 8 --tokens-per-step 1024 --contexts 32 96 --context-steps 0.5",
+    "attn_only.py": "--steps 12 --tokens-per-step 1024 --contexts 32 96 --context-steps 0.5",
     "tiny_transformer.py": "--steps 8 --tokens-per-step 512",
     "llama_block.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe.py": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-expert 32",
