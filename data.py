@@ -228,7 +228,9 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, 
     tokenizer.save(str(aside / "tokenizer.json"))
     (aside / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
     try: aside.rename(folder)
-    except OSError: shutil.rmtree(aside)  # another process was first
+    except OSError:
+        if not folder.is_dir(): raise
+        shutil.rmtree(aside)  # another process was first
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
