@@ -571,6 +571,7 @@ if __name__ == "__main__":
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
     save_results("patching", cfg, **numbers)
-    winner, inside = max(("EAP", "EAP-IG"), key=lambda method: areas[method][0]), [w for i, w in enumerate(graph.writers) if circuit[i].any()]
+    worse, better = sorted(("EAP", "EAP-IG"), key=lambda method: areas[method][0])
+    ranked, inside = f"{better} ranks edges best" if areas[better][1] > areas[worse][2] else "EAP and EAP-IG rank edges alike, within their intervals", [w for i, w in enumerate(graph.writers) if circuit[i].any()]
     if "roles" in numbers: print(f"{green}Of the roles in GPT-2's circuit this model has {'; '.join(f'{role} {chr(32).join(names)}' for role, names in found.items() if names) or 'none'}; none is {', '.join(role for role, names in found.items() if not names) or 'missing'}.{endc}")
-    print(f"{green}{size} of {total} edges ({size / total:.0%}; {' '.join(inside)}) keep {faithfulness:.0%} of the metric on {len(held)} held-out pairs, as many random edges {np.mean(random):.0%}, all the others {complement:.0%}; {winner} ranks edges best (area {areas[winner][0]:.2f}). Gates: the worst misses by {max(numbers['gates'].values()):.0e}.{endc}")
+    print(f"{green}{size} of {total} edges ({size / total:.0%}; {' '.join(inside)}) keep {faithfulness:.0%} of the metric on {len(held)} held-out pairs, as many random edges {np.mean(random):.0%}, all the others {complement:.0%}; {ranked} (areas {areas["EAP-IG"][0]:.3f} by EAP-IG, {areas["EAP"][0]:.3f} by EAP). Gates: the worst misses by {max(numbers['gates'].values()):.0e}.{endc}")
