@@ -5,14 +5,14 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
 
 from data import DRAW, FACTS, Prompt, World, fact_prompts, read_countries
-from utils import Cache, act_name, encode, fail, hooks, run_with_cache, run_with_hooks, token_text
+from utils import Cache, act_name, encode, fail, halving, hooks, run_with_cache, run_with_hooks, token_text
 
 import numpy as np
 import torch as t
@@ -290,16 +290,15 @@ def read_answers(model: Callable[[Tensor], Tensor], world: World, prompts: list[
     asked, whole = encode([p.text for p in prompts]), encode([p.sentence for p in prompts])
     said, wrong = encode([p.text + p.answer for p in prompts]), encode([p.text + (p.wrong or p.answer) for p in prompts])
     right, gap, first = np.zeros(len(prompts), bool), np.zeros(len(prompts)), t.zeros(len(prompts), world.d_vocab)
-    for length in sorted({len(ids) for ids in whole}):
-        same = [i for i, ids in enumerate(whole) if len(ids) == length]
-        for rows in (same[i:i + batch] for i in range(0, len(same), batch)):
-            tokens = t.tensor([[world.bos, *whole[i]] for i in rows], device=device)
-            logits = model(tokens).float().cpu()
-            hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:].cpu()).numpy()
-            for row, i in enumerate(rows):
-                start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), length)
-                right[i], at = hits[row, start:stop].all(), logits[row, start]
-                gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
+    def answer(rows: list[int]) -> None:
+        tokens = t.tensor([[world.bos, *whole[i]] for i in rows], device=device)
+        logits = model(tokens).float().cpu()
+        hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:].cpu()).numpy()
+        for row, i in enumerate(rows):
+            start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), len(whole[i]))
+            right[i], at = hits[row, start:stop].all(), logits[row, start]
+            gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
+    for length in sorted({len(ids) for ids in whole}): list(halving(answer, [i for i, ids in enumerate(whole) if len(ids) == length], batch))
     return right, gap, first
 
 
@@ -334,7 +333,7 @@ def evaluate_world(model: Callable[[Tensor], Tensor], world: World, quick: bool 
         **{f"{task}_accuracy": share(is_in((task,), True), gap > 0) for task in ("agreement", "gender")}, "induction_accuracy": share(is_in(("induction",), True)),
     }
     rows = t.from_numpy(world.rows(np.random.default_rng(0), 24 if quick else 256, 64, "heldout")).to(device)
-    with t.no_grad(): numbers["heldout_loss"] = float(np.mean([t.nn.functional.cross_entropy(model(chunk)[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten()).item() for chunk in rows.split(32)]))
+    with t.no_grad(): numbers["heldout_loss"] = sum(halving(lambda part: F.cross_entropy(model(part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item(), rows, 32)) / rows[:, 1:].numel()
     if isinstance(model, t.nn.Module): numbers["prefix_matching"] = head_scores(model, model.cfg.n_layers, repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device), 24)["prefix_matching"].max().item()
     return numbers
 
@@ -384,7 +383,7 @@ def put(new: Callable[[Tensor], Tensor], first: int = 0) -> Callable:
 @t.no_grad()
 def loss_of(model: nn.Module, rows: Tensor, edits: list[tuple], batch: int = 64) -> float:
     """Mean next-token cross-entropy in nats."""
-    losses = [F.cross_entropy(run_with_hooks(model, part, edits)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item() for part in rows.split(batch)]
+    losses = halving(lambda part: F.cross_entropy(run_with_hooks(model, part, edits)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item(), rows, batch)
     return sum(losses) / rows[:, 1:].numel()
 
 
@@ -443,6 +442,13 @@ def find_places(pairs: Pairs) -> dict[str, Tensor]:
     return {name: mask for name, mask in sorted(named.items(), key=lambda item: ((item[1] * position).sum() / item[1].sum()).item()) if mask.any()}
 
 
+def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Tensor]:
+    """One place for each of these positions, or for every one."""
+    T = pairs.clean.shape[1]
+    if outside := [p for p in positions if not 0 <= p < T]: fail(f"position {outside[0]} is outside the sequence, whose positions are 0 to {T - 1}")
+    return {str(p): (t.arange(T, device=pairs.at.device) == p).expand(len(pairs), T) for p in positions or range(T)}
+
+
 def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
     """n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held out of models/world's training."""
     rng, rows = Random(seed), []
@@ -498,7 +504,42 @@ def inputs(model: nn.Module, pairs: Pairs, which: str) -> Tensor:
     """What enters layer 0 in the clean or the corrupt run."""
     return pairs.corrupt_resid if which == "corrupt" and pairs.corrupt_resid is not None else model(getattr(pairs, which), stop_at_layer=0)
 
+def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[Out]:
+    """fn of the pairs in groups of at most `most`, of fewer where memory does not suffice."""
+    return list(halving(lambda index: fn(pairs.take(index)), pairs.index, most))
+
 def rows_that_fit(model: nn.Module, T: int, memory_gb: float, floats: int = 0) -> int:
     """How many rows of T tokens a run may have: activations of one layer, the answer's logits, and `floats` per position more."""
     cfg = model.cfg
-    return max(1, int(memory_gb * 2**28 / (T * (10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * T + floats) + 4 * cfg.d_vocab)))
+    return max(1, int(memory_gb * 2**28 / (T * (10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * T + floats) + 8 * cfg.d_vocab)))
+
+
+#%% Metrics: one number per row, from its logits where the answer is due
+def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """fn(logits (row, d_vocab), pair (row)) -> (row): logit_diff (answer - wrong), log_prob of the answer, or kl from clean_logits (pair, d_vocab)."""
+    def metric(logits: Tensor, pair: Tensor) -> Tensor:
+        pick, logits = lambda x, ids: x.gather(-1, ids[pair, None])[:, 0], logits.float()
+        if kind == "logit_diff": return pick(logits, pairs.answer) - pick(logits, pairs.wrong)
+        if kind == "log_prob": return pick(logits.log_softmax(-1), pairs.answer)
+        return F.kl_div(logits.log_softmax(-1), clean_logits.float().log_softmax(-1)[pair], log_target=True, reduction="none").sum(-1)
+    return metric
+
+def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
+    """Means over the last axis (pair), on the CPU, as a share of the way from corrupt (0) to clean (1)."""
+    if abs(gap := (clean.mean() - corrupt.mean()).item()) < 1e-6: fail("clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers differ")
+    return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
+
+@t.no_grad()
+def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Metric (pair) of the clean and of the corrupt run."""
+    def ends(group: Pairs) -> Tensor:
+        clean, corrupt = (run_from(model, inputs(model, group, which), group.at) for which in ("clean", "corrupt"))
+        return t.stack([make_metric(group, kind, clean)(logits, group.index) for logits in (clean, corrupt)])
+    return tuple(t.cat(by_groups(ends, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb)), -1))
+
+
+def peak_bytes(run: Callable) -> int:
+    """Largest sum of live tensor bytes that run allocates, by the CPU allocator's own record."""
+    with t.profiler.profile(activities=[t.profiler.ProfilerActivity.CPU], profile_memory=True) as record: run()
+    events = sorted((event.start_ns(), event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    return int(np.cumsum([size for _, size in events]).max())

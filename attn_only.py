@@ -11,7 +11,7 @@ from typing import Literal
 from anatomy import head_scores, random_repeats
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
 from train import TrainConfig, context_at, first_goes_on, flags, train
-from utils import HookPoint, act_name, cyan, endc, fail, green, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
+from utils import HookPoint, act_name, cyan, endc, fail, green, halving, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, run_with_hooks, save_results, set_seed, show, show_page, visible, write_aside, yellow
 
 import numpy as np
 import torch as t
@@ -200,7 +200,7 @@ def open_own(folder: Path, device: str) -> tuple[AttnOnly, Tokenizer, dict]:
 @t.no_grad()
 def loss_by_position(model: nn.Module, rows: Tensor, batch: int = 64) -> Tensor:
     """(row, pos - 1) cross-entropy in nats; entry i is the loss on token i + 1."""
-    return t.cat([F.cross_entropy(model(chunk)[:, :-1].float().transpose(1, 2), chunk[:, 1:], reduction="none") for chunk in rows.split(batch)])
+    return t.cat(list(halving(lambda part: F.cross_entropy(model(part)[:, :-1].float().transpose(1, 2), part[:, 1:], reduction="none"), rows, batch)))
 
 
 def icl_score(losses: Tensor) -> tuple[float, float]:

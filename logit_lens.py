@@ -15,12 +15,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from anatomy import device_of, layer_writes, logit_parts, parts_error, points
+from anatomy import device_of, layer_writes, logit_parts, parts_error, peak_bytes, points
 from data import FACTS, fact_prompts, load_corpus, load_world, read_countries
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer
 from train import flags, keep_freed_memory
-from utils import BAR, ROOT, Streamed, WORLD, about_bos, answer_token, begin, cyan, encode, endc, fail, find_model, gray, green, hooks, imshow, label_tokens, line, model_folder, open_model, pick_device, purple, run_with_cache, save_results, set_seed, show, tec, token_text, visible, write_aside, yellow
+from utils import BAR, ROOT, Streamed, WORLD, about_bos, answer_token, begin, cyan, encode, endc, fail, find_model, gray, green, halving, hooks, imshow, label_tokens, line, model_folder, open_model, pick_device, purple, run_with_cache, save_results, set_seed, show, tec, token_text, visible, write_aside, yellow
 
 import numpy as np
 import pandas as pd
@@ -101,13 +101,13 @@ def read(
     """
     names, device, order, at = points(model), device_of(model), sorted(range(len(rows)), key=lambda i: len(rows[i])), [[] for _ in rows]
     for i, (row, _) in enumerate(places): at[row].append(i)
-    size, last, layers, asked = max(1, batch // len(rows[order[-1]])), len(names) - 1, [[] for _ in names], []
-    for group in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="lens", disable=quiet, **BAR):
-        width, mine = max(len(rows[i]) for i in group), [i for row in group for i in at[row]]
+    size, last = max(1, batch // len(rows[order[-1]])), len(names) - 1
+    def read_rows(group: list[int]) -> tuple[list[int], list[list[dict[str, Tensor]]]]:
+        """The places in these rows, and what is read there by layer, in pieces."""
+        layers, width, mine = [[] for _ in names], max(len(rows[i]) for i in group), [i for row in group for i in at[row]]
         start = {row: n * width for n, row in enumerate(group)}
         flat, wanted = t.tensor([start[places[i][0]] + places[i][1] for i in mine], device=device), t.tensor([answers[i] for i in mine], device=device)
         cuts, kept, logits = [slice(i, i + chunk) for i in range(0, len(mine), chunk)], {}, None
-        asked += mine
 
         def see(layer: int, c: slice, final: Tensor | None = None) -> None:
             seen = logits[flat[c]] if layer == last and lens.exact else lens(kept[layer][c], layer)
@@ -126,7 +126,10 @@ def read(
         for c in cuts:
             final = logits[flat[c]].float().log_softmax(-1) if against_final else None
             for layer in kept: see(layer, c, final)
-    back = t.tensor(asked).argsort()
+        return mine, layers
+
+    asked, layers = zip(*tqdm(halving(read_rows, order, size), total=-(-len(order) // size), desc="lens", disable=quiet, **BAR))
+    back, layers = t.tensor([*itertools.chain(*asked)]).argsort(), [[*itertools.chain(*pieces)] for pieces in zip(*layers)]
     return {name: t.stack([t.cat([piece[name] for piece in pieces])[back] for pieces in layers]) for name in layers[0][0]}
 
 #%% Milestones of a prompt, and the rules by which something is odd
@@ -392,12 +395,6 @@ def show_lens(model: nn.Module, lens: Lens, row: list[int], places: range, answe
     return found
 
 #%% Cost (--bench): time and memory against the plain forward pass, its arithmetic floor, and keeping everything
-def peak_bytes(run: Callable) -> int:
-    """Largest sum of live tensor bytes that run allocates, by the CPU allocator's own record."""
-    with t.profiler.profile(activities=[t.profiler.ProfilerActivity.CPU], profile_memory=True) as record: run()
-    events = sorted((event.start_ns(), event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
-    return int(np.cumsum([size for _, size in events]).max())
-
 @t.no_grad()
 def bench(rounds: int = 5) -> dict:
     """GPT-2-small's shape with random weights on the CPU, 8 x 64 tokens: medians over interleaved rounds of CPU seconds on one thread (waiting threads would count); the floor is the forward pass and one norm and unembedding for each layer but the last."""

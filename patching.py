@@ -1,17 +1,17 @@
 """Causal interventions: activation patching, ablations, path patching, edge attribution and circuits, on our own models and any TransformerBridge."""
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from anatomy import Pairs, draw_pairs, inputs, make_pairs, read_out, read_pairs, record, rows_that_fit, run_from
+from anatomy import Pairs, baselines, by_groups, draw_pairs, inputs, make_metric, make_pairs, normalised, peak_bytes, position_masks, read_out, read_pairs, record, rows_that_fit, run_from
 from data import judging_rows, load_corpus, load_world
 from llama_block import Llama
 from train import flags, keep_freed_memory
-from utils import WORLD, Cache, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, hook_points, imshow, label_tokens, line, load_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
+from utils import WORLD, Cache, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, halving, hook_points, imshow, label_tokens, line, load_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
 
 import numpy as np
 import plotly.graph_objects as go
@@ -24,37 +24,7 @@ from torch import Tensor
 
 STREAM, HEADS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("z", "q", "k", "v", "pattern")
 
-#%% Metrics: one number per row, from its logits where the answer is due
-def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """fn(logits (row, d_vocab), pair (row)) -> (row): logit_diff (answer - wrong), log_prob of the answer, or kl from clean_logits (pair, d_vocab)."""
-    def metric(logits: Tensor, pair: Tensor) -> Tensor:
-        pick, logits = lambda x, ids: x.gather(-1, ids[pair, None])[:, 0], logits.float()
-        if kind == "logit_diff": return pick(logits, pairs.answer) - pick(logits, pairs.wrong)
-        if kind == "log_prob": return pick(logits.log_softmax(-1), pairs.answer)
-        return F.kl_div(logits.log_softmax(-1), clean_logits.float().log_softmax(-1)[pair], log_target=True, reduction="none").sum(-1)
-    return metric
-
-def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
-    """Means over the last axis (pair), on the CPU, as a share of the way from corrupt (0) to clean (1)."""
-    if abs(gap := (clean.mean() - corrupt.mean()).item()) < 1e-6: fail("clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers differ")
-    return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
-
-@t.no_grad()
-def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Metric (pair) of the clean and of the corrupt run."""
-    out = []
-    for group in map(pairs.take, pairs.index.split(rows_that_fit(model, pairs.clean.shape[1], memory_gb))):
-        clean, corrupt = (run_from(model, inputs(model, group, which), group.at) for which in ("clean", "corrupt"))
-        out.append(t.stack([make_metric(group, kind, clean)(logits, group.index) for logits in (clean, corrupt)]))
-    return tuple(t.cat(out, -1))
-
 #%% The sweep: one growing batch. The rows of a layer's cells join the two plain runs at that layer, so nothing below it is computed again
-def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Tensor]:
-    """One place for each of these positions, or for every one."""
-    T = pairs.clean.shape[1]
-    if outside := [p for p in positions if not 0 <= p < T]: fail(f"position {outside[0]} is outside the sequence, whose positions are 0 to {T - 1}")
-    return {str(p): (t.arange(T, device=pairs.at.device) == p).expand(len(pairs), T) for p in positions or range(T)}
-
 @t.no_grad()
 def sweep(
     model: nn.Module, pairs: Pairs, site: str, by: Literal["pos", "head", "head pos"] = "pos", kind: str = "logit_diff", direction: Literal["denoise", "noise"] = "denoise",
@@ -69,8 +39,7 @@ def sweep(
     places = {"all": t.ones_like(pairs.clean, dtype=t.bool)} if by == "head" else places or position_masks(pairs)
     if bad := [name for name, mask in places.items() if mask.shape != pairs.clean.shape]: fail(f"place {bad[0]!r} is not a mask of {tuple(pairs.clean.shape)} (pair, pos)")
     if len(pairs) > (most := max(1, n_rows // 16)):
-        parts = map(replace(pairs, places=places).take, pairs.index.split(most))
-        return t.cat([sweep(model, part, site, by, kind, direction, part.places, memory_gb, skip) for part in parts], -1)
+        return t.cat(by_groups(lambda part: sweep(model, part, site, by, kind, direction, part.places, memory_gb, skip), replace(pairs, places=places), most), -1)
     # the rows of a batch: B plain runs to be patched, B plain runs to be patched from, then the cells of layer 0, of layer 1 ...
     B, n_layers, position, masks = len(pairs), model.cfg.n_layers, t.arange(pairs.clean.shape[1], device=pairs.at.device), t.stack(list(places.values()))
     resid = t.cat([inputs(model, pairs, which) for which in (("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt"))])
@@ -78,8 +47,9 @@ def sweep(
     layer, head, place, pair = (x.flatten() for x in t.meshgrid(*(t.arange(n, device=position.device) for n in (n_layers, n_heads, len(masks), B)), indexing="ij"))
     reach = ((resid[:B] != resid[B:]).any(-1).cumsum(1) > 0) & (position <= pairs.at[:, None])  # behind the answer nothing matters either
     touched = masks & reach if skip else masks
-    first, needed, values = touched.float().argmax(-1)[place, pair], (touched.any(-1)[place, pair] | (not skip)).nonzero()[:, 0], None
-    for rows in needed.split(max(1, n_rows - 2 * B)) or (needed,):
+    first, needed = touched.float().argmax(-1)[place, pair], (touched.any(-1)[place, pair] | (not skip)).nonzero()[:, 0]
+    def run(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Metric of the runs to be patched, and of these rows."""
         joins = {l: rows[layer[rows] == l] for l in layer[rows].unique().tolist()}
         who, changed, now, seen = t.cat([pairs.index] * 2), t.ones(2 * B, len(position), dtype=t.bool, device=position.device), 0, ()  # each row's pair, what may differ in it, the layer the batch is in
         def enter(l: int, x: Tensor) -> Tensor:
@@ -104,9 +74,9 @@ def sweep(
         if "mlp" not in act_name(site, 0): inner += [(model.blocks[l].mlp, side, partial(fn, l)) for l in range(n_layers) for side, fn in (("in", cut), ("out", back))]
         logits = run_from(model, resid, lambda: pairs.at[who], 0, [([act_name(site, l) for l in joins], patch)] if joins else [], inner)
         metric = make_metric(pairs, kind, logits[B:2 * B] if direction == "denoise" else logits[:B])
-        if values is None: values = metric(logits[:B], pairs.index)[pair]
-        values[rows] = metric(logits[2 * B:], who[2 * B:])
-    table = values.view(n_layers, n_heads, len(masks), B)
+        return metric(logits[:B], pairs.index), metric(logits[2 * B:], who[2 * B:])
+    plain, patched = zip(*(halving(run, needed, max(1, n_rows - 2 * B)) if len(needed) else [run(needed)]))
+    table = plain[0][pair].index_put((needed,), t.cat(patched)).view(n_layers, n_heads, len(masks), B)
     return {"pos": table[:, 0], "head": table[:, :, 0], "head pos": table}[by]
 
 #%% Ablations: a part is zeroed, set to its mean, to another row's value, or drowned in noise
@@ -117,29 +87,49 @@ class Part(NamedTuple):
     keep: Callable[[Tensor], Tensor] = lambda change: change
 
 @t.no_grad()
-def ablation_effects(model: nn.Module, pairs: Pairs, rows: Tensor, ablations: list[tuple[Part, str, float]], kind: str) -> list[tuple[float, float]]:
+def ablation_effects(model: nn.Module, pairs: Pairs, rows: Tensor, ablations: list[tuple[Part, str, float]], kind: str, memory_gb: float = 1.0) -> list[tuple[float, float]]:
     """
     For each (part, how, sigma): the share of the clean metric lost, and the loss added on text rows (row, pos) in nats per token. how: zero; mean over the text;
     resample (the row before, same position); noise (sigma standard deviations over the text).
     """
-    names = [act_name("resid_pre", l) for l in range(model.cfg.n_layers)]
-    logits, prompt = record(model, inputs(model, pairs, "clean"), pairs.at, names)
-    _, text = record(model, model(rows, stop_at_layer=0), rows.new_zeros(len(rows)), [*names, *(act_name(part.site, part.layer) for part, *_ in ablations)])
-    def score(part: Part, how: str = "none", sigma: float = 0.0) -> Tensor:
-        seen = text[part.site, part.layer][:, 1:]
-        def change(x: Tensor, hook: nn.Module) -> Tensor:
-            new = {"none": lambda: x, "zero": lambda: 0 * x, "mean": lambda: seen.mean((0, 1)), "resample": lambda: x.roll(1, 0), "noise": lambda: x + sigma * seen.std((0, 1)) * t.randn_like(x)}[how]()
-            return x + part.keep(new - x)
-        answers, said = (run_from(model, cache["resid_pre", part.layer], at, part.layer, [(act_name(part.site, part.layer), change)]) for cache, at in ((prompt, pairs.at), (text, None)))
-        return t.stack([make_metric(pairs, kind, logits)(answers, pairs.index).mean(), F.cross_entropy(said[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())])
-    metric, loss = score(Part("resid_pre", 0)).tolist()
-    return [(1 - value / metric, nats - loss) for value, nats in (score(*ablation).tolist() for ablation in ablations)]
+    streams, names = [act_name("resid_pre", l) for l in range(model.cfg.n_layers)], {how: list(dict.fromkeys(act_name(part.site, part.layer) for part, h, _ in ablations if how in (h, "any"))) for how in ("any", "resample")}
+    enter, widths = lambda tokens: model(tokens, stop_at_layer=0), record(model, model(rows[:1], stop_at_layer=0), rows.new_zeros(1), [*streams, *names["any"]])[1]
+    floats = 2 * sum(x[0, 0].numel() for x in widths.values())
+    def moments(part: Tensor) -> dict[str, Tensor]:
+        """{hook: (mean and mean square, ...)} over text."""
+        _, seen = record(model, enter(part), part.new_zeros(len(part)), names["any"])
+        return {name: t.stack([x[:, 1:].float().pow(power).mean((0, 1)) for power in (1, 2)]) * len(part) / len(rows) for name, x in seen.items()}
+    def scores(tokens: Tensor, at: Tensor, whole: bool, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """(1 + ablation) score of the first half of the rows, unchanged and ablated; the other half is resampled from."""
+        n = len(tokens) // 2
+        (logits, seen), (_, other) = record(model, enter(tokens[:n]), at[:n], streams), record(model, enter(tokens[n:]), at[n:], names["resample"])
+        def run(part: Part, how: str = "none", sigma: float = 0.0) -> Tensor:
+            name = act_name(part.site, part.layer)
+            def change(x: Tensor, hook: nn.Module) -> Tensor:
+                new = {"none": lambda: x, "zero": lambda: 0 * x, "mean": lambda: mean[name].to(x), "resample": lambda: other[name], "noise": lambda: x + sigma * std[name].to(x) * t.randn_like(x)}[how]()
+                return x + part.keep(new - x)
+            return score(run_from(model, seen["resid_pre", part.layer], None if whole else at[:n], part.layer, [(name, change)]), logits)
+        return t.stack([run(Part("resid_pre", 0)), *(run(*ablation) for ablation in ablations)])
+    def of_pairs(index: Tensor) -> Tensor:
+        group, both = pairs.take(index), pairs.take(t.cat([index, index - 1]))
+        return scores(both.clean, both.at, False, lambda answers, plain: make_metric(group, kind, plain)(answers, group.index).sum()) / len(pairs)
+    def of_text(index: Tensor) -> Tensor:
+        both = rows[t.cat([index, index - 1])]
+        return scores(both, both.new_zeros(len(both)), True, lambda said, _: F.cross_entropy(said[:, :-1].flatten(0, 1).float(), both[:len(index), 1:].flatten(), reduction="sum")) / rows[:, 1:].numel()
+    summed = list(halving(moments, rows, rows_that_fit(model, rows.shape[1], memory_gb, floats)))
+    mean, square = ({name: sum(part[name][i] for part in summed) for name in names["any"]} for i in (0, 1))
+    std = {name: (square[name] - mean[name].pow(2)).clamp(min=0).sqrt() for name in mean}
+    metric = sum(halving(of_pairs, pairs.index, rows_that_fit(model, pairs.clean.shape[1], memory_gb, floats)))
+    loss = sum(halving(of_text, t.arange(len(rows), device=rows.device), rows_that_fit(model, rows.shape[1], memory_gb, floats + 4 * model.cfg.d_vocab)))
+    return list(zip((1 - metric[1:] / metric[0]).tolist(), (loss[1:] - loss[0]).tolist()))
 
 @t.no_grad()
-def fine_parts(model: nn.Module, pairs: Pairs, layer: int) -> dict[str, Part]:
+def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.0) -> dict[str, Part]:
     """Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the direction in which the stream before it differs most; beside random ones."""
-    (_, clean), (_, corrupt) = (record(model, inputs(model, pairs, which), pairs.at, [act_name(x, layer) for x in ("post", "resid_pre")]) for which in ("clean", "corrupt"))
-    neurons, stream = ((clean[x, layer] - corrupt[x, layer])[pairs.index, pairs.at].float() for x in ("post", "resid_pre"))
+    def differ(group: Pairs) -> tuple[Tensor, Tensor]:
+        (_, clean), (_, corrupt) = (record(model, inputs(model, group, which), group.at, [act_name(x, layer) for x in ("post", "resid_pre")]) for which in ("clean", "corrupt"))
+        return tuple((clean[x, layer] - corrupt[x, layer])[group.index, group.at].float() for x in ("post", "resid_pre"))
+    neurons, stream = map(t.cat, zip(*by_groups(differ, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))))
     order, top = (neurons.abs().mean(0) * model.blocks[layer].mlp.W_out.float().norm(dim=-1)).argsort(descending=True), t.linalg.svd(stream)[2][0]
     parts = {f"L{layer}: {n} {title} neurons": Part("post", layer, partial(t.mul, F.one_hot(ids[:n], len(ids)).sum(0))) for title, ids in (("strongest", order), ("random", t.randperm(len(order)).to(order.device))) for n in (1, 4, 16, 64)}
     onto = lambda v: lambda change: (change @ v.to(change))[..., None] * v.to(change)
@@ -235,10 +225,9 @@ def edge_run(
     inner = [(model.blocks[l].ln2, "in", partial(add, l, "MLP")) for l in layers] + [(model.ln_final, "in", partial(add, graph.n_layers, "logits"))]
     return run_from(model, resid, at, layer, fwd_hooks, inner), gaps
 
-def edge_groups(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> tuple[Iterator[Pairs], int]:
-    """(pairs in groups, rows that fit): part of the memory holds the writes of both runs, the rest the rows in flight."""
-    n_rows = rows_that_fit(model, pairs.clean.shape[1], memory_gb / 4, (4 * len(graph.writers) + 24 * graph.n_heads) * model.cfg.d_model)
-    return map(pairs.take, pairs.index.split(n_rows)), 2 * n_rows
+def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> int:
+    """Part of the memory holds the writes of both runs, the rest twice as many rows in flight."""
+    return rows_that_fit(model, pairs.clean.shape[1], memory_gb / 4, (4 * len(graph.writers) + 24 * graph.n_heads) * model.cfg.d_model)
 
 @t.no_grad()
 def edge_patch(model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
@@ -246,26 +235,25 @@ def edge_patch(model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, kind
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the corrupt run's writes; what lies behind a receiver
     is computed anew, all else stays (path patching, Wang et al. 2023). A circuit is the run in which all other edges are swapped.
     """
-    swaps, out = (swaps & graph.upstream).to(pairs.at.device), []
+    swaps, n_pairs = (swaps & graph.upstream).to(pairs.at.device), pairs_that_fit(model, graph, pairs, memory_gb)
     begins = t.stack([graph.layer_of[row].min() if row.any() else graph.layer_of[-1] for row in swaps.any(1).cpu()]).to(pairs.at.device)
-    groups, n_rows = edge_groups(model, graph, pairs, memory_gb)
-    for group in groups:
+    def patch(group: Pairs) -> Tensor:
         (logits, cache, live), (_, _, other) = (run_graph(model, graph, group, which) for which in ("clean", "corrupt"))
         metric, values = make_metric(group, kind, logits), t.zeros(len(swaps), len(group), device=swaps.device)
         for begin in begins.unique().tolist():
-            which, pair = (x.flatten() for x in t.meshgrid((begins == begin).nonzero()[:, 0], group.index, indexing="ij"))
-            for w, p in zip(which.split(n_rows), pair.split(n_rows)):
-                values[w, p] = metric(edge_run(model, graph, cache["resid_pre", begin][p], group.at[p], begin, swaps[w], other[p], live[p])[0], p)
-        out.append(values)
-    return t.cat(out, 1)
+            cells = t.cartesian_prod((begins == begin).nonzero()[:, 0], group.index)  # (swap, pair)
+            run = lambda w, p: metric(edge_run(model, graph, cache["resid_pre", begin][p], group.at[p], begin, swaps[w], other[p], live[p])[0], p)
+            values[cells.unbind(1)] = t.cat(list(halving(lambda part: run(*part.unbind(1)), cells, 2 * n_pairs)))
+        return values
+    return t.cat(by_groups(patch, pairs, n_pairs), 1)
 
 def edge_attribution(model: nn.Module, graph: Graph, pairs: Pairs, kind: str = "logit_diff", steps: int = 0, memory_gb: float = 1.0) -> Tensor:
     """
     (writer, receiver): what the clean metric would lose if the edge carried the corrupt write, by gradient, mean over pairs. steps 0: EAP, at the clean run (Syed et
     al. 2023); else EAP-IG, between corrupt and clean embeddings (Hanna et al. 2024). Summed over receivers: attribution patching of nodes.
     """
-    total = t.zeros(graph.upstream.shape, device=pairs.at.device)
-    for group in edge_groups(model, graph, pairs, memory_gb)[0]:
+    def attribute(group: Pairs) -> Tensor:
+        total = t.zeros(graph.upstream.shape, device=pairs.at.device)
         with t.no_grad(): (logits, cache, own), (_, source, other) = (run_graph(model, graph, group, which) for which in ("clean", "corrupt"))
         for alpha in [(i + 0.5) / steps for i in range(steps)] or [1.0]:
             resid = source["resid_pre", 0].lerp(cache["resid_pre", 0], alpha)
@@ -273,7 +261,18 @@ def edge_attribution(model: nn.Module, graph: Graph, pairs: Pairs, kind: str = "
             with t.enable_grad(): values = make_metric(group, kind, logits)(edge_run(model, graph, resid, group.at, nudge=nudge)[0], group.index)
             (gradient,) = t.autograd.grad(values.sum(), nudge)
             total += einsum((own - other).float(), gradient.float(), "pair pos writer d_model, pair pos receiver d_model -> writer receiver") / max(1, steps)
-    return (total / len(pairs)).cpu() * graph.upstream
+        return total
+    return (sum(by_groups(attribute, pairs, pairs_that_fit(model, graph, pairs, memory_gb))) / len(pairs)).cpu() * graph.upstream
+
+@t.no_grad()
+def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0) -> tuple[float, Tensor]:
+    """Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to its largest; the norm of each write, summed over pairs and positions (writer)."""
+    def differ(group: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        (_, a, own), (_, b, other) = (run_graph(model, graph, group, which) for which in ("clean", "corrupt"))
+        writes, stream = (own - other).float(), (a["resid_pre", graph.n_layers - 1] - b["resid_pre", graph.n_layers - 1]).float()
+        return (writes[:, :, :graph.heads(graph.n_layers - 1).start].sum(2) - stream).abs().max(), stream.abs().max(), writes.norm(dim=-1).sum((0, 1))
+    miss, largest, norms = zip(*by_groups(differ, pairs, pairs_that_fit(model, graph, pairs, memory_gb)))
+    return (max(miss) / max(largest)).item(), sum(norms).cpu()
 
 #%% Circuits: the strongest edges alone, everything else as in the corrupt run
 def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
@@ -308,62 +307,78 @@ def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Fi
 ROLES = {"name mover": ("end", "IO"), "negative name mover": ("end", "IO"), "S-inhibition": ("end", "S2"), "induction": ("S2", "S1+1"), "duplicate token": ("S2", "S1"), "previous token": ("S1+1", "S1")}  # where a role looks from and to
 WANG = {"name mover": "L9H9 L9H6 L10H0", "negative name mover": "L10H7 L11H10", "S-inhibition": "L7H3 L7H9 L8H6 L8H10", "induction": "L5H5 L6H9", "duplicate token": "L0H1 L3H0", "previous token": "L2H2 L4H11"}
 
-def path_losses(model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], kind: str) -> Tensor:
+def path_losses(model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], kind: str, memory_gb: float = 1.0) -> Tensor:
     """(writer, pair) metric lost when the paths from one writer straight to the receivers carry the corrupt run."""
-    return (baselines(model, pairs, kind)[0] - edge_patch(model, graph, pairs, t.stack([graph.edges([w], receivers) for w in graph.writers]), kind)).cpu()
+    return (baselines(model, pairs, kind, memory_gb)[0] - edge_patch(model, graph, pairs, t.stack([graph.edges([w], receivers) for w in graph.writers]), kind, memory_gb)).cpu()
 
-def trace_back(model: nn.Module, graph: Graph, pairs: Pairs, kind: str, depth: int = 4, floor: float = 0.05, width: int = 3) -> list[tuple[list[str], Tensor]]:
+def trace_back(model: nn.Module, graph: Graph, pairs: Pairs, kind: str, memory_gb: float = 1.0, depth: int = 4, floor: float = 0.05, width: int = 3) -> list[tuple[list[str], Tensor]]:
     """
     Steps (receivers, share (writer)) of the metric lost by the path from each writer straight to the receivers: the logits, then the q, k, v and MLP inputs of those
     that lost most (at most `width`, at least `floor`) through the input before.
     """
-    gap, options, steps = float(-t.stack(baselines(model, pairs, kind)).mean(1).diff()), [["logits"]], []
+    gap, options, steps = float(-t.stack(baselines(model, pairs, kind, memory_gb)).mean(1).diff()), [["logits"]], []
     while options and len(steps) < 4 * depth:
-        new = [(receivers, path_losses(model, graph, pairs, receivers, kind).mean(1) / gap) for receivers in options]
+        new = [(receivers, path_losses(model, graph, pairs, receivers, kind, memory_gb).mean(1) / gap) for receivers in options]
         best, steps = max((share for _, share in new), key=lambda share: share.max()), steps + new
         names = [graph.writers[i] for i in best.topk(width).indices.tolist() if best[i] >= floor and i > 0]
         options = [receivers for x in ("q", "k", "v", "MLP") if names and (receivers := graph.readers(names, x))]
     return steps
 
 @t.no_grad()
-def self_repair(model: nn.Module, graph: Graph, pairs: Pairs, head: str, kind: str) -> tuple[float, float, Tensor]:
+def self_repair(model: nn.Module, graph: Graph, pairs: Pairs, head: str, kind: str, memory_gb: float = 1.0) -> tuple[float, float, Tensor]:
     """A head's write set to its mean over pairs and positions: metric lost by the path to the logits alone, by all paths, and the change of every writer's direct effect (writer), in logits of answer - wrong."""
-    logits, cache, own = run_graph(model, graph, pairs, "clean")
-    mean, metric, lost = own.mean((0, 1)).expand_as(own), make_metric(pairs, kind, logits), []
-    for receivers in (["logits"], None):
-        swap = graph.edges([head], receivers).to(own.device).expand(len(pairs), -1, -1)
-        patched, gaps = edge_run(model, graph, cache["resid_pre", 0], pairs.at, 0, swap, mean)
-        lost.append((metric(logits, pairs.index) - metric(patched, pairs.index)).mean().item())
-    change = (mean - t.cat(gaps, 2) - own)[pairs.index, pairs.at].float() / cache["ln_final.hook_scale"][pairs.index, pairs.at][:, None]
-    return *lost, einsum(change, read_out(model, pairs.answer) - read_out(model, pairs.wrong), "pair writer d_model, d_model pair -> writer").cpu() / len(pairs)
+    writer, n_pairs = graph.writers.index(head), pairs_that_fit(model, graph, pairs, memory_gb)
+    def written(group: Pairs) -> tuple[Tensor, int]:
+        own, real = run_graph(model, graph, group, "clean")[2][:, :, writer], t.arange(group.clean.shape[1], device=group.at.device) <= group.at[:, None]
+        return own[real].sum(0), int(real.sum())
+    def fail_head(group: Pairs) -> tuple[Tensor, Tensor]:
+        logits, cache, own = run_graph(model, graph, group, "clean")
+        other, metric, lost = own.clone(), make_metric(group, kind, logits), []
+        other[:, :, writer] = mean
+        for receivers in (["logits"], None):
+            swap = graph.edges([head], receivers).to(own.device).expand(len(group), -1, -1)
+            patched, gaps = edge_run(model, graph, cache["resid_pre", 0], group.at, 0, swap, other)
+            lost.append((metric(logits, group.index) - metric(patched, group.index)).sum())
+        change = (other - t.cat(gaps, 2) - own)[group.index, group.at].float() / cache["ln_final.hook_scale"][group.index, group.at][:, None]
+        return t.stack(lost) / len(pairs), einsum(change, read_out(model, group.answer) - read_out(model, group.wrong), "pair writer d_model, d_model pair -> writer") / len(pairs)
+    sums, counts = zip(*by_groups(written, pairs, n_pairs))
+    mean = sum(sums) / sum(counts)
+    lost, change = map(sum, zip(*by_groups(fail_head, pairs, n_pairs)))
+    return *lost.tolist(), change.cpu()
 
 @t.no_grad()
-def knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str) -> Tensor:
+def knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str, memory_gb: float = 1.0) -> Tensor:
     """Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions of mask (pair, pos) (Geva et al. 2023)."""
-    query = t.arange(mask.shape[1], device=mask.device) == pairs.at[:, None]
-    def hide(scores: Tensor, hook: nn.Module) -> Tensor: return scores.masked_fill((query[:, :, None] & mask[:, None])[:, None], -1e9)
-    resid = inputs(model, pairs, "clean")
-    return make_metric(pairs, kind, run_from(model, resid, pairs.at))(run_from(model, resid, pairs.at, 0, [([act_name("attn_scores", l) for l in layers], hide)]), pairs.index)
+    def blind(group: Pairs) -> Tensor:
+        query, resid = t.arange(group.clean.shape[1], device=mask.device) == group.at[:, None], inputs(model, group, "clean")
+        def hide(scores: Tensor, hook: nn.Module) -> Tensor: return scores.masked_fill((query[:, :, None] & group.places["hidden"][:, None])[:, None], -1e9)
+        return make_metric(group, kind, run_from(model, resid, group.at))(run_from(model, resid, group.at, 0, [([act_name("attn_scores", l) for l in layers], hide)]), group.index)
+    return t.cat(by_groups(blind, replace(pairs, places={"hidden": mask}), rows_that_fit(model, mask.shape[1], memory_gb)))
 
 @t.no_grad()
-def find_roles(model: nn.Module, graph: Graph, pairs: Pairs, kind: str, shuffles: int = 200, floor: float = 0.3, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
+def find_roles(model: nn.Module, graph: Graph, pairs: Pairs, kind: str, memory_gb: float = 1.0, shuffles: int = 200, floor: float = 0.3, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
     Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor` or, if larger, the 99th percentile of the best
     head's score with keys drawn at random. Found {role: heads} above the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition
     heads act on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
     """
-    generator, scores, bars, names = t.Generator().manual_seed(seed), {}, {}, [act_name("pattern", l) for l in range(graph.n_layers)]
-    _, cache = record(model, inputs(model, pairs, "clean"), pairs.at, names)
+    generator, scores, bars, names, T = t.Generator().manual_seed(seed), {}, {}, [act_name("pattern", l) for l in range(graph.n_layers)], pairs.clean.shape[1]
+    place = {name: mask.float().argmax(1) for name, mask in pairs.places.items()}
+    def look_from(group: Pairs) -> dict[str, Tensor]:
+        """{query: (pair, layer, head, key)}"""
+        _, cache = record(model, inputs(model, group, "clean"), group.at, names)
+        rows = {query: group.places[query].float().argmax(1) for query, _ in ROLES.values()}
+        return {query: F.pad(t.stack([cache[name][group.index, :, q].float() for name in names], 1), (0, T - group.clean.shape[1])) for query, q in rows.items()}
+    seen = by_groups(look_from, pairs, rows_that_fit(model, T, memory_gb, graph.n_layers * graph.n_heads * T))
     for role, (query, key) in ROLES.items():
-        q, k = (pairs.places[place].float().argmax(1) for place in (query, key))
-        look = t.stack([cache[name][pairs.index, :, q].float() for name in names], 1)  # pair layer head key
+        q, k, look = place[query], place[key], t.cat([part[query] for part in seen])
         drawn = (t.rand(shuffles, len(pairs), generator=generator).to(q.device) * (q + 1)).long()
         scores[role], null = look[pairs.index, :, :, k].mean(0).cpu(), t.stack([look[pairs.index, :, :, d].mean(0).max() for d in drawn])
         bars[role] = max(floor, null.quantile(0.99).item())
     found = {role: [graph.head_names[i] for i in (score > bars[role]).flatten().nonzero()[:, 0].tolist()] for role, score in scores.items()}
     def acting(role: str, receivers: list[str], sign: int = 1) -> list[str]:
         if not found[role] or not receivers: return []
-        lost = path_losses(model, graph, pairs, receivers, kind)[[graph.writers.index(head) for head in graph.head_names]]
+        lost = path_losses(model, graph, pairs, receivers, kind, memory_gb)[[graph.writers.index(head) for head in graph.head_names]]
         bar = ((t.randint(2, (shuffles, 1, len(pairs)), generator=generator) * 2.0 - 1) * lost).mean(-1).amax(1).quantile(0.99)
         return [head for head in found[role] if sign * lost[graph.head_names.index(head)].mean() > bar]
     found |= {"name mover": acting("name mover", ["logits"]), "negative name mover": acting("negative name mover", ["logits"], -1)}
@@ -421,7 +436,10 @@ if __name__ == "__main__" and cfg.bench:
             speedup = float(np.median([slow / fast for slow, fast in seconds]))
             print(f"{cyan}{name}, {n} IOI pair{'s' * (n > 1)} of 15 tokens, {title} sweep: {np.median(seconds, 0)[0]:.3f} s by transformer_lens, {np.median(seconds, 0)[1]:.3f} s here: {speedup:.1f} times as fast; largest difference so far {max(gaps):.0e}{endc}")
             if n == 1: numbers[f"{title}_speedup_{name}"] = speedup
-    save_results("patching_bench", cfg, **numbers, max_abs_diff=max(gaps))
+    peak = {n: peak_bytes(lambda: sweep(world, pool.take(slice(0, n)), "z", "head", memory_gb=cfg.memory_gb)) / 2**30 for n in (32, 128, 512)}
+    print(f"{cyan}world, head sweep, largest memory of tensors under the cap of {cfg.memory_gb:g} GB: {', '.join(f'{n} pairs {gb:.2f} GB' for n, gb in peak.items())}{endc}")
+    assert max(peak.values()) < cfg.memory_gb
+    save_results("patching_bench", cfg, **numbers, max_abs_diff=max(gaps), peak_gigabytes=peak)
     raise SystemExit
 
 #%% The model and the prompts: pairs that differ in one thing, some to look at, others to test on
@@ -442,15 +460,12 @@ if __name__ == "__main__":
     (clean, corrupt), (held_clean, held_corrupt) = (baselines(model, x, kind, cfg.memory_gb) for x in (pairs, held))
     share, held_share = (partial(normalised, clean=a, corrupt=b) for a, b in ((clean, corrupt), (held_clean, held_corrupt)))
     share(clean)  # refuses equal metrics
-    few_clean, few_corrupt = baselines(model, few, kind)
+    few_clean, few_corrupt = baselines(model, few, kind, cfg.memory_gb)
     with t.no_grad(): logits = model(few.clean)[few.index, few.at]
-    nothing, whole = (sweep(model, few, "resid_pre", kind=kind, places={"all": t.full_like(few.clean, on, dtype=t.bool)}, skip=False) for on in (False, True))
-    (_, a, own_writes), (_, b, other_writes) = (run_graph(model, graph, few, which) for which in ("clean", "corrupt"))
-    last = graph.n_layers - 1
-    stream = a["resid_pre", last] - b["resid_pre", last]
-    summed, scale = (own_writes - other_writes)[:, :, :graph.heads(last).start].sum(2), 0.01 + (few_clean - few_corrupt).abs().max()
-    none, every = edge_patch(model, graph, few, t.stack([~graph.upstream, graph.upstream]), kind)
-    misses = {"answer alone unembedded": make_metric(few, kind, logits)(logits, few.index) - few_clean, "nothing patched": nothing - few_corrupt, "everything patched": whole - few_clean, "no edge patched": none - few_clean, "every edge patched": every - few_corrupt, "writes along the edges add up": (summed - stream) / stream.abs().max() * scale}
+    nothing, whole = (sweep(model, few, "resid_pre", kind=kind, places={"all": t.full_like(few.clean, on, dtype=t.bool)}, memory_gb=cfg.memory_gb, skip=False) for on in (False, True))
+    (gap, magnitude), scale = write_differences(model, graph, few, cfg.memory_gb), 0.01 + (few_clean - few_corrupt).abs().max()
+    none, every = edge_patch(model, graph, few, t.stack([~graph.upstream, graph.upstream]), kind, cfg.memory_gb)
+    misses = {"answer alone unembedded": make_metric(few, kind, logits)(logits, few.index) - few_clean, "nothing patched": nothing - few_corrupt, "everything patched": whole - few_clean, "no edge patched": none - few_clean, "every edge patched": every - few_corrupt, "writes along the edges add up": gap * scale}
     numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}}
     print(f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {held_clean.mean():.3f}, {held_corrupt.mean():.3f}); gates: {', '.join(f'{title} {miss:.0e}' for title, miss in numbers['gates'].items())}{endc}")
     wrong = [title for title, miss in numbers["gates"].items() if miss > (1e-4 if model.W_U.dtype == t.float32 else 5e-2)]
@@ -483,7 +498,7 @@ if __name__ == "__main__" and task == "capitals":
     ends = baselines(model, noised, "log_prob")
     panels = {site: normalised(sweep(model, noised, site, "pos", "log_prob", places=pairs.places, memory_gb=cfg.memory_gb), *ends) for site in ("resid_post", "attn_out", "mlp_out")}
     show(imshow(t.stack(list(panels.values())), f"Causal tracing: subject noised by {sigma:.2f}, one clean activation restored (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = noised {ends[1].mean():.2f}, 1 = clean {ends[0].mean():.2f} nats)", "place", "layer", list(pairs.places), layers, list(panels), columns=3, value="restored"), "patching/tracing")
-    blind = {place: [normalised(knock_out(model, pairs, which, mask, "log_prob"), *ends).item() for which in (*([l] for l in range(graph.n_layers)), range(graph.n_layers))] for place, mask in pairs.places.items() if place != "end"}
+    blind = {place: [normalised(knock_out(model, pairs, which, mask, "log_prob", cfg.memory_gb), *ends).item() for which in (*([l] for l in range(graph.n_layers)), range(graph.n_layers))] for place, mask in pairs.places.items() if place != "end"}
     show(imshow(t.tensor(list(blind.values())), f"Attention from the answer's position knocked out (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = subject noised, 1 = clean)", "layer", "to", [*layers, "all"], list(blind), value="metric left"), "patching/knock_out")
     subject = list(pairs.places).index("changed")
     numbers |= {"places": list(pairs.places), "tracing": {site: panel.tolist() for site, panel in panels.items()}, "knock_out": blind}
@@ -496,15 +511,15 @@ if __name__ == "__main__":
     rows = judging_rows(load_world() if data == "world" else load_corpus(data, tokenizer=find_folder(cfg.model)), 16, 64, cfg.seed).to(device)
     names, sigmas = graph.writers[1:], [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
     parts = [part for l in range(graph.n_layers) for part in (*(Part("z", l, partial(t.mul, F.one_hot(t.tensor(h), graph.n_heads)[:, None].to(device))) for h in range(graph.n_heads)), Part("mlp_out", l))]
-    effects = {how: ablation_effects(model, few, rows, [(part, how, 1.0) for part in parts], kind) for how in ("zero", "mean", "resample", "noise")}
+    effects = {how: ablation_effects(model, few, rows, [(part, how, 1.0) for part in parts], kind, cfg.memory_gb) for how in ("zero", "mean", "resample", "noise")}
     where = f"n = {len(few)} prompts, {rows.numel()} held-out tokens of {data}, {about}; means and deviations over that text"
     for i, title in enumerate(("share of the metric lost", "nats per token of text lost")): show(imshow(t.tensor([[e[i] for e in effect] for effect in effects.values()]), f"Ablation: {title} ({where})", "part", "ablation", names, list(effects), value=title), f"patching/ablation_{('metric', 'loss')[i]}")
     order = sorted(range(len(parts)), key=lambda i: -effects["mean"][i][0])
     strongest, mlp = (next(i for i in order if parts[i].site == site) for site in ("z", "mlp_out"))
-    curves = {names[i]: [e[0] for e in ablation_effects(model, few, rows, [(parts[i], "noise", s) for s in sigmas], kind)] for i in (strongest, mlp)}
+    curves = {names[i]: [e[0] for e in ablation_effects(model, few, rows, [(parts[i], "noise", s) for s in sigmas], kind, cfg.memory_gb)] for i in (strongest, mlp)}
     show(line(curves, f"Gaussian noise on the strongest head and MLP ({where})", "sigma (standard deviations)", "share of the metric lost", sigmas, markers=True), "patching/noise")
-    fine = fine_parts(model, few, parts[mlp].layer)
-    lost = ablation_effects(model, few, rows, [(part, "mean", 1.0) for part in fine.values()], kind)
+    fine = fine_parts(model, few, parts[mlp].layer, cfg.memory_gb)
+    lost = ablation_effects(model, few, rows, [(part, "mean", 1.0) for part in fine.values()], kind, cfg.memory_gb)
     table = [[names[i], *(f"{effects[how][i][0]:.2f} / {effects[how][i][1]:+.2f}" for how in effects)] for i in order[:8]] + [[title, "", f"{a:.2f} / {b:+.2f}"] for title, (a, b) in zip(fine, lost)]
     print(tabulate(table, headers=["share of metric lost / nats added", *effects]))
     numbers |= {"ablation": {how: dict(zip(names, effect)) for how, effect in effects.items()}, "noise_curve": curves, "fine_ablation": dict(zip(fine, lost))}
@@ -515,19 +530,19 @@ if __name__ == "__main__":
         save_results("patching", cfg, **numbers)
         raise SystemExit
     print(f"{purple}=== Path patching ==={endc}")
-    steps = {" ".join(receivers): losses for receivers, losses in trace_back(model, graph, few, kind)}
+    steps = {" ".join(receivers): losses for receivers, losses in trace_back(model, graph, few, kind, cfg.memory_gb)}
     show(imshow(t.stack(list(steps.values())), f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, {about})", "writer", "inputs", graph.writers, list(steps), value="share lost"), "patching/paths")
     for title, losses in steps.items(): print(f"{gray}into {title}: {cyan}{', '.join(f'{graph.writers[i]} {losses[i]:+.2f}' for i in losses.abs().topk(4).indices.tolist())}{endc}")
     repair = []
     for head in sorted(graph.head_names, key=lambda head: -steps["logits"][graph.writers.index(head)])[:4]:
-        alone, total, change = self_repair(model, graph, few, head, kind)
+        alone, total, change = self_repair(model, graph, few, head, kind, cfg.memory_gb)
         repair.append([head, alone, total, ", ".join(f"{graph.writers[j]} {change[j]:+.2f}" for j in change.topk(2).indices.tolist() if change[j] > 0.05)])
     print(tabulate(repair, headers=["set to its mean", "lost directly", "lost in all", "steps in (direct effect, logits)"], floatfmt=".2f"))
     numbers |= {"paths": {title: dict(zip(graph.writers, losses.tolist())) for title, losses in steps.items()}, "self_repair": repair}
 
 #%% Indirect objects: which roles of GPT-2's circuit exist in this model, each against a permutation null
 if __name__ == "__main__" and {"IO", "S1", "S1+1", "S2"} <= held.places.keys():
-    scores, bars, found = find_roles(model, graph, held, kind)
+    scores, bars, found = find_roles(model, graph, held, kind, cfg.memory_gb)
     show(imshow(t.stack(list(scores.values())), f"Attention of each role (n = {len(held)} held-out pairs, {about}; bars {', '.join(f'{role} {bar:.2f}' for role, bar in bars.items())})", "head", "layer", heads, layers, list(scores), columns=3, diverging=False, value="attention"), "patching/roles")
     table = [[role, " ".join(found[role]) or "none", f"{graph.head_names[int(score.argmax())]} {score.max():.2f}", bars[role], *[WANG[role]] * (Path(cfg.model).name in ("gpt2", "gpt2-small"))] for role, score in scores.items()]
     print(tabulate(table, headers=["role", "heads", "most attention", "bar", "Wang et al. (2023)"][:len(table[0])], floatfmt=".2f"))
@@ -539,12 +554,12 @@ if __name__ == "__main__":
     start = time.perf_counter()
     ranking = {"EAP-IG": edge_attribution(model, graph, pairs, kind, cfg.ig_steps, cfg.memory_gb)}
     numbers["edge_attribution_seconds"] = time.perf_counter() - start
-    ranking |= {"EAP": edge_attribution(model, graph, pairs, kind, 0, cfg.memory_gb), "magnitude": (own_writes - other_writes).float().norm(dim=-1).sum((0, 1)).cpu()[:, None].expand(graph.upstream.shape), "random": t.rand(graph.upstream.shape)}
+    ranking |= {"EAP": edge_attribution(model, graph, pairs, kind, 0, cfg.memory_gb), "magnitude": magnitude[:, None].expand(graph.upstream.shape), "random": t.rand(graph.upstream.shape)}
     total, picked = int(graph.upstream.sum()), top_edges(graph, t.rand(graph.upstream.shape), [500])[0].nonzero()  # at most 500 are patched one by one
     single = t.zeros(len(picked), *graph.upstream.shape, dtype=t.bool)
     single[range(len(picked)), picked[:, 0], picked[:, 1]] = True
     truth = (few_clean - edge_patch(model, graph, few, single, kind, cfg.memory_gb)).mean(-1).cpu()
-    estimates = {method: edge_attribution(model, graph, few, kind, steps)[picked[:, 0], picked[:, 1]] for method, steps in (("EAP-IG", cfg.ig_steps), ("EAP", 0))}
+    estimates = {method: edge_attribution(model, graph, few, kind, steps, cfg.memory_gb)[picked[:, 0], picked[:, 1]] for method, steps in (("EAP-IG", cfg.ig_steps), ("EAP", 0))}
     correlation = {method: t.corrcoef(t.stack([truth, x]))[0, 1].item() for method, x in estimates.items()}
     fig = go.Figure([go.Scatter(x=truth, y=x, mode="markers", name=f"{method}, correlation {correlation[method]:.2f}", text=[f"{graph.writers[w]} to {graph.receivers[r]}" for w, r in picked.tolist()], hovertemplate="%{text}<br>patched %{x:.3f}<br>estimated %{y:.3f}<extra></extra>") for method, x in estimates.items()])
     show(fig.update_layout(title=f"Metric lost by an edge, patched and estimated ({len(picked)} of {total} edges, n = {len(few)}, {about})", xaxis_title="lost by patching", yaxis_title="estimated"), "patching/attribution")

@@ -18,7 +18,7 @@ from anatomy import harvest, loss_of, put, read_out, stream
 from data import Concept, Corpus, DRAW, FACTS, Labelled, Prompt, fact_prompts, judging_rows, label_sentences, load_corpus, load_world, read_countries, str_tokens
 from llama_block import Llama
 from train import flags, start_wandb
-from utils import BAR, act_name, array, cyan, endc, fail, feature_page, find_folder, find_hooks, gray, green, hook_points, imshow, label_tokens, line, load_model, orange, pick_device, purple, run_with_hooks, save_results, set_seed, show, show_page, text_tokenizer, visible, yellow
+from utils import BAR, act_name, array, cyan, endc, fail, feature_page, find_folder, find_hooks, gray, green, halving, hook_points, imshow, label_tokens, line, load_model, orange, pick_device, purple, run_with_hooks, save_results, set_seed, show, show_page, text_tokenizer, visible, yellow
 
 import numpy as np
 import plotly.graph_objects as go
@@ -214,13 +214,13 @@ def judge(model: nn.Module, sae, rows: Tensor, first: int, ce_rows: int = 256) -
     Numbers for rows it was not trained on, from position `first` on, and their codes (token, feature). Cross-entropies are of the first ce_rows,
     the recovered share nan where removing the activation costs nothing.
     """
-    hook, parts, missed, squares, total = sae.cfg.metadata.hook_name, [], 0.0, 0.0, t.zeros(sae.cfg.d_in, device=rows.device)
-    for part in rows.split(64):
+    hook = sae.cfg.metadata.hook_name
+    def rebuild(part: Tensor) -> tuple[csr_matrix, float, float, Tensor]:
         x = harvest(model, part, [hook])[hook][:, first:].flatten(0, 1)
         acts = sae.encode(x)
-        missed, squares, total = missed + (x - sae.decode(acts)).pow(2).sum().item(), squares + x.pow(2).sum().item(), total + x.sum(0)
-        parts.append(sparse(acts))
-    codes = vstack(parts, format="csr")
+        return sparse(acts), (x - sae.decode(acts)).pow(2).sum().item(), x.pow(2).sum().item(), x.sum(0)
+    parts, *sums = zip(*halving(rebuild, rows, 64))
+    codes, (missed, squares, total) = vstack(parts, format="csr"), map(sum, sums)
     n, density, rows = codes.shape[0], codes.getnnz(0) / codes.shape[0], rows[:ce_rows]
     mean = total / n
     clean, spliced, without, zero = (loss_of(model, rows, [(hook, put(new, first))]) for new in (lambda x: x, lambda x: sae.decode(sae.encode(x)), lambda x: mean.expand_as(x), t.zeros_like))
@@ -260,11 +260,10 @@ def read_features(model: nn.Module, sae, codes: csr_matrix, rows: Tensor, tokeni
 def harvest_labelled(model: nn.Module, labelled: Labelled, names: list[str], bos: list[int], device: str) -> dict[str, Tensor]:
     """{hook: (kept token, d)}. bos: what stands before every row."""
     found: dict[str, list] = {name: [None] * len(labelled.rows) for name in names}
-    for length in sorted({len(row) for row in labelled.rows}):
-        same = [i for i, row in enumerate(labelled.rows) if len(row) == length]
-        for some in (same[i:i + 128] for i in range(0, len(same), 128)):
-            for name, x in harvest(model, t.tensor([bos + labelled.rows[i] for i in some], device=device), names).items():
-                for i, y in zip(some, x.cpu()): found[name][i] = y[len(bos):]
+    def keep(same: list[int]) -> None:
+        for name, x in harvest(model, t.tensor([bos + labelled.rows[i] for i in same], device=device), names).items():
+            for i, y in zip(same, x.cpu()): found[name][i] = y[len(bos):]
+    for length in sorted({len(row) for row in labelled.rows}): list(halving(keep, [i for i, row in enumerate(labelled.rows) if len(row) == length], 128))
     place = np.cumsum([0, *map(len, labelled.rows)])[labelled.row] + labelled.pos
     return {name: t.cat(rows)[place] for name, rows in found.items()}
 

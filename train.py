@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
-from utils import BAR, cyan, endc, fail, gray, green, in_kernel, pick_device, purple, red, secret, tec, write_aside, yellow
+from utils import BAR, cyan, endc, fail, gray, green, in_kernel, out_of_memory, pick_device, purple, red, secret, tec, write_aside, yellow
 
 import torch as t
 import torch.distributed as dist
@@ -201,29 +201,7 @@ def load_state(optimizer: t.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({**saved, "state": {i: {key: part(params[i], x) for key, x in state.items()} for i, state in saved["state"].items()}})
 
 
-#%% Memory: what a run will need, what to lower when it was too much, analysis that halves its batch
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, t.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def halving[Out](fn: Callable[[Any], Out], rows: Any, batch: int) -> Iterator[Out]:
-    """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
-    start = 0
-    while start < len(rows):
-        try: out, fits = fn(rows[start:start + batch]), True
-        except (t.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error): raise
-            if batch == 1: fail(f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({str(error).splitlines()[0]})")
-            fits = False
-        if fits:
-            yield out
-            start += batch
-        else:  # out here the failed call's tensors are free
-            tec()
-            batch = -(-batch // 2)
-            print(f"{yellow}out of memory: going on with {batch} rows at a time{endc}")
-
-
+#%% Memory: what a run will need
 def expected_memory(make_model: Callable[[], nn.Module], cfg: TrainConfig, device: str = "cuda", low: bool = True) -> dict[str, float]:
     """Gigabytes of one process at the peak of a step, from shapes alone (no such device is needed). low: bfloat16 autocast. Not for models whose shapes depend on data (experts)."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -89,6 +89,29 @@ def in_kernel() -> bool:
     """True in Jupyter and VS Code cells, where argv belongs to the kernel; `%run script.py --flags` is a script."""
     return "kernel_launcher" in sys.argv[0]
 
+#%% Memory that does not suffice: analysis goes on with half the rows at a time
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, t.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halving[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int) -> Iterator[Out]:
+    """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
+    start = 0
+    while start < len(rows):
+        part = rows[start:start + batch]
+        try: out, fits = fn(part), True
+        except (t.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error): raise
+            if len(part) == 1: fail(f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({str(error).splitlines()[0]})")
+            fits = False
+        if fits:
+            yield out
+            start += len(part)
+        else:  # out here the failed call's tensors are free
+            tec()
+            batch = -(-len(part) // 2)
+            print(f"{yellow}out of memory: going on with {batch} rows at a time{endc}")
+
 #%% Figures and results: a notebook shows figures, a script writes them
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import COLORS, HookPoint, array, cyan, endc, fail, gray, green, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
+from utils import COLORS, HookPoint, array, cyan, endc, fail, gray, green, halving, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
 from data import find_tokens, load_corpus, str_tokens
 from train import TrainConfig, first_goes_on, flags, train
 
@@ -229,8 +229,8 @@ if __name__ == "__main__":
     probe, some, pairs = ZeroLayer(d_vocab, cfg.d_model), bigram_counts([sample], d_vocab), t.from_numpy(bigrams([sample])).long()
     rows, totals = np.flatnonzero(row_totals(some)), row_totals(some)
     with t.no_grad():
-        on_tokens = sum(F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item() for part in pairs.split(CHUNK)) / len(pairs)
-        log_q = t.cat([probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]) for part in pairs.split(CHUNK)])[:, 0].double().numpy()
+        on_tokens = sum(halving(lambda part: F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item(), pairs, CHUNK)) / len(pairs)
+        log_q = t.cat(list(halving(lambda part: probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]), pairs, CHUNK)))[:, 0].double().numpy()
     log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
     on_counts = measure(probe, some)
     assert abs(on_counts - on_tokens) < 1e-4, "the loss on counts is not the loss on tokens"

@@ -77,6 +77,17 @@ def one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
     assert all(word in last for word in words), last
 
 
+@contextlib.contextmanager
+def memory_for(model: t.nn.Module, rows: int):
+    """More rows at once than these are out of memory, in the first attention that sees them."""
+    def refuse(module, args, kwargs):
+        if len(x := next(iter([*args, *kwargs.values()]))) > rows: raise t.OutOfMemoryError(f"CUDA out of memory, says this test, with {len(x)} rows")
+    handles = [block.attn.register_forward_pre_hook(refuse, with_kwargs=True) for block in model.blocks]
+    try: yield
+    finally:
+        for handle in handles: handle.remove()
+
+
 def tiny_hf(architecture: str, **config):
     """A transformers model with weights large enough that a wrong formula shows: default initialisation hides bugs."""
     import transformers

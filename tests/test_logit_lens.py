@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch as t
-from conftest import ROOT, one_line_error
+from conftest import ROOT, memory_for, one_line_error
 from tokenizers import processors
 
 import logit_lens as ll
@@ -104,7 +104,7 @@ def test_the_gate_stops_a_wrong_way_out(made):
 
 
 @t.no_grad()
-def test_left_padding_and_batching_change_no_number(made):
+def test_left_padding_batching_and_little_memory_change_no_number(made, capsys):
     folder, hf, logits = made["LlamaForCausalLM"]
     model, width = load_model(folder, (Llama,), "cpu"), max(map(len, ROWS))
     tokens = t.tensor([[0] * (width - len(row)) + row for row in ROWS])
@@ -115,6 +115,9 @@ def test_left_padding_and_batching_change_no_number(made):
     for x in found[1:]:
         for name in x: t.testing.assert_close(x[name], found[0][name], atol=1e-5, rtol=1e-5)
     t.testing.assert_close(found[0]["logp"][-1], theirs.log_softmax(-1).topk(5).values, atol=1e-4, rtol=1e-4)
+    with memory_for(model, 1): halved = ll.read(model, ll.Lens(model), rows, PLACES, ANSWERS)
+    assert "out of memory: going on with 1 rows" in capsys.readouterr().out
+    for name in halved: t.testing.assert_close(halved[name], found[0][name], atol=1e-5, rtol=1e-5)
     order = t.randperm(len(PLACES)).tolist()
     some = ll.read(model, ll.Lens(model), rows, [PLACES[i] for i in order], [ANSWERS[i] for i in order])
     t.testing.assert_close(some["answer_logit"], found[0]["answer_logit"][:, order], atol=1e-5, rtol=1e-5)

@@ -4,12 +4,12 @@ import json
 import pytest
 import torch as t
 import torch.nn as nn
-from conftest import ROOT, one_line_error
+from conftest import ROOT, memory_for, one_line_error
 
-from anatomy import Pairs, draw_pairs, find_places, make_pairs, rows_that_fit, run_from
+from anatomy import Pairs, baselines, draw_pairs, find_places, make_metric, make_pairs, normalised, peak_bytes, position_masks, run_from
 from data import load_tokenizer, write_tokenizer
 from llama_block import Llama, LlamaConfig
-from patching import HEADS, STREAM, Graph, Part, ablation_effects, area, baselines, edge_attribution, edge_patch, knock_out, make_metric, normalised, position_masks, sweep, top_edges
+from patching import HEADS, STREAM, Graph, Part, ablation_effects, area, edge_attribution, edge_patch, find_roles, fine_parts, knock_out, self_repair, sweep, top_edges, write_differences
 from utils import act_name, run_with_cache, run_with_hooks
 
 L, H = 3, 4
@@ -111,17 +111,42 @@ def test_a_run_from_any_layer_equals_the_whole_run(models, pairs):
         t.testing.assert_close(model(pairs.clean), logits)  # nothing is left behind
 
 
-@t.no_grad()
-def test_rows_in_flight_stay_under_the_cap_whatever_the_batch(models, pairs):
-    model, many = models["ours"], pairs.take(t.arange(3).repeat(40))
-    for memory_gb in (2e-3, 1e-1):
-        seen = []
-        handle = model.unembed.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-        values = sweep(model, many, "z", "head pos", memory_gb=memory_gb)
-        handle.remove()
-        assert max(seen) <= rows_that_fit(model, 8, memory_gb)
-    assert len(seen) > 1
-    t.testing.assert_close(values[..., :3], sweep(model, pairs, "z", "head pos"), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
+    """And what is computed in groups equals what is computed at once."""
+    model, many, graph = models[name], pairs.take(t.arange(3).repeat(40)), Graph(models[name])
+    place = lambda i: t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([i]), True)
+    many.places = {"IO": place(0), "S1": place(1), "S1+1": place(2), "S2": place(3), "end": t.arange(8) == many.at[:, None]}
+    rows, swaps = t.randint(1, 250, (40, 12), generator=t.Generator().manual_seed(0)), t.stack([graph.edges([writer]) for writer in graph.writers[:6]])
+    parts = [(Part(site, layer), how, 1.0) for site, layer, how in (("z", 1, "zero"), ("mlp_out", 0, "mean"))]
+    calls = {
+        "baselines": lambda gb: t.stack(baselines(model, many, "kl", gb)), "stream": lambda gb: sweep(model, many, "resid_pre", memory_gb=gb), "heads": lambda gb: sweep(model, many, "z", "head pos", memory_gb=gb),
+        "pattern": lambda gb: sweep(model, many, "pattern", "head", memory_gb=gb), "edges": lambda gb: edge_patch(model, graph, many, swaps, "logit_diff", gb), "attribution": lambda gb: edge_attribution(model, graph, many, "logit_diff", 2, gb),
+        "ablations": lambda gb: t.tensor(ablation_effects(model, many, rows, parts, "logit_diff", gb)), "writes": lambda gb: write_differences(model, graph, many, gb)[1], "repair": lambda gb: self_repair(model, graph, many, "L0H1", "logit_diff", gb)[2],
+        "knock-out": lambda gb: knock_out(model, many, [1], place(2), "logit_diff", gb), "roles": lambda gb: find_roles(model, graph, many, "logit_diff", gb, shuffles=5)[0]["induction"], "neurons": lambda gb: fine_parts(model, many, 1, gb) and t.zeros(1),
+    }
+    for title, call in calls.items():
+        cap, got = 2e-3, {}
+        peak = {gb: peak_bytes(lambda: got.update({gb: call(gb)})) / 2**30 for gb in (cap, 1.0)}
+        assert peak[cap] < cap, (title, peak)
+        assert peak[1.0] > cap or title in ("baselines", "knock-out", "neurons", "roles", "ablations"), (title, peak)  # without the cap it is more, or it is little
+        t.testing.assert_close(got[cap], got[1.0], atol=1e-4, rtol=1e-4, msg=title)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_out_of_memory_halves_the_rows_and_changes_no_number(models, pairs, name, capsys):
+    model, many, graph = models[name], pairs.take(t.arange(3).repeat(4)), Graph(models[name])
+    rows, parts = t.randint(1, 250, (9, 12), generator=t.Generator().manual_seed(0)), [(Part("z", 1), how, 1.0) for how in ("mean", "resample")]
+    for call in (
+        lambda: t.stack(baselines(model, many, "logit_diff")), lambda: sweep(model, many, "z", "head"), lambda: edge_patch(model, graph, many, t.stack([graph.edges([writer]) for writer in graph.writers])),
+        lambda: edge_attribution(model, graph, many), lambda: t.tensor(ablation_effects(model, many, rows, parts, "logit_diff")), lambda: knock_out(model, many, [1], many.clean == 5, "log_prob"),
+    ):
+        expected = call()
+        assert "out of memory" not in capsys.readouterr().out
+        with memory_for(model, 30 if len(expected) == L else 7): found = call()
+        assert "out of memory: going on with" in capsys.readouterr().out
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
 
 #%% Paths and edges
 def single(graph: Graph) -> tuple[t.Tensor, t.Tensor]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch as t
-from conftest import ROOT, one_line_error
+from conftest import ROOT, memory_for, one_line_error
 
 import data
 import sae_probe
@@ -128,9 +128,11 @@ def test_metadata_decides_the_processing(loaded, folder):
     t.testing.assert_close(model(rows[:4]).log_softmax(-1), theirs.logits.log_softmax(-1), rtol=1e-3, atol=1e-3)
 
 
-def test_judge_knows_the_perfect_and_the_empty(lens, loaded):
+def test_judge_knows_the_perfect_and_the_empty(lens, loaded, capsys):
     sae, model, rows = loaded
     numbers, codes = judge(model, sae, rows, 1)
+    with memory_for(model, 9): again, same_codes = judge(model, sae, rows, 1)
+    assert again == pytest.approx(numbers, abs=1e-4) and abs(same_codes - codes).max() < 1e-4 and "out of memory: going on with 5 rows" in capsys.readouterr().out
     assert numbers["ce_recovered"] == pytest.approx(1, abs=1e-4) and numbers["fvu"] < 1e-9
     assert numbers["l0"] == pytest.approx(16, abs=0.01) and numbers["n_tokens"] == 40 * 23 == codes.shape[0]
     x = harvest(model, rows, [HOOK])[HOOK][:, 1:].flatten(0, 1)
