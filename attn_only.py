@@ -347,19 +347,18 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
     (sender) and each layer-1 head's q, k or v input (receiver), that input alone is given the sender's corrupt output: {'q' | 'k' | 'v':
     (sender, receiver) share of the log-probability lost}, 0 = clean, 1 = corrupt. Also the two mean log-probabilities, in nats.
     """
-    n_heads, W_O = model.cfg.n_heads, model.blocks[0].attn.W_O
-    def log_prob(fwd_hooks: list, tokens: Tensor = clean) -> float:
-        return run_with_hooks(model, tokens, fwd_hooks)[:, -half:-1].log_softmax(-1).gather(-1, clean[:, -half + 1:, None]).mean().item()
-    (_, on), (_, off) = run_with_cache(model, clean, act_name("z", 0)), run_with_cache(model, corrupt, act_name("z", 0))
-    top, bottom = log_prob([]), log_prob([], corrupt)
+    n_heads, W_O, names = model.cfg.n_heads, model.blocks[0].attn.W_O, [act_name("z", 0), act_name("result", 1), act_name("resid_post", 1)]
+    def log_prob(resid: Tensor) -> float:
+        return model.unembed(model.ln_final(resid[:, -half:-1])).log_softmax(-1).gather(-1, clean[:, -half + 1:, None]).mean().item()
+    (_, on), (_, off) = (run_with_cache(model, tokens, names) for tokens in (clean, corrupt))
+    top, bottom = (log_prob(cache["resid_post", 1]) for cache in (on, off))
     lost = {room: t.zeros(n_heads, n_heads) for room in "qkv"}
     for sender in range(n_heads):
         change = (off["z", 0] - on["z", 0])[:, :, sender] @ W_O[sender]
         with hooks(model, [(act_name("resid_pre", 1), lambda x, hook: x + change)]): _, new = run_with_cache(model, clean, [act_name(room, 1) for room in "qkv"])
-        for room in "qkv":
-            for receiver in range(n_heads):
-                fn = lambda x, hook: x.index_copy(2, t.tensor([receiver], device=x.device), new[room, 1][:, :, [receiver]])
-                lost[room][sender, receiver] = (top - log_prob([(act_name(room, 1), fn)])) / (top - bottom)
+        for room in "qkv":  # heads do not read each other within a layer: one run patches the room in all of them, one head's result is taken at a time
+            with hooks(model, [(act_name(room, 1), lambda x, hook: new[room, 1])]): _, moved = run_with_cache(model, clean, names[1])
+            for receiver in range(n_heads): lost[room][sender, receiver] = (top - log_prob(on["resid_post", 1] + (moved["result", 1] - on["result", 1])[:, :, receiver])) / (top - bottom)
     return lost, top, bottom
 
 #%% A page to read attention by: hover a token and the tokens it attends to are shaded; click to hold it
