@@ -220,8 +220,9 @@ class Config(TrainConfig):
     vocab: int = 3072  # size of the byte-level BPE trained on the text
     rope_base: float = 10000.0
     bias: bool = True  # on q, k, v and o: Llama's attention_bias (transformers reads any tokenizer in a Qwen2 folder as Qwen's)
-    steps: int = 500
+    steps: int = 450
     lr: float = 1e-2
+    muon_lr: float = 0.014
     decay: float = 0.4  # share of the steps (wsd)
     contexts: tuple[int, ...] = (64,)
     data: str = "world"  # world (a corpus that is known exactly), stdlib, a text file or folder, or a hub dataset
@@ -233,7 +234,7 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=12, n_kv_heads=4, d_model=768, d_mlp=2048, vocab=32768, data="HuggingFaceFW/fineweb-edu", contexts=(1024,), tokens_per_step=262144, accumulate=16, steps=10000, lr=3e-3, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
+    cfg = flags(Config, __doc__, hpc=Config(n_layers=12, n_heads=12, n_kv_heads=4, d_model=768, d_mlp=2048, vocab=32768, data="HuggingFaceFW/fineweb-edu", contexts=(1024,), tokens_per_step=262144, accumulate=16, steps=10000, lr=3e-3, muon_lr=0.02, autocast="on", compile=True))  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
 
