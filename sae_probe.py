@@ -477,7 +477,7 @@ if __name__ == "__main__":
         table.append([concept_name, f"f{unit} {said('single features')}", f"{needed}: {said(f'{needed} features')}" if needed else f"not {KS[-1]}: {said(f'{KS[-1]} features')}", *(said(method) for method in ("8 features", "8 neurons", "8 features of random weights", f"difference of means {hook}", f"dense {hook}", "shuffled labels")), f"{best_layer} {mean(f'dense {best_layer}'):.3f}"])
     print(f"{purple}=== Test AUROC [95% interval over {cfg.seeds} splits of the entities and resampled entities]; features, k and layer chosen on validation ==={endc}")
     print(tabulate(table, headers=["concept", "one feature", "features for 0.95", "8 features", "8 neurons", "8 of random weights", "difference of means", "dense probe", "shuffled labels", "best layer, dense"]))
-    compare = lambda methods, names, what: imshow(np.array([[probes[c]["auroc"][m] - 0.5 for m in methods] for c in probes]), f"Test AUROC - 0.5 by concept and {what} ({about}; {cfg.seeds} splits by entity)", what, "concept", names, list(probes), value="AUROC - 0.5").update_layout(height=700).update_yaxes(dtick=1)
+    compare = lambda methods, names, what: imshow(np.array([[probes[c]["auroc"].get(m, np.nan) - 0.5 for m in methods] for c in probes]), f"Test AUROC - 0.5 by concept and {what} ({about}; {cfg.seeds} splits by entity)", what, "concept", names, list(probes), value="AUROC - 0.5").update_layout(height=700).update_yaxes(dtick=1)
     methods = [m for m in bounds if not m.startswith(("dense", "difference")) or m.endswith(hook)]
     show(compare(methods, methods, "method"), "sae_probe/probes")
     show(compare([f"dense {place}" for place in residual], residual, "layer of a dense probe"), "sae_probe/layers")

@@ -6,21 +6,23 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+from test_zero_layer import story
 
 SMALL = {
     "attn_only.py": "Config(steps=8, tokens_per_step=1024, contexts=(32, 96), context_steps=(0.5,))",
-    "zero_layer.py": "Config(steps=20)",
+    "zero_layer.py": "Config(steps=20, data='story.txt', vocab=300)",
     "tiny_transformer.py": "Config(steps=8, tokens_per_step=512)",
     "llama_block.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_mlp=64, n_kv_heads=2)",
     "moe.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_expert=32)",
-    "patching.py": "Config(n=6, held_out=6, ig_steps=2, site=('resid_pre', 'z'))",
-    "sae_probe.py": "Config(steps=50, batch=512, buffer=6000, d_sae=96, heldout=3000, sentences=25, seeds=1, variants=(), random_baseline=False, min_recovered=0.1, max_fvu=0.9)",
+    "patching.py": "Config(n=4, held_out=4, ig_steps=1, site=('resid_pre', 'z'))",
+    "sae_probe.py": "Config(steps=50, batch=512, buffer=6000, d_sae=96, heldout=3000, sentences=20, seeds=1, variants=(), random_baseline=False, min_recovered=0.1, max_fvu=0.9)",
     "logit_lens.py": "Config(countries=8, forms=1, tuned_steps=0, draws=50)",
 }
 
 
 @pytest.mark.parametrize("script", SMALL)
 def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monkeypatch):
+    (workdir / "story.txt").write_text(story(12000))
     notebook = jupytext.reads((ROOT / script).read_text(), fmt="py:percent")
     settings = [cell for cell in notebook.cells if "cfg = flags(Config" in cell.source]
     assert len(settings) == 1 and len(notebook.cells) > 8

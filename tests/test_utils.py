@@ -30,7 +30,7 @@ def test_colours_are_the_guides_eleven():
 
 
 def test_scripts_import_silently_and_without_heavy_libraries():
-    code = "import sys, utils, data, train, zero_layer, attn_only; assert not {'transformer_lens', 'sae_lens', 'wandb', 'datasets', 'transformers'} & set(sys.modules), sys.modules.keys()"
+    code = "import sys, utils, data, train, anatomy, zero_layer, attn_only, tiny_transformer, llama_block, moe, logit_lens, patching, sae_probe; assert not {'transformer_lens', 'sae_lens', 'wandb', 'datasets', 'transformers'} & set(sys.modules), sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

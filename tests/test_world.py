@@ -284,7 +284,7 @@ def test_a_small_model_learns_its_facts_and_not_their_reverse(world, monkeypatch
     for kind, (_, n) in KINDS.items(): monkeypatch.setitem(KINDS, kind, (float(kind == "capital"), n))
     t.manual_seed(0)
     model = Llama(LlamaConfig(n_layers=2, n_kv_heads=4, d_mlp=256, d_vocab=world.d_vocab))
-    train(model, lambda i: world.batch(np.random.default_rng((0, i)), 64, 64), TrainConfig(steps=120, lr=1e-2, decay=0.4, save_every=0, device="cpu"), "world test")
+    train(model, lambda i: world.batch(np.random.default_rng((0, i)), 32, 64), TrainConfig(steps=120, lr=1e-2, decay=0.4, save_every=0, device="cpu"), "world test")
     scores = evaluate_world(model, world, quick=True)
     assert scores["fact_recall"] > 0.9 and scores["fact_recall_heldout_phrasing"] > 0.7, scores
     assert scores["reverse_recall_of_forward_only"] < 0.1 and scores["forward_recall_of_reverse_only"] < 0.1, scores
