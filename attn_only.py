@@ -411,7 +411,6 @@ if __name__ == "__main__":
     if cfg.d_model % cfg.n_heads: fail(f"--d-model {cfg.d_model} is not a multiple of --n-heads {cfg.n_heads}")
     set_seed(cfg.seed)
     print(f"{purple}=== Attention-only transformers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
-    corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
 
 #%% Train before your eyes: 2 layers, and 1 layer as the control, while the scores of every head are watched
 def repeat_batches(corpus: Corpus, cfg: Config) -> Callable[[int], Tensor]:
@@ -447,6 +446,7 @@ if __name__ == "__main__":
         corpus = load_corpus(cfg.data, tokenizer=cfg.model)
         models[model.cfg.n_layers] = model
     else:
+        corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
         for n_layers in sorted({cfg.n_layers, 1 if cfg.control else cfg.n_layers}):
             print(f"{purple}=== Training {n_layers} layer{'s' * (n_layers > 1)}{' (the control)' * (n_layers < cfg.n_layers)}: {cfg.repeats:.0%} of rows repeat a snippet of themselves ==={endc}")
             set_seed(cfg.seed)

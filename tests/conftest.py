@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # dozens of processes import torch: it is compiled once
+sys.dont_write_bytecode = False
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import utils  # noqa: E402, F401  before torch: see its first lines
 import torch as t  # noqa: E402

@@ -15,7 +15,7 @@ from zero_layer import bigram_counts, entropy_floor
 
 FLAGS = {
     "zero_layer": "--data story.txt --vocab 300 --d-model 32 --steps 80 --ranks 2 16 --token cat",
-    "attn_only": "--steps 190",  # enough for an induction head
+    "attn_only": "--steps 200 --contexts 64 96 --context-steps 0.85 --tokens-per-step 3072",  # enough for an induction head
     "tiny_transformer": "--steps 12 --tokens-per-step 1024 --contexts 32 --n-layers 2",
     "llama_block": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 300 --rows 8 --n-experts 8",
