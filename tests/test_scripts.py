@@ -18,7 +18,7 @@ FLAGS = {
     "attn_only": "--steps 200 --contexts 64 96 --context-steps 0.85 --tokens-per-step 3072",  # enough for an induction head
     "tiny_transformer": "--steps 12 --tokens-per-step 1024 --contexts 32 --n-layers 2",
     "llama_block": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
-    "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 300 --rows 8 --n-experts 8",
+    "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 512 --rows 8 --n-experts 8",
     "logit_lens": "--countries 24 --forms 2 --tuned-steps 40 --draws 200",
     "patching": "--n 8 --held-out 16 --ig-steps 3 --site resid_pre z",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants --no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
