@@ -48,7 +48,10 @@ SlurmdPidFile={tmp}/slurmd.pid
 SlurmctldLogFile={tmp}/slurmctld.log
 SlurmdLogFile={tmp}/slurmd.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Boards=1 Gres=gpu:2 State=UNKNOWN
-PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP PriorityTier=9
 """
 
 
@@ -177,6 +180,23 @@ def test_jobs_that_are_preempted_cancelled_and_failing(call, cluster, monkeypatc
 
     assert re.search(r"resumed checkpoints/tiny_a.pt at step \d+ of 60", text(log))
     assert results["a"]["loss"] == alone(cluster / "alone", monkeypatch, *LONG)["loss"] and results["a"]["steps"] == 60
+
+
+def test_a_job_that_slurm_preempts_saves_gives_way_and_resumes(call, cluster, monkeypatch):
+    """A job of a partition with priority wants the whole node: Slurm warns with SIGTERM, and would kill after the grace time."""
+    (home := cluster / "preempted").mkdir()
+    monkeypatch.chdir(home)
+    job, log = job_and_log(call(*LONG, "--slurm")[1])
+    until(lambda: "loss" in text(log), "the job trains")
+    urgent = ask("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
+    until(lambda: "SIGTERM: saved checkpoints/tiny_a.pt" in text(log), "it saves")
+    until(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "it is back in the queue")
+    assert 0 < t.load(home / "checkpoints/tiny_a.pt")["step"] < 60 and urgent
+    until(lambda: not ask("squeue", "-h", "-j", urgent), "the urgent job is done")
+    ask("scontrol", "update", f"jobid={job}", "StartTime=now")
+    until(lambda: not ask("squeue", "-h", "-j", job), "it is done")
+    assert re.search(r"resumed checkpoints/tiny_a.pt at step \d+ of 60", text(log)), text(log)
+    assert json.loads((home / "results/tiny_a.json").read_text())["loss"] == alone(cluster / "alone2", monkeypatch, *LONG)["loss"]
 
 
 def test_sbatch_refusals_are_one_line(call):
