@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from data import DRAW, FACTS, Prompt, World, fact_prompts, read_countries
-from utils import Cache, act_name, encode, fail, halving, hooks, run_with_cache, run_with_hooks, token_text
+from utils import Cache, Streamed, act_name, encode, endc, fail, hooks, run_with_cache, run_with_hooks, tec, token_text, yellow
 
 import numpy as np
 import torch as t
@@ -20,6 +20,36 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
+
+#%% Memory: analysis that goes on with half the rows at a time where it does not suffice, and what a call takes at its peak
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, t.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halving[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int) -> Iterator[Out]:
+    """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
+    start = 0
+    while start < len(rows):
+        part = rows[start:start + batch]
+        try: out, fits = fn(part), True
+        except (t.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error): raise
+            if len(part) == 1: fail(f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({str(error).splitlines()[0]})")
+            fits = False
+        if fits:
+            yield out
+            start += len(part)
+        else:  # out here the failed call's tensors are free
+            tec()
+            batch = -(-len(part) // 2)
+            print(f"{yellow}out of memory: going on with {batch} rows at a time{endc}")
+
+
+def peak_bytes(run: Callable) -> int:
+    """Largest sum of live tensor bytes that run allocates, by the CPU allocator's own record."""
+    with t.profiler.profile(activities=[t.profiler.ProfilerActivity.CPU], profile_memory=True) as record: run()
+    events = sorted((event.start_ns(), event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    return int(np.cumsum([size for _, size in events]).max())
 
 #%% Head scores on repeated random tokens: what makes a head an induction, previous-token or duplicate-token head
 def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
@@ -471,6 +501,11 @@ def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
 
 
 #%% A run from the middle: the residual stream enters at a layer, the blocks below are skipped, and only the answer's position is unembedded
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that compute, where hook points may stand apart from them."""
+    return model.layers if isinstance(model, Streamed) else list(model.blocks)
+
+
 def run_from(model: nn.Module, resid: Tensor, at: Callable[[], Tensor] | Tensor | None, layer: int = 0, fwd_hooks: list[tuple] = [], inner: list[tuple] = []) -> Tensor:
     """
     Logits (row, d_vocab) at position at (row), or (row, pos, d_vocab) if at is None, of a run that resid (row, pos, d_model) enters at `layer`. inner: (module,
@@ -479,17 +514,18 @@ def run_from(model: nn.Module, resid: Tensor, at: Callable[[], Tensor] | Tensor 
     pick = lambda x: x[range(len(x)), at() if callable(at) else at][:, None]
     entries = [*inner, *([] if at is None else [(model.unembed, "in", pick)])]
     with contextlib.ExitStack() as stack:
-        if hasattr(model, "hook_dict"):  # a bridge sees one row of zeros, whose mask and positions serve any number of rows that enter
-            entries = [(model.blocks[layer], "in", lambda x: resid), *entries]
-            for block in list(model.blocks)[:layer]:
+        if foreign := hasattr(model, "hook_dict") or isinstance(model, Streamed):  # they see one row of zeros, whose mask and positions serve any number of rows that enter
+            entries = [(blocks_of(model)[layer], "in", lambda x: resid), *entries]
+            assert layer == 0 or not isinstance(model, Streamed), "blocks that are read when they are called are not skipped"
+            for block in blocks_of(model)[:layer]:
                 block.__dict__["forward"] = lambda x, *args, **kwargs: x
                 stack.callback(block.__dict__.pop, "forward")
+        for module, side, fn in entries[::-1]:  # before the hook points of Streamed, which are hooks themselves
+            if side == "in": stack.callback(module.register_forward_pre_hook(lambda module, args, fn=fn: (fn(args[0]), *args[1:]), prepend=True).remove)
         for module, side, fn in entries:
-            if side == "in": handle = module.register_forward_pre_hook(lambda module, args, fn=fn: (fn(args[0]), *args[1:]))
-            else: handle = module.register_forward_hook(lambda module, args, out, fn=fn: fn(out))
-            stack.callback(handle.remove)
+            if side == "out": stack.callback(module.register_forward_hook(lambda module, args, out, fn=fn: fn(out)).remove)
         stack.enter_context(hooks(model, fwd_hooks))
-        out = model(t.zeros(1, resid.shape[1], dtype=t.long, device=resid.device), use_cache=False) if hasattr(model, "hook_dict") else model(None, start_at_layer=layer, resid=resid)
+        out = model(t.zeros(1, resid.shape[1], dtype=t.long, device=resid.device), use_cache=False) if foreign else model(None, start_at_layer=layer, resid=resid)
     return out if at is None else out[:, 0]
 
 
@@ -537,9 +573,9 @@ def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0)
         return t.stack([make_metric(group, kind, clean)(logits, group.index) for logits in (clean, corrupt)])
     return tuple(t.cat(by_groups(ends, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb)), -1))
 
-
-def peak_bytes(run: Callable) -> int:
-    """Largest sum of live tensor bytes that run allocates, by the CPU allocator's own record."""
-    with t.profiler.profile(activities=[t.profiler.ProfilerActivity.CPU], profile_memory=True) as record: run()
-    events = sorted((event.start_ns(), event.nbytes()) for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
-    return int(np.cumsum([size for _, size in events]).max())
+def area(values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000) -> tuple[float, float, float]:
+    """Area under faithfulness over the share of edges kept, for values (size, pair), and its 95% interval from resampled pairs."""
+    index = t.cat([t.arange(len(clean))[None], t.randint(len(clean), (draws, len(clean)), generator=t.Generator().manual_seed(0))]).to(clean.device)
+    curve = (values[:, index].mean(-1) - corrupt[index].mean(-1)) / (clean[index].mean(-1) - corrupt[index].mean(-1))
+    areas = t.trapezoid(curve.cpu(), t.tensor(x), dim=0)
+    return areas[0].item(), *areas[1:].quantile(t.tensor([0.025, 0.975])).tolist()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anatomy import head_scores, random_repeats
+from anatomy import halving, head_scores, random_repeats
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
 from train import TrainConfig, context_at, first_goes_on, flags, train
-from utils import HookPoint, act_name, cyan, endc, fail, green, halving, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, save_results, set_seed, show, show_page, visible, write_aside, yellow
+from utils import HookPoint, act_name, cyan, endc, fail, green, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, save_results, set_seed, show, show_page, visible, write_aside, yellow
 
 import numpy as np
 import torch as t

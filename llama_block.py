@@ -261,8 +261,7 @@ if __name__ == "__main__":
     else:
         print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
         corpus = load_world(cfg.vocab) if cfg.data == "world" else load_corpus(cfg.data, cfg.vocab)
-        kind = dict(qkv_bias=cfg.bias, o_bias=cfg.bias)
-        model = Llama(LlamaConfig(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads, cfg.d_model, cfg.d_model // cfg.n_heads, cfg.d_mlp, corpus.d_vocab, max(256, *cfg.contexts), cfg.rope_base, **kind), corpus.tokenizer)
+        model = Llama(LlamaConfig(cfg.n_layers, cfg.n_heads, cfg.n_kv_heads, cfg.d_model, cfg.d_model // cfg.n_heads, cfg.d_mlp, corpus.d_vocab, max(256, *cfg.contexts), cfg.rope_base, qkv_bias=cfg.bias, o_bias=cfg.bias), corpus.tokenizer)
         model.init_weights(0.2, 0.5 / math.sqrt(cfg.d_model))
         batch = lambda i: corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // (ctx := context_at(i // cfg.accumulate, cfg)), ctx)
         watch = (lambda step: evaluate_world(model, corpus, quick=True, device=device)) if cfg.data == "world" else None
@@ -341,8 +340,7 @@ if __name__ == "__main__":
 #%% What it says next, and the conclusion
 if __name__ == "__main__":
     with t.no_grad(): top = model(prompt)[0, -1].float().softmax(-1).topk(5)
-    said = "".join(str_tokens(tokenizer, model.generate(prompt, 24)[0, 1:]))
-    print(f"{gray}after {cfg.prompt!r}: {', '.join(f'{visible(tok)} {p:.2f}' for tok, p in zip(str_tokens(tokenizer, top.indices), top.values.tolist()))}{endc}\n{cyan}{said}{endc}")
+    print(f"{gray}after {cfg.prompt!r}: {', '.join(f'{visible(tok)} {p:.2f}' for tok, p in zip(str_tokens(tokenizer, top.indices), top.values.tolist()))}{endc}\n{cyan}{''.join(str_tokens(tokenizer, model.generate(prompt, 24)[0, 1:]))}{endc}")
     save_results("llama_block", cfg, **numbers)
     far, near = distance.argmax().item(), distance.argmin().item()
     name = lambda i: f"L{i // shape.n_heads}H{i % shape.n_heads}"

@@ -15,12 +15,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from anatomy import device_of, layer_writes, logit_parts, parts_error, peak_bytes, points
+from anatomy import device_of, halving, layer_writes, logit_parts, parts_error, peak_bytes, points
 from data import FACTS, fact_prompts, load_corpus, load_world, read_countries
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer
 from train import flags, keep_freed_memory
-from utils import BAR, ROOT, Streamed, WORLD, about_bos, answer_token, begin, cyan, encode, endc, fail, find_model, gray, green, halving, hooks, imshow, label_tokens, line, model_folder, open_model, pick_device, purple, run_with_cache, save_results, set_seed, show, tec, token_text, visible, write_aside, yellow
+from utils import BAR, ROOT, Streamed, WORLD, about_bos, answer_token, begin, cyan, encode, endc, fail, find_model, gray, green, hooks, imshow, label_tokens, line, model_folder, open_model, pick_device, purple, run_with_cache, save_results, set_seed, show, tec, token_text, visible, write_aside, yellow
 
 import numpy as np
 import pandas as pd

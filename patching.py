@@ -7,11 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from anatomy import Pairs, baselines, by_groups, draw_pairs, inputs, make_metric, make_pairs, normalised, peak_bytes, position_masks, read_out, read_pairs, record, rows_that_fit, run_from
+from anatomy import Pairs, area, baselines, blocks_of, by_groups, draw_pairs, halving, inputs, make_metric, make_pairs, normalised, peak_bytes, position_masks, read_out, read_pairs, record, rows_that_fit, run_from
 from data import judging_rows, load_corpus, load_world
 from llama_block import Llama
 from train import flags, keep_freed_memory
-from utils import WORLD, Cache, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, halving, hook_points, imshow, label_tokens, line, load_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
+from utils import WORLD, Cache, Streamed, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, hook_points, imshow, label_tokens, line, load_model, open_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
 
 import numpy as np
 import plotly.graph_objects as go
@@ -70,8 +70,8 @@ def sweep(
             full = out.new_zeros(*changed.shape, out.shape[-1]).index_put_(seen, out[0])
             if l < n_layers - 1: full[2 * B:] = t.where(changed[2 * B:, :, None], full[2 * B:], full[who[2 * B:]])
             return full
-        inner = [(model.blocks[l], "in", partial(enter, l)) for l in range(n_layers)]
-        if "mlp" not in act_name(site, 0): inner += [(model.blocks[l].mlp, side, partial(fn, l)) for l in range(n_layers) for side, fn in (("in", cut), ("out", back))]
+        inner = [(block, "in", partial(enter, l)) for l, block in enumerate(blocks_of(model))]
+        if "mlp" not in act_name(site, 0) and not isinstance(model, Streamed): inner += [(model.blocks[l].mlp, side, partial(fn, l)) for l in range(n_layers) for side, fn in (("in", cut), ("out", back))]
         logits = run_from(model, resid, lambda: pairs.at[who], 0, [([act_name(site, l) for l in joins], patch)] if joins else [], inner)
         metric = make_metric(pairs, kind, logits[B:2 * B] if direction == "denoise" else logits[:B])
         return metric(logits[:B], pairs.index), metric(logits[2 * B:], who[2 * B:])
@@ -280,13 +280,6 @@ def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
     rank = score.abs().masked_fill(~graph.upstream, -1.0).flatten().argsort(descending=True).argsort().view(score.shape)
     return t.stack([(rank < size) & graph.upstream for size in sizes])
 
-def area(values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000) -> tuple[float, float, float]:
-    """Area under faithfulness over the share of edges kept, for values (size, pair), and its 95% interval from resampled pairs."""
-    index = t.cat([t.arange(len(clean))[None], t.randint(len(clean), (draws, len(clean)), generator=t.Generator().manual_seed(0))]).to(clean.device)
-    curve = (values[:, index].mean(-1) - corrupt[index].mean(-1)) / (clean[index].mean(-1) - corrupt[index].mean(-1))
-    areas = t.trapezoid(curve.cpu(), t.tensor(x), dim=0)
-    return areas[0].item(), *areas[1:].quantile(t.tensor([0.025, 0.975])).tolist()
-
 def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
     """Layers from below, heads by number, the MLP at the right; an edge's colour is the input it enters, its width the score."""
     H, colors = graph.n_heads, {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
@@ -400,6 +393,7 @@ class Config:
     n: int = 32  # pairs to look at and to find the circuit on
     held_out: int = 100  # pairs to test it on
     ig_steps: int = 5
+    offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block where they do not fit, always, never; then the stream alone is patched
     data: str | None = None  # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset; default world for models/world, else stdlib
     memory_gb: float = 1.0  # cap on activations
     seed: int = 0
@@ -444,14 +438,15 @@ if __name__ == "__main__" and cfg.bench:
 
 #%% The model and the prompts: pairs that differ in one thing, some to look at, others to test on
 if __name__ == "__main__":
-    model = load_model(find_folder(cfg.model), (Llama,), device).requires_grad_(False)
+    model = open_model(cfg.model, (Llama,), device, offload=cfg.offload).requires_grad_(False)
     own, say = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong), lambda ids: [token_text(model, int(i)) for i in ids]
     if any(own) and not all(own): fail("a prompt of your own needs all of --clean, --corrupt, --answer and --wrong")
     task, given = ("own pairs", read_pairs(cfg.pairs) if cfg.pairs else [own]) if cfg.pairs or any(own) else (cfg.task, [])
     if len(given) == 1: print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
     pairs, held = (make_pairs(model, given[i % len(given)::2]) if given else draw_pairs(model, task, n, cfg.seed + i) for i, n in enumerate((cfg.n, cfg.held_out)))
-    kind, graph, numbers, few, shown = cfg.metric, Graph(model), {}, pairs.take(slice(0, None, max(1, len(pairs) // 16))), pairs.take(slice(len(pairs) // 2, len(pairs) // 2 + 1))
-    about, layers, heads, labels = f"{task}, {Path(cfg.model).name}, {kind}", [f"L{l}" for l in range(graph.n_layers)], [f"H{h}" for h in range(graph.n_heads)], label_tokens(say(shown.clean[0]))
+    streamed = isinstance(model, Streamed)
+    kind, graph, numbers, few, shown = cfg.metric, None if streamed else Graph(model), {}, pairs.take(slice(0, None, max(1, len(pairs) // 16))), pairs.take(slice(len(pairs) // 2, len(pairs) // 2 + 1))
+    about, layers, heads, labels = f"{task}, {Path(cfg.model).name}, {kind}", [f"L{l}" for l in range(model.cfg.n_layers)], [f"H{h}" for h in range(model.cfg.n_heads)], label_tokens(say(shown.clean[0]))
     print(f"{purple}=== {about}: {len(pairs)} pairs, {len(held)} held out ==={endc}")
     print(f"{gray}clean   {''.join(say(shown.clean[0]))}\ncorrupt {''.join(say(shown.corrupt[0]))}\nanswer  {say(shown.answer)[0]!r}, wrong {say(shown.wrong)[0]!r}; {about_bos(model)}{endc}")
 
@@ -463,9 +458,12 @@ if __name__ == "__main__":
     few_clean, few_corrupt = baselines(model, few, kind, cfg.memory_gb)
     with t.no_grad(): logits = model(few.clean)[few.index, few.at]
     nothing, whole = (sweep(model, few, "resid_pre", kind=kind, places={"all": t.full_like(few.clean, on, dtype=t.bool)}, memory_gb=cfg.memory_gb, skip=False) for on in (False, True))
-    (gap, magnitude), scale = write_differences(model, graph, few, cfg.memory_gb), 0.01 + (few_clean - few_corrupt).abs().max()
-    none, every = edge_patch(model, graph, few, t.stack([~graph.upstream, graph.upstream]), kind, cfg.memory_gb)
-    misses = {"answer alone unembedded": make_metric(few, kind, logits)(logits, few.index) - few_clean, "nothing patched": nothing - few_corrupt, "everything patched": whole - few_clean, "no edge patched": none - few_clean, "every edge patched": every - few_corrupt, "writes along the edges add up": gap * scale}
+    scale = 0.01 + (few_clean - few_corrupt).abs().max()
+    misses = {"answer alone unembedded": make_metric(few, kind, logits)(logits, few.index) - few_clean, "nothing patched": nothing - few_corrupt, "everything patched": whole - few_clean}
+    if not streamed:
+        gap, magnitude = write_differences(model, graph, few, cfg.memory_gb)
+        none, every = edge_patch(model, graph, few, t.stack([~graph.upstream, graph.upstream]), kind, cfg.memory_gb)
+        misses |= {"no edge patched": none - few_clean, "every edge patched": every - few_corrupt, "writes along the edges add up": gap * scale}
     numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}}
     print(f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {held_clean.mean():.3f}, {held_corrupt.mean():.3f}); gates: {', '.join(f'{title} {miss:.0e}' for title, miss in numbers['gates'].items())}{endc}")
     wrong = [title for title, miss in numbers["gates"].items() if miss > (1e-4 if model.W_U.dtype == t.float32 else 5e-2)]
@@ -475,6 +473,7 @@ if __name__ == "__main__":
 #%% Where it happens: sweeps by layer and token of one pair, by layer and place of all pairs, by head
 if __name__ == "__main__":
     print(f"{purple}=== Activation patching ==={endc}")
+    if streamed: cfg = replace(cfg, site=tuple(site for site in cfg.site if act_name(site, 0) in hook_points(model)) or ("resid_pre", "resid_post"))
     if unknown := [site for site in cfg.site if act_name(site, 0) not in hook_points(model)]: fail(f"unknown hook {unknown[0]!r}: this model has no {act_name(unknown[0], 0)}; use some of {', '.join(STREAM + HEADS)}")
     chosen, stream, by_head = position_masks(shown, cfg.positions), [site for site in cfg.site if site not in HEADS], [site for site in cfg.site if site in HEADS]
     if stream:
@@ -490,6 +489,14 @@ if __name__ == "__main__":
         cells = share(sweep(model, pairs, by_head[0], "head pos", kind, places=pairs.places, memory_gb=cfg.memory_gb)).flatten(0, 1)
         show(imshow(cells, f"Clean {by_head[0]} of one head into the corrupt run, by place (n = {len(pairs)}, {about})", "place", "head", list(pairs.places), graph.head_names[:len(cells)], value="restored"), "patching/head_places")
         numbers |= {"by_head": {title: panel.tolist() for title, panel in panels.items()}}
+
+#%% Where the weights come block by block the story ends here: heads, MLPs and edges are not hooked
+if __name__ == "__main__" and streamed:
+    save_results("patching", cfg, **numbers)
+    table = numbers["by_place"][f"{cfg.site[0]}, denoise"]
+    best = [max(range(len(pairs.places)), key=lambda i: row[i]) for row in table]
+    print(f"{green}At {cfg.site[0]} the answer stands at {' '.join(f'L{l} {list(pairs.places)[i]} {table[l][i]:.0%}' for l, i in enumerate(best))} (share of the metric that the clean stream there restores; the weights were streamed). Gates: the worst misses by {max(numbers['gates'].values()):.0e}.{endc}")
+    raise SystemExit
 
 #%% Facts: noise on the subject's embeddings, restored by layer and place (ROME); and what the answer may not look at
 if __name__ == "__main__" and task == "capitals":

@@ -14,11 +14,11 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from anatomy import harvest, loss_of, put, read_out, stream
+from anatomy import halving, harvest, loss_of, put, read_out, stream
 from data import Concept, Corpus, DRAW, FACTS, Labelled, Prompt, fact_prompts, judging_rows, label_sentences, load_corpus, load_world, read_countries, str_tokens
 from llama_block import Llama
 from train import flags, start_wandb
-from utils import BAR, act_name, array, cyan, endc, fail, feature_page, find_folder, find_hooks, gray, green, halving, hook_points, imshow, label_tokens, line, load_model, orange, pick_device, purple, run_with_hooks, save_results, set_seed, show, show_page, text_tokenizer, visible, yellow
+from utils import BAR, act_name, array, cyan, endc, fail, feature_page, find_folder, find_hooks, gray, green, hook_points, imshow, label_tokens, line, load_model, orange, pick_device, purple, run_with_hooks, save_results, set_seed, show, show_page, text_tokenizer, visible, yellow
 
 import numpy as np
 import plotly.graph_objects as go

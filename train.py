@@ -24,7 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from utils import BAR, cyan, endc, fail, gray, green, in_kernel, out_of_memory, pick_device, purple, red, secret, tec, write_aside, yellow
+from anatomy import out_of_memory
+from utils import BAR, cyan, endc, fail, gray, green, in_kernel, pick_device, purple, red, secret, tec, write_aside, yellow
 
 import torch as t
 import torch.distributed as dist

@@ -89,29 +89,6 @@ def in_kernel() -> bool:
     """True in Jupyter and VS Code cells, where argv belongs to the kernel; `%run script.py --flags` is a script."""
     return "kernel_launcher" in sys.argv[0]
 
-#%% Memory that does not suffice: analysis goes on with half the rows at a time
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, t.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def halving[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int) -> Iterator[Out]:
-    """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
-    start = 0
-    while start < len(rows):
-        part = rows[start:start + batch]
-        try: out, fits = fn(part), True
-        except (t.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error): raise
-            if len(part) == 1: fail(f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({str(error).splitlines()[0]})")
-            fits = False
-        if fits:
-            yield out
-            start += len(part)
-        else:  # out here the failed call's tensors are free
-            tec()
-            batch = -(-len(part) // 2)
-            print(f"{yellow}out of memory: going on with {batch} rows at a time{endc}")
-
 #%% Figures and results: a notebook shows figures, a script writes them
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]  # Okabe-Ito: readable by colour-blind eyes
 
@@ -510,6 +487,9 @@ def find_model(name: str) -> str:
     return name
 
 
+class Entered(Exception): "Carries what enters the first block."
+
+
 class Streamed(nn.Module):
     """
     A plain transformers model under accelerate's offload: a share `resident` of the blocks stays on the device, the others come from the checkpoint
@@ -529,10 +509,14 @@ class Streamed(nn.Module):
         self.converted = tempfile.TemporaryDirectory()  # for tensors that transformers keeps otherwise than the file does (experts)
         self.hf = AutoModelForCausalLM.from_pretrained(name, device_map=places, offload_folder=self.converted.name, dtype=dtype, token=secret("HF_TOKEN")).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(name, token=secret("HF_TOKEN"))
-        self.cfg = SimpleNamespace(n_layers=n_layers, d_model=shape.hidden_size, n_ctx=shape.max_position_embeddings, output_logits_soft_cap=getattr(shape, "final_logit_softcapping", None))
+        self.cfg = SimpleNamespace(
+            n_layers=n_layers, n_heads=shape.num_attention_heads, d_model=shape.hidden_size, d_mlp=getattr(shape, "intermediate_size", 4 * shape.hidden_size), d_vocab=shape.vocab_size,
+            n_ctx=shape.max_position_embeddings, output_logits_soft_cap=getattr(shape, "final_logit_softcapping", None),
+        )
         self.ln_final = [module for path, module in self.hf.named_modules() if not path.startswith(stack) and "norm" in type(module).__name__.lower()][-1]
         self.unembed, self.blocks = self.hf.get_output_embeddings(), nn.ModuleList(nn.Module() for _ in range(n_layers))
-        for ours, theirs in zip(self.blocks, self.hf.get_submodule(stack[:-1])):
+        self.layers = list(self.hf.get_submodule(stack[:-1]))
+        for ours, theirs in zip(self.blocks, self.layers):
             ours.hook_resid_pre, ours.hook_resid_post = HookPoint(), HookPoint()
             theirs.register_forward_pre_hook(lambda _, args, ours=ours: (ours.hook_resid_pre(args[0]), *args[1:]))
             theirs.register_forward_hook(lambda _, args, out, ours=ours: (ours.hook_resid_post(out[0]), *out[1:]) if isinstance(out, tuple) else ours.hook_resid_post(out))
@@ -540,7 +524,15 @@ class Streamed(nn.Module):
     @property
     def W_U(self) -> Tensor: return self.unembed.weight.T
 
-    def forward(self, tokens: Tensor, **kwargs) -> Tensor: return self.hf(tokens, **{"use_cache": False} | kwargs).logits
+    def forward(self, tokens: Tensor, stop_at_layer: int | None = None, **kwargs) -> Tensor:
+        """Logits; with stop_at_layer 0 the stream that enters the first block, before any block is read."""
+        if stop_at_layer is None: return self.hf(tokens, **{"use_cache": False} | kwargs).logits
+        assert stop_at_layer == 0
+        def leave(module: nn.Module, args: tuple) -> None: raise Entered(args[0])
+        handle = self.layers[0].register_forward_pre_hook(leave, prepend=True)
+        try: self.hf(tokens, use_cache=False)
+        except Entered as found: return found.args[0]
+        finally: handle.remove()
 
 
 def open_model(name: str, ours: tuple[type, ...] = (), device: str = "auto", dtype: str = "auto", offload: str = "auto") -> nn.Module:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import COLORS, HookPoint, array, cyan, endc, fail, gray, green, halving, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
+from utils import COLORS, HookPoint, array, cyan, endc, fail, gray, green, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
+from anatomy import halving
 from data import find_tokens, load_corpus, str_tokens
 from train import TrainConfig, first_goes_on, flags, train
 

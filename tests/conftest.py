@@ -94,7 +94,7 @@ def tiny_hf(architecture: str, **config):
     """A transformers model with weights large enough that a wrong formula shows: default initialisation hides bugs."""
     import transformers
     t.manual_seed(0)
-    hf = getattr(transformers, f"{architecture}ForCausalLM")(getattr(transformers, f"{architecture}Config")(**config))
+    hf = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(architecture, f"{architecture}ForCausalLM"))(getattr(transformers, f"{architecture}Config")(**config))
     with t.no_grad():
         for name, p in hf.named_parameters(): p.add_(t.randn(p.shape) * (0.2 if "norm" in name or "bias" in name else 0.12))
     return hf.eval()

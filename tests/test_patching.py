@@ -4,13 +4,13 @@ import json
 import pytest
 import torch as t
 import torch.nn as nn
-from conftest import ROOT, memory_for, one_line_error
+from conftest import ROOT, memory_for, one_line_error, save_folder, tiny_hf
 
-from anatomy import Pairs, baselines, draw_pairs, find_places, make_metric, make_pairs, normalised, peak_bytes, position_masks, run_from
+from anatomy import Pairs, area, baselines, draw_pairs, find_places, make_metric, make_pairs, normalised, peak_bytes, position_masks, run_from
 from data import load_tokenizer, write_tokenizer
 from llama_block import Llama, LlamaConfig
-from patching import HEADS, STREAM, Graph, Part, ablation_effects, area, edge_attribution, edge_patch, find_roles, fine_parts, knock_out, self_repair, sweep, top_edges, write_differences
-from utils import act_name, run_with_cache, run_with_hooks
+from patching import HEADS, STREAM, Graph, Part, ablation_effects, edge_attribution, edge_patch, find_roles, fine_parts, knock_out, self_repair, sweep, top_edges, write_differences
+from utils import Streamed, act_name, load_model, run_with_cache, run_with_hooks
 
 L, H = 3, 4
 BRIDGES = ("gpt2", "llama", "gemma2", "gpt_neox")
@@ -145,6 +145,27 @@ def test_out_of_memory_halves_the_rows_and_changes_no_number(models, pairs, name
         with memory_for(model, 30 if len(expected) == L else 7): found = call()
         assert "out of memory: going on with" in capsys.readouterr().out
         t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture, config", [
+    ("GPT2", dict(vocab_size=260, n_embd=32, n_layer=L, n_head=H, n_positions=64)), ("Llama", dict(vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=2)),
+    ("Gemma2", dict(vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=2, head_dim=8)),
+])
+def test_weights_from_disk_give_the_same_sweeps_of_the_stream(architecture, config, pairs, tmp_path):
+    folder = str(save_folder(tiny_hf(architecture, **config), tmp_path))
+    whole, streamed = load_model(folder, device="cpu"), Streamed(folder, "cpu", t.float32)
+    assert sum(p.is_meta for p in streamed.hf.parameters()) > 10
+    t.testing.assert_close(t.stack(baselines(streamed, pairs, "kl")), t.stack(baselines(whole, pairs, "kl")), atol=1e-4, rtol=1e-4)
+    for site, direction, memory_gb in (("resid_pre", "denoise", 1.0), ("resid_post", "noise", 1e-3)):
+        expected = sweep(whole, pairs, site, direction=direction)
+        assert expected.std() > 0.01
+        t.testing.assert_close(sweep(streamed, pairs, site, direction=direction, memory_gb=memory_gb), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_story_of_streamed_weights_ends_with_the_stream(script):
+    numbers = script("--offload", "on", "--n", "4", "--held-out", "4")
+    assert max(numbers["gates"].values()) < 1e-4 and list(numbers["by_place"]) == ["resid_pre, denoise", "resid_pre, noise", "resid_post, denoise", "resid_post, noise"]
+    assert numbers["by_place"]["resid_pre, denoise"][0][numbers["places"].index("S2")] > 0.9  # before layer 0 the whole difference stands at the second subject
 
 
 #%% Paths and edges

@@ -17,9 +17,10 @@ from conftest import ROOT
 from test_zero_layer import story
 
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
+from anatomy import halving
 from data import load_corpus
 from train import TrainConfig, bf16_is_faster, context_at, expected_memory, flags, make_optimizers, next_token_loss, recompute_blocks, schedule, train
-from utils import halving, secret, set_seed
+from utils import secret, set_seed
 
 SMALL = AttnOnlyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_vocab=20, n_ctx=16)
 CFG = TrainConfig(steps=12, contexts=(16,), device="cpu", autocast="off", save_every=4)
