@@ -233,10 +233,13 @@ def recompute_blocks(model: nn.Module) -> None:
 #%% Signals: preemption and time limits save at the end of a step; a Slurm job goes back to the queue
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """The signals (SIGTERM, SIGUSR1, SIGUSR2) that arrived inside the context, which are otherwise ignored there."""
+    """The signals (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) that arrived inside the context, which are otherwise ignored there; a second Ctrl-C is not."""
     caught: list[int] = []
     if in_kernel() or threading.current_thread() is not threading.main_thread(): return (yield caught)
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        if number == signal.SIGINT: signal.signal(number, signal.default_int_handler)
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try: yield caught
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
@@ -426,6 +429,7 @@ def flags[Config](config: type[Config], description: str = "", hpc: Config | Non
     sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips finished values and gathers them by itself.
     """
     if in_kernel(): return config()
+    sys.excepthook = end_in_a_line
     import tyro
     argv, script = sys.argv[1:], Path(sys.argv[0]).resolve()
     if "--hpc" in argv and hpc is None: fail(f"{script.name} has no --hpc preset")
@@ -463,6 +467,12 @@ def flags[Config](config: type[Config], description: str = "", hpc: Config | Non
     if own and len(done) == len(tasks): return cfg
     if axes and done and not own: gather(done, place)
     raise SystemExit(1 if failed else 0)
+
+
+def end_in_a_line(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Ctrl-C: files are written aside, so none is half there, and nobody wants the frames."""
+    if issubclass(kind, KeyboardInterrupt): print(f"\n{yellow}stopped by Ctrl-C; what is named above as written is whole{endc}", file=sys.stderr)
+    else: sys.__excepthook__(kind, error, trace)
 
 
 def read_sweep(given: tuple[str, ...], cfg: object) -> dict[str, list[str]]:

@@ -105,7 +105,7 @@ def show(fig: go.Figure, name: str) -> None:
     if in_kernel(): return fig.show()
     path = Path("figs") / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.write_html(path, include_plotlyjs="directory")
+    write_aside(path, lambda p: fig.write_html(p, include_plotlyjs="directory"))
     print(f"{gray}figure: {path}{endc}")
 
 
@@ -116,7 +116,7 @@ def show_page(html: str, name: str) -> None:
         return display(HTML(f'<iframe srcdoc="{html.replace("&", "&amp;").replace(chr(34), "&quot;")}" width="100%" height="500"></iframe>'))
     path = Path("figs") / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html)
+    write_aside(path, lambda p: p.write_text(html))
     print(f"{gray}page: {path}{endc}")
 
 

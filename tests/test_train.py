@@ -130,7 +130,7 @@ def test_probe_answers():
     assert isinstance(bf16_is_faster("cpu"), bool)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_saves_after_the_step_and_the_run_resumes_exactly(number, capsys):
     def interrupted(i):
         if i == 5: os.kill(os.getpid(), number)
@@ -140,6 +140,16 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes_exactly(number, capsy
     assert stopped.value.code == 128 + number and "go on with --resume" in capsys.readouterr().out
     assert t.load("checkpoints/x.pt")["step"] == 6 and signal.getsignal(number) == before
     assert train(fresh(seed=3), batch, dataclasses.replace(cfg, resume=True), "x")["loss"] == train(fresh(), batch, cfg, "whole")["loss"]
+
+
+def test_ctrl_c_ends_an_analysis_in_one_line_and_leaves_no_half_file(tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "patching.py"), "--data", str(ROOT / "README.md"), "--device", "cpu"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "tokens.html" in line: break  # the first figure is whole
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "stopped by Ctrl-C" in err and "Traceback" not in err, err
+    assert (tmp_path / "figs/patching/tokens.html").read_text().rstrip().endswith("</html>") and not (tmp_path / "results/patching.json").exists()
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_training(tmp_path, capsys):
