@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from data import DRAW, FACTS, Prompt, World, fact_prompts, read_countries
-from utils import Cache, Streamed, act_name, encode, endc, fail, hooks, run_with_cache, run_with_hooks, tec, token_text, yellow
+from utils import BRIEF, Cache, Streamed, act_name, encode, endc, fail, hooks, run_with_cache, run_with_hooks, tec, token_text, yellow
 
 import numpy as np
 import torch as t
@@ -20,15 +20,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
+from tqdm import tqdm
 
 #%% Memory: analysis that goes on with half the rows at a time where it does not suffice, and what a call takes at its peak
 def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, t.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def halving[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int) -> Iterator[Out]:
+def halving[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int, title: str = "rows") -> Iterator[Out]:
     """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
-    start = 0
+    start, bar = 0, tqdm(total=len(rows), desc=title, **BRIEF)
     while start < len(rows):
         part = rows[start:start + batch]
         try: out, fits = fn(part), True
@@ -39,10 +40,12 @@ def halving[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int) -> Ite
         if fits:
             yield out
             start += len(part)
+            bar.update(len(part))
         else:  # out here the failed call's tensors are free
             tec()
             batch = -(-len(part) // 2)
             print(f"{yellow}out of memory: going on with {batch} rows at a time{endc}")
+    bar.close()
 
 
 def peak_bytes(run: Callable) -> int:
@@ -328,7 +331,7 @@ def read_answers(model: Callable[[Tensor], Tensor], world: World, prompts: list[
             start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), len(whole[i]))
             right[i], at = hits[row, start:stop].all(), logits[row, start]
             gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
-    for length in sorted({len(ids) for ids in whole}): list(halving(answer, [i for i, ids in enumerate(whole) if len(ids) == length], batch))
+    for length in tqdm(sorted({len(ids) for ids in whole}), desc="questions", **BRIEF): list(halving(answer, [i for i, ids in enumerate(whole) if len(ids) == length], batch))
     return right, gap, first
 
 

@@ -16,13 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from utils import cyan, endc, fail, full_name, gray, secret, write_aside
+from utils import BRIEF, cyan, endc, fail, full_name, gray, secret, write_aside
 
 import numpy as np
 import torch as t
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from tqdm import tqdm, trange
 
 BOS_NAMES = ("<|endoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[CLS]")
 HELD_OUT = 16  # one document of 16 is kept out of training
@@ -50,7 +51,7 @@ def split_docstrings(source: str) -> tuple[str, str]:
 def stdlib_documents(sources: dict[str, str]) -> dict[str, dict[str, str]]:
     """{'code': {name: text}, 'english': {name: text}}: modules without docstrings; docstrings and the topics of help()."""
     from pydoc_data.topics import topics
-    split = {name: split_docstrings(source) for name, source in sources.items()}
+    split = {name: split_docstrings(source) for name, source in tqdm(sources.items(), desc="modules", **BRIEF)}
     english = {name: doc for name, (_, doc) in split.items() if len(doc) > 200}
     return {"code": {name: code for name, (code, _) in split.items()}, "english": english | {f"topic {name}": text for name, text in topics.items()}}
 
@@ -218,7 +219,8 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, 
     aside.mkdir(parents=True)
     dtype, bos = np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.uint32, bos_id(tokenizer)
     for part, documents in parts.items():
-        ids = [np.array([*encoding.ids, bos], dtype) for encoding in tokenizer.encode_batch_fast(list(documents.values()), add_special_tokens=False)]
+        texts = list(documents.values())
+        ids = [np.array([*encoding.ids, bos], dtype) for i in trange(0, len(texts), 64, desc=f"tokens of {part}", **BRIEF) for encoding in tokenizer.encode_batch_fast(texts[i:i + 64], add_special_tokens=False)]
         held = np.array([zlib.crc32(name.encode()) % HELD_OUT == 0 for name in documents])
         if not held.any(): held[-1] = True
         if held.all() or len(ids) < 2:  # one document: its last sixteenth is held out

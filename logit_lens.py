@@ -91,7 +91,7 @@ def read_logits(logits: Tensor, answers: Tensor, k: int, final: Tensor | None = 
 @t.no_grad()
 def read(
     model: nn.Module, lens: Lens, rows: list[list[int]], places: list[tuple[int, int]], answers: list[int], k: int = 5,
-    against_final: bool = True, chunk: int = 192, batch: int = 4096, quiet: bool = True,
+    against_final: bool = True, chunk: int = 192, batch: int = 4096,
 ) -> dict[str, Tensor]:
     """
     The lens at places (row, position) of token lists, after 0 .. n_layers blocks. Tensors (layer, place, ...): 'ids' and 'logp' of the k likeliest tokens;
@@ -128,7 +128,7 @@ def read(
             for layer in kept: see(layer, c, final)
         return mine, layers
 
-    asked, layers = zip(*tqdm(halving(read_rows, order, size), total=-(-len(order) // size), desc="lens", disable=quiet, **BAR))
+    asked, layers = zip(*halving(read_rows, order, size, "lens"))
     back, layers = t.tensor([*itertools.chain(*asked)]).argsort(), [[*itertools.chain(*pieces)] for pieces in zip(*layers)]
     return {name: t.stack([t.cat([piece[name] for piece in pieces])[back] for pieces in layers]) for name in layers[0][0]}
 
@@ -192,7 +192,7 @@ def ask(model: nn.Module, lens: Lens, frame: pd.DataFrame, top: int, threshold: 
     """The questions with what was found, the reading at the first token of each answer, and the texts of its tokens. recall: the whole answer is said greedily."""
     starts = np.cumsum([0, *map(len, frame.answer)])
     places = [(i, len(ids) - 1 + j) for i, (ids, answer) in enumerate(zip(frame.ids, frame.answer)) for j in range(len(answer))] + [(i, len(frame.ids[i]) - 1) for i in frame.control]
-    whole = read(model, lens, [(ids + answer)[:-1] for ids, answer in zip(frame.ids, frame.answer)], places, [*itertools.chain(*frame.answer), *(answer[0] for answer in frame.answer)], top, quiet=False)
+    whole = read(model, lens, [(ids + answer)[:-1] for ids, answer in zip(frame.ids, frame.answer)], places, [*itertools.chain(*frame.answer), *(answer[0] for answer in frame.answer)], top)
     found = {name: x[:, starts[:-1]] for name, x in whole.items()}
     texts = {i: token_text(model, i) for i in found["ids"].unique().tolist()}
     reached = milestones(found, texts, list(frame.text), [CATEGORIES[task] for task in frame.task], threshold)

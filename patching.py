@@ -11,7 +11,7 @@ from anatomy import Pairs, area, baselines, blocks_of, by_groups, draw_pairs, ha
 from data import judging_rows, load_corpus, load_world
 from llama_block import Llama
 from train import flags, keep_freed_memory
-from utils import WORLD, Cache, Streamed, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, hook_points, imshow, label_tokens, line, load_model, open_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
+from utils import BRIEF, WORLD, Cache, Streamed, about_bos, act_name, cyan, endc, fail, find_folder, gray, green, hook_points, imshow, label_tokens, line, load_model, open_model, pick_device, purple, save_results, set_seed, show, token_text, yellow
 
 import numpy as np
 import plotly.graph_objects as go
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import einsum
 from tabulate import tabulate
 from torch import Tensor
+from tqdm import tqdm
 
 STREAM, HEADS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("z", "q", "k", "v", "pattern")
 
@@ -75,7 +76,7 @@ def sweep(
         logits = run_from(model, resid, lambda: pairs.at[who], 0, [([act_name(site, l) for l in joins], patch)] if joins else [], inner)
         metric = make_metric(pairs, kind, logits[B:2 * B] if direction == "denoise" else logits[:B])
         return metric(logits[:B], pairs.index), metric(logits[2 * B:], who[2 * B:])
-    plain, patched = zip(*(halving(run, needed, max(1, n_rows - 2 * B)) if len(needed) else [run(needed)]))
+    plain, patched = zip(*(halving(run, needed, max(1, n_rows - 2 * B), f"patching {site}") if len(needed) else [run(needed)]))
     table = plain[0][pair].index_put((needed,), t.cat(patched)).view(n_layers, n_heads, len(masks), B)
     return {"pos": table[:, 0], "head": table[:, :, 0], "head pos": table}[by]
 
@@ -109,7 +110,7 @@ def ablation_effects(model: nn.Module, pairs: Pairs, rows: Tensor, ablations: li
                 new = {"none": lambda: x, "zero": lambda: 0 * x, "mean": lambda: mean[name].to(x), "resample": lambda: other[name], "noise": lambda: x + sigma * std[name].to(x) * t.randn_like(x)}[how]()
                 return x + part.keep(new - x)
             return score(run_from(model, seen["resid_pre", part.layer], None if whole else at[:n], part.layer, [(name, change)]), logits)
-        return t.stack([run(Part("resid_pre", 0)), *(run(*ablation) for ablation in ablations)])
+        return t.stack([run(Part("resid_pre", 0)), *(run(*ablation) for ablation in tqdm(ablations, desc="ablations", **BRIEF))])
     def of_pairs(index: Tensor) -> Tensor:
         group, both = pairs.take(index), pairs.take(t.cat([index, index - 1]))
         return scores(both.clean, both.at, False, lambda answers, plain: make_metric(group, kind, plain)(answers, group.index).sum()) / len(pairs)
@@ -243,7 +244,7 @@ def edge_patch(model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, kind
         for begin in begins.unique().tolist():
             cells = t.cartesian_prod((begins == begin).nonzero()[:, 0], group.index)  # (swap, pair)
             run = lambda w, p: metric(edge_run(model, graph, cache["resid_pre", begin][p], group.at[p], begin, swaps[w], other[p], live[p])[0], p)
-            values[cells.unbind(1)] = t.cat(list(halving(lambda part: run(*part.unbind(1)), cells, 2 * n_pairs)))
+            values[cells.unbind(1)] = t.cat(list(halving(lambda part: run(*part.unbind(1)), cells, 2 * n_pairs, "edges")))
         return values
     return t.cat(by_groups(patch, pairs, n_pairs), 1)
 

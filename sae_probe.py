@@ -18,7 +18,7 @@ from anatomy import halving, harvest, loss_of, put, read_out, stream
 from data import Concept, Corpus, DRAW, FACTS, Labelled, Prompt, fact_prompts, judging_rows, label_sentences, load_corpus, load_world, read_countries, str_tokens
 from llama_block import Llama
 from train import flags, start_wandb
-from utils import BAR, act_name, array, cyan, endc, fail, feature_page, find_folder, find_hooks, gray, green, hook_points, imshow, label_tokens, line, load_model, orange, pick_device, purple, run_with_hooks, save_results, set_seed, show, show_page, text_tokenizer, visible, yellow
+from utils import BAR, BRIEF, act_name, array, cyan, endc, fail, feature_page, find_folder, find_hooks, gray, green, hook_points, imshow, label_tokens, line, load_model, orange, pick_device, purple, run_with_hooks, save_results, set_seed, show, show_page, text_tokenizer, visible, yellow
 
 import numpy as np
 import plotly.graph_objects as go
@@ -550,7 +550,7 @@ if __name__ == "__main__":
         return float(np.mean(rises)), float(np.mean(turned))
 
     plain = answers()
-    steered = {kind: [effect(kind, strength) for strength in strengths] for kind in directions}
+    steered = {kind: [effect(kind, strength) for strength in strengths] for kind in tqdm(directions, desc="steering", **BRIEF)}
     best = max(("difference of means", "closest feature"), key=lambda kind: steered[kind][1][0])
     by_chance = max(steered[kind][1][0] for kind in directions if "random" in kind)
     print(f"{purple}=== {len(asked)} prompts about test countries, moved towards each other continent from the country on; strength 1 is the mean distance of two continents ({distance:.1f}) ==={endc}")
@@ -562,7 +562,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     text, table = rows[:24], []
     unedited, right = loss_of(model, text, []), lambda logits: -logits.logsumexp(-1).mean().item()  # logits less the right one's
-    for f in dict.fromkeys([probes["country"]["feature"], probes["name"]["feature"], closest[0]]):
+    for f in tqdm(dict.fromkeys([probes["country"]["feature"], probes["name"]["feature"], closest[0]]), desc="edits", **BRIEF):
         for how in ("add", "clamp", "ablate", "project"):
             own = lambda x: change(sae, f, how, x, float(codes[:, [f]].max()))
             edits = [own, *(lambda x, v=v: own(x).norm(dim=-1, keepdim=True) * F.normalize(v, dim=-1) for v in directions["random features"][:2] + directions["random directions"][:2])]

@@ -45,6 +45,7 @@ endc = '\033[0m'
 ROOT = Path(__file__).parent
 WORLD = ROOT / "models/world"
 BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", mininterval=0.2 if sys.stderr.isatty() else 10)  # tqdm: information on the left
+BRIEF = BAR | dict(delay=2, leave=False)  # for what is often done in a moment
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
 def fail(message: str) -> NoReturn:
