@@ -4,6 +4,7 @@ The README's tables and pictures from what was measured. Run the scripts, then
     python docs/make.py pictures    # figs/*.html -> docs/*.png, by Chromium
     python docs/make.py table       # docs/results -> README.md
 """
+import itertools
 import json
 import re
 import shutil
@@ -38,6 +39,7 @@ ROWS = [
     ("... on the world model", "{patching_bench[resid_pre_speedup_world]:.1f}x, {patching_bench[head_speedup_world]:.1f}x (largest difference of all sweeps {patching_bench[max_abs_diff]:.0e})", "1x (TransformerLens)", "uv run patching.py --bench"),
     ("circuit for indirect objects: share of the metric kept, edges", "{patching[circuit_faithfulness]:.2f} by {patching[circuit_edges]} of {patching[circuit_edges_total]} edges; as many at random {patching[random_circuit_faithfulness]:.2f}", "Wang et al. 2022, GPT-2, nodes: 0.87", "uv run patching.py"),
     ("... area under the faithfulness curve: EAP-IG, EAP", "{patching[eap_ig_faithfulness]:.3f}, {patching[eap_faithfulness]:.3f}", "Hanna et al. 2024: EAP-IG above EAP", "uv run patching.py"),
+    ("... in three seeds of the world model, which answer alike: edges; share kept; edges between layers that two seeds share", "{world[over_seeds][ioi_circuit_edges][0]}, {world[over_seeds][ioi_circuit_edges][1]}, {world[over_seeds][ioi_circuit_edges][2]}; {world[over_seeds][ioi_circuit_faithfulness][0]}, {world[over_seeds][ioi_circuit_faithfulness][1]}, {world[over_seeds][ioi_circuit_faithfulness][2]}; {world[over_seeds][ioi_circuit_shared][0]}, {world[over_seeds][ioi_circuit_shared][1]}, {world[over_seeds][ioi_circuit_shared][2]}", "one circuit would share all", "uv run patching.py --sweep model=models/world,checkpoints/world_1,checkpoints/world_2"),
     ("sparse autoencoder: L0, cross-entropy recovered, FVU, dead", "{sae_probe[l0]:.1f}, {sae_probe[ce_recovered]:.1%}, {sae_probe[fvu]:.3f}, {sae_probe[dead_fraction]:.1%}", "Bricken et al. 2023, A/1: recovered 79%", "uv run sae_probe.py"),
 ]
 PICTURES = {"zero_layer": "zero_layer/loss", "attn_only": "attn_only/phase_change", "tiny_transformer": "tiny_transformer/heads", "llama_block": "llama_block/phases", "moe": "moe/specialisation", "logit_lens": "logit_lens/grid", "patching": "patching/circuit", "sae_probe": "sae_probe/probes"}
@@ -60,6 +62,13 @@ def collect() -> None:
         numbers = json.loads(path.read_text())
         kept = {key: numbers[key] for key in sorted(keys)} | {key: numbers[key] for key in ("versions",) if key in numbers}
         (ROOT / f"docs/results/{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    for path in ROOT.glob("results/patching/sweep-*/sweep.json"):  # the seeds of the world: their circuits join the spread
+        if list(runs := json.loads(path.read_text())) != [f"model={folder}" for folder in ("models/world", "checkpoints/world_1", "checkpoints/world_2")]: continue
+        metrics, circuits = json.loads((ROOT / "models/world/metrics.json").read_text()), [set(run["circuit"]) for run in runs.values()]
+        metrics["over_seeds"] |= {"ioi_circuit_edges": [len(circuit) for circuit in circuits], "ioi_circuit_faithfulness": [round(run["circuit_faithfulness"], 2) for run in runs.values()]}
+        kinds = [{re.sub(r"H\d+", " head", edge) for edge in circuit} for circuit in circuits]  # the heads of a layer have no order that seeds could share
+        metrics["over_seeds"] |= {"ioi_circuit_shared": [f"{len(a & b)} of {len(a | b)}" for a, b in itertools.combinations(kinds, 2)], "ioi_circuits": [", ".join(sorted(circuit)) for circuit in circuits]}
+        (ROOT / "models/world/metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def table() -> str:
