@@ -405,7 +405,6 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(model="gpt2", n=256, held_out=500, memory_gb=24.0))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    keep_freed_memory()
 
 #%% Speed against transformer_lens.patching (--bench): the same sweeps, prompts and numbers, runs interleaved
 if __name__ == "__main__" and cfg.bench:
@@ -413,6 +412,7 @@ if __name__ == "__main__" and cfg.bench:
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformers import GPT2Config, GPT2LMHeadModel
+    keep_freed_memory()
     hf, world, numbers, gaps = GPT2LMHeadModel(GPT2Config()), load_model(str(WORLD), (Llama,), device).requires_grad_(False), {}, []
     gpt2 = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config).to(device).eval().requires_grad_(False)
     models = {"gpt2": (gpt2, gpt2), "world": (world, TransformerBridge.boot_transformers(str(WORLD), device=device).eval().requires_grad_(False))}
@@ -445,7 +445,7 @@ if __name__ == "__main__":
     task, given = ("own pairs", read_pairs(cfg.pairs) if cfg.pairs else [own]) if cfg.pairs or any(own) else (cfg.task, [])
     if len(given) == 1: print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
     pairs, held = (make_pairs(model, given[i % len(given)::2]) if given else draw_pairs(model, task, n, cfg.seed + i) for i, n in enumerate((cfg.n, cfg.held_out)))
-    streamed = isinstance(model, Streamed)
+    if not (streamed := isinstance(model, Streamed)): keep_freed_memory()  # blocks that come and go would leave holes
     kind, graph, numbers, few, shown = cfg.metric, None if streamed else Graph(model), {}, pairs.take(slice(0, None, max(1, len(pairs) // 16))), pairs.take(slice(len(pairs) // 2, len(pairs) // 2 + 1))
     about, layers, heads, labels = f"{task}, {Path(cfg.model).name}, {kind}", [f"L{l}" for l in range(model.cfg.n_layers)], [f"H{h}" for h in range(model.cfg.n_heads)], label_tokens(say(shown.clean[0]))
     print(f"{purple}=== {about}: {len(pairs)} pairs, {len(held)} held out ==={endc}")

@@ -187,8 +187,8 @@ def line(
 ) -> go.Figure:
     """One line per entry of lines; the names in dashed are references (floors, baselines)."""
     fig = go.Figure()
-    for name, y in lines.items():
-        fig.add_trace(go.Scatter(x=None if x is None else array(x), y=array(y), name=name, mode="lines+markers" if markers else "lines", line=dict(dash="dash" if name in dashed else "solid"), hovertemplate=f"{name}<br>{xlabel} %{{x}}<br>{ylabel} %{{y:.4f}}<extra></extra>"))
+    for i, (name, y) in enumerate(lines.items()):  # when the colours are used up they come again, dotted
+        fig.add_trace(go.Scatter(x=None if x is None else array(x), y=array(y), name=name, mode="lines+markers" if markers else "lines", line=dict(dash="dash" if name in dashed else "solid" if i < len(COLORS) else "dot"), hovertemplate=f"{name}<br>{xlabel} %{{x}}<br>{ylabel} %{{y:.4f}}<extra></extra>"))
     fig.update_layout(title=title, xaxis_title=xlabel, yaxis_title=ylabel)
     if logx: fig.update_xaxes(type="log")
     return fig
