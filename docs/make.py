@@ -9,9 +9,7 @@ import json
 import re
 import shutil
 import string
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -85,11 +83,17 @@ def readme() -> str:
 
 def pictures() -> None:
     """A small PNG of one figure per script; what has not been drawn is left as it is."""
-    for name, figure in PICTURES.items():
-        if not (page := ROOT / f"figs/{figure}.html").exists(): continue
-        with tempfile.TemporaryDirectory() as profile:
-            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}", "--window-size=1100,700", "--virtual-time-budget=8000"]
-            subprocess.run([shutil.which("chromium"), *flags, f"--screenshot={ROOT / f'docs/{name}.png'}", f"file://{page}"], check=True, capture_output=True)
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport=dict(width=1250, height=700))
+        for name, figure in PICTURES.items():
+            if not (path := ROOT / f"figs/{figure}.html").exists(): continue
+            page.goto(f"file://{path}")
+            page.add_style_tag(content=".modebar{display:none}")
+            page.locator(".plotly-graph-div svg.main-svg").first.wait_for()
+            page.locator(".plotly-graph-div").screenshot(path=ROOT / f"docs/{name}.png")
+        browser.close()
 
 
 if __name__ == "__main__":
