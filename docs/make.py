@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+BY_SEED = "; ".join(", ".join(f"{{world[over_seeds][ioi_circuit_{what}][{i}]}}" for i in range(3)) for what in ("edges", "faithfulness", "shared"))
+
 # what, this repository's number, what the papers or libraries have, the command. Numbers stand as {file[key]:format}.
 ROWS = [
     ("bigrams: KL of W_E W_U (d_model 128) to the counts of 1024 tokens", "{zero_layer[kl_to_bigram]:.4f} bits; training loss {zero_layer[train_loss]:.3f} nats", "the floor, from the counts: 0 bits, {zero_layer[bigram_floor]:.3f} nats", "uv run zero_layer.py"),
@@ -37,7 +39,7 @@ ROWS = [
     ("... on the world model", "{patching_bench[resid_pre_speedup_world]:.1f}x, {patching_bench[head_speedup_world]:.1f}x (largest difference of all sweeps {patching_bench[max_abs_diff]:.0e})", "1x (TransformerLens)", "uv run patching.py --bench"),
     ("circuit for indirect objects: share of the metric kept, edges", "{patching[circuit_faithfulness]:.2f} by {patching[circuit_edges]} of {patching[circuit_edges_total]} edges; as many at random {patching[random_circuit_faithfulness]:.2f}", "Wang et al. 2022, GPT-2, nodes: 0.87", "uv run patching.py"),
     ("... area under the faithfulness curve: EAP-IG, EAP", "{patching[eap_ig_faithfulness]:.3f}, {patching[eap_faithfulness]:.3f}", "Hanna et al. 2024: EAP-IG above EAP", "uv run patching.py"),
-    ("... in three seeds of the world model, which answer alike: edges; share kept; edges between layers that two seeds share", "{world[over_seeds][ioi_circuit_edges][0]}, {world[over_seeds][ioi_circuit_edges][1]}, {world[over_seeds][ioi_circuit_edges][2]}; {world[over_seeds][ioi_circuit_faithfulness][0]}, {world[over_seeds][ioi_circuit_faithfulness][1]}, {world[over_seeds][ioi_circuit_faithfulness][2]}; {world[over_seeds][ioi_circuit_shared][0]}, {world[over_seeds][ioi_circuit_shared][1]}, {world[over_seeds][ioi_circuit_shared][2]}", "one circuit would share all", "uv run patching.py --sweep model=models/world,checkpoints/world_1,checkpoints/world_2"),
+    ("... in three seeds of the world model, which answer alike: edges; share kept; edges between layers that two seeds share", BY_SEED, "one circuit would share all", "uv run patching.py --sweep model=models/world,checkpoints/world_1,checkpoints/world_2"),
     ("sparse autoencoder: L0, cross-entropy recovered, FVU, dead", "{sae_probe[l0]:.1f}, {sae_probe[ce_recovered]:.1%}, {sae_probe[fvu]:.3f}, {sae_probe[dead_fraction]:.1%}", "Bricken et al. 2023, A/1: recovered 79%", "uv run sae_probe.py"),
 ]
 PICTURES = {"zero_layer": "zero_layer/loss", "attn_only": "attn_only/phase_change", "tiny_transformer": "tiny_transformer/heads", "llama_block": "llama_block/phases", "moe": "moe/specialisation", "logit_lens": "logit_lens/grid", "patching": "patching/circuit", "sae_probe": "sae_probe/probes"}

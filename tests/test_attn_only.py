@@ -273,12 +273,6 @@ def test_every_position_scheme_trains(positions, workdir, monkeypatch):
     assert history["loss"][-1] < history["loss"][0] and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_saved_model_is_reopened(run, workdir):
-    done = run("attn_only.py", "--model", str(ROOT / "models/attn_only_2l"), "--prompt", "import self; import", "--answer", "self")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((workdir / "results/attn_only.json").read_text())["best_prefix_matching"] > 0.6
-
-
 @pytest.mark.parametrize("flags, words", [
     (("--answer", "qqqzzz"), ("no token reads 'qqqzzz'",)), (("--data", "missing.txt"), ("--data missing.txt",)), (("--device", "cuda"), ("--device cuda",)),
     (("--model", "nowhere"), ("--model nowhere",)), (("--prompt", ""), ("--prompt is empty",)),
