@@ -21,6 +21,11 @@ import torch as t  # noqa: E402
 from data import train_bpe  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """What waits for Slurm comes first, so that nothing waits for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
     """One folder per test process for all runs of scripts; the tokenized text is shared by all."""
