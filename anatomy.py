@@ -162,13 +162,13 @@ def attention_on(pattern: Tensor, targets: Tensor) -> Tensor:
 def catalogue(model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
     Scores {role: (layer, head)}, bars {role: float} and names {head: its roles}, for rows (batch, pos) that start with beginning-of-text and repeat
-    (utils.repeated_tokens). Ours or a TransformerBridge. 'copying' is by OV score: of the other tokens in the rows, the share whose logit the head's
+    (repeated_tokens). Ours or a TransformerBridge. 'copying' is by OV score: of the other tokens in the rows, the share whose logit the head's
     value-output map, fed a token, raises less than that token's own (0.5 is chance; the direct path from real values, through read_out's weights).
     The bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads: shuffled are each query's keys
     (previous token, sink), the tokens behind the first (duplicate, induction) or the tokens' names (copying).
     """
     generator, layers, n_heads, targets = t.Generator().manual_seed(seed), range(model.cfg.n_layers), model.cfg.n_heads, role_targets(tokens)
-    if not targets["induction"].any(): fail("the head catalogue needs rows that repeat tokens: utils.repeated_tokens")
+    if not targets["induction"].any(): fail("the head catalogue needs rows that repeat tokens: repeated_tokens")
     chosen = t.randperm(tokens.numel(), generator=generator)[:256].to(tokens.device)
     ids, own = tokens.flatten()[chosen].unique(return_inverse=True)
     U, looks = read_out(model, ids), {role: [mask] for role, mask in targets.items()}

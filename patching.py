@@ -474,7 +474,7 @@ if __name__ == "__main__":
 #%% Where it happens: sweeps by layer and token of one pair, by layer and place of all pairs, by head
 if __name__ == "__main__":
     print(f"{purple}=== Activation patching ==={endc}")
-    if streamed: cfg = replace(cfg, site=tuple(site for site in cfg.site if act_name(site, 0) in hook_points(model)) or ("resid_pre", "resid_post"))
+    if streamed and cfg.site == STREAM + HEADS: cfg = replace(cfg, site=("resid_pre", "resid_post"))
     if unknown := [site for site in cfg.site if act_name(site, 0) not in hook_points(model)]: fail(f"unknown hook {unknown[0]!r}: this model has no {act_name(unknown[0], 0)}; use some of {', '.join(STREAM + HEADS)}")
     chosen, stream, by_head = position_masks(shown, cfg.positions), [site for site in cfg.site if site not in HEADS], [site for site in cfg.site if site in HEADS]
     if stream:

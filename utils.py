@@ -1,4 +1,4 @@
-"""What every script shares: colours, flags, figures, results, hooks and caches, the model loader, head scores."""
+"""What every script shares: colours, figures, results, hooks and caches that raise, the model loader, tokens of any model."""
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: threads that spin while they wait are ten times slower

@@ -162,7 +162,8 @@ def test_weights_from_disk_give_the_same_sweeps_of_the_stream(architecture, conf
         t.testing.assert_close(sweep(streamed, pairs, site, direction=direction, memory_gb=memory_gb), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_story_of_streamed_weights_ends_with_the_stream(script):
+def test_the_story_of_streamed_weights_ends_with_the_stream(script, run):
+    one_line_error(run("patching.py", "--offload", "on", "--site", "z", "--n", "4", "--held-out", "4", "--device", "cpu"), "unknown hook 'z'")
     numbers = script("--offload", "on", "--n", "4", "--held-out", "4")
     assert max(numbers["gates"].values()) < 1e-4 and list(numbers["by_place"]) == ["resid_pre, denoise", "resid_pre, noise", "resid_post, denoise", "resid_post, noise"]
     assert numbers["by_place"]["resid_pre, denoise"][0][numbers["places"].index("S2")] > 0.9  # before layer 0 the whole difference stands at the second subject

@@ -1,4 +1,4 @@
-"""Every script from the shell, small, in an empty folder: what its numbers say, every page it drew in a real browser without a network, and the model it saved opened again."""
+"""Every script as __main__ with its flags, small, in an empty folder: what its numbers say, every page it drew in a real browser without a network, and the model it saved opened again."""
 import json
 import math
 import re
