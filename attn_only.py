@@ -1,6 +1,5 @@
 """Attention-only transformers, trained live: induction heads, QK and OV circuits, exact logit attribution."""
 import dataclasses
-import html
 import json
 import math
 from collections.abc import Callable
@@ -8,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anatomy import halving, head_scores, random_repeats
+from utils import cyan, endc, fail, green, pick_device, purple, save_results, set_seed, write_aside, yellow
+from plots import attention_page, imshow, label_tokens, line, show, show_page, visible
+from hooks import HookPoint, act_name, in_batches, hooks, run_with_cache
+from layers import Attention, RMSNorm, rotate
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
-from train import TrainConfig, context_at, first_goes_on, flags, train
-from utils import HookPoint, act_name, cyan, endc, fail, green, hooks, imshow, label_tokens, line, pick_device, purple, run_with_cache, save_results, set_seed, show, show_page, visible, write_aside, yellow
+from train import TrainConfig, first_goes_on, repeat_batches, train
+from launch import flags
+from anatomy import head_scores, random_repeats
 
-import numpy as np
-import torch as t
-import torch.nn as nn
-import torch.nn.functional as F
 from einops import einsum, rearrange
+import numpy as np
 from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
+import torch as t
 from torch import Tensor
+import torch.nn as nn
+import torch.nn.functional as F
 
 #%% The model: embed, attention layers that only read and write the residual stream, unembed
 @dataclass
@@ -37,97 +40,6 @@ class AttnOnlyConfig:
     rotary_base: float = 100.0
     norm: Literal["rms", "none"] = "rms"  # RMSNorm without gain, before each layer and before the unembedding
     bias: Literal["none", "qk", "all"] = "qk"  # which of query, key, value and output maps have one
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x), without gain."""
-
-    def __init__(self, eps: float = 1e-6):
-        super().__init__()
-        self.eps, self.hook_scale, self.hook_normalized = eps, HookPoint(), HookPoint()
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.hook_scale((x.float().pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized((x / scale).to(x.dtype))
-
-
-def rotate(x: Tensor, dims: int, base: float) -> Tensor:
-    """Rotary positions on the first `dims` of x (batch, pos, head, d_head); dimension i turns with i + dims / 2 (GPT-NeoX and Llama order)."""
-    turn = t.arange(x.shape[1], device=x.device)[:, None] * base ** (-t.arange(0, dims, 2, device=x.device) / dims)
-    cos, sin = turn.cos()[:, None].to(x.dtype), turn.sin()[:, None].to(x.dtype)
-    a, b, rest = x[..., :dims // 2], x[..., dims // 2:dims], x[..., dims:]
-    return t.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, hook_scores: HookPoint, hook_pattern: HookPoint, bias: Tensor | None = None, window: int | None = None) -> Tensor:
-    """
-    Causal attention: z (batch, pos, head, d_head) from q and k, v (which may have fewer heads). bias (head, query, key) is added to the scores;
-    window hides keys that many places back or more. Scores and pattern are formed only where a hook listens, a bias asks or it is faster.
-    """
-    T, group = q.shape[1], q.shape[2] // k.shape[2]
-    distance = t.arange(T, device=q.device)[:, None] - t.arange(T, device=q.device)
-    hidden = distance < 0 if window is None or T <= window else (distance < 0) | (distance >= window)
-    slow_fused = q.device.type == "cpu" and v.dtype == t.bfloat16 and t.is_grad_enabled()  # rotary positions leave q and k in float32 under autocast
-    if bias is None and not slow_fused and not hook_scores.fwd_hooks and not hook_pattern.fwd_hooks:
-        fused = dict(is_causal=True) if window is None or T <= window else dict(attn_mask=~hidden)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=group > 1, **fused).transpose(1, 2)
-    if group > 1: k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    mask = (t.zeros(1, device=q.device) if bias is None else bias).masked_fill(hidden, -t.inf).to(q.dtype)
-    scores = hook_scores(mask + (q / math.sqrt(q.shape[-1])).transpose(1, 2) @ k.permute(0, 2, 3, 1))
-    pattern = hook_pattern(scores.softmax(-1).to(v.dtype))
-    return (pattern @ v.transpose(1, 2)).transpose(1, 2)
-
-
-class HeadWeights:
-    """W_Q, W_K, W_V (head, d_model, d_head) and W_O (head, d_head, d_model) of a module with linear maps q, k, v, o."""
-
-    @property
-    def W_Q(self) -> Tensor: return rearrange(self.q.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
-    @property
-    def W_K(self) -> Tensor: return rearrange(self.k.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
-    @property
-    def W_V(self) -> Tensor: return rearrange(self.v.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
-    @property
-    def W_O(self) -> Tensor: return rearrange(self.o.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.cfg.d_head)
-
-    def write(self, z: Tensor) -> Tensor:
-        """z (batch, pos, head, d_head) through W_O; by head first where hook_result listens."""
-        if not self.hook_result.fwd_hooks: return self.o(z.flatten(2))
-        out = self.hook_result(einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")).sum(2)
-        return out if self.o.bias is None else out + self.o.bias
-
-
-class Attention(nn.Module, HeadWeights):
-    """Causal multi-head attention with TransformerLens's hooks."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, width = cfg, cfg.n_heads * cfg.d_head
-        self.q, self.k = (nn.Linear(cfg.d_model, width, bias=cfg.bias != "none") for _ in "qk")
-        self.v, self.o = nn.Linear(cfg.d_model, width, bias=cfg.bias == "all"), nn.Linear(width, cfg.d_model, bias=cfg.bias == "all")
-        if cfg.positions == "relative": self.distance_bias = nn.Parameter(t.zeros(cfg.n_heads, cfg.n_ctx))
-        for name in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result"): setattr(self, f"hook_{name}", HookPoint())
-
-    def score_bias(self, distance: Tensor) -> Tensor:
-        """What position alone adds to the attention score, (head, *distance.shape). The factor lets Adam's small steps reach sharp preferences."""
-        if self.cfg.positions == "relative": return 40 * self.distance_bias[:, distance]
-        return t.zeros(1, *distance.shape, device=distance.device)
-
-    def forward(self, x: Tensor, positional: Tensor | None = None) -> Tensor:
-        """positional is added to what queries and keys read, not to what values read (shortformer)."""
-        cfg, T = self.cfg, x.shape[1]
-        x_qk = x if positional is None else x + positional
-        heads = "batch pos (head d_head) -> batch pos head d_head"
-        q = self.hook_q(rearrange(self.q(x_qk), heads, head=cfg.n_heads))
-        k = self.hook_k(rearrange(self.k(x_qk), heads, head=cfg.n_heads))
-        v = self.hook_v(rearrange(self.v(x), heads, head=cfg.n_heads))
-        if cfg.positions == "rotary":
-            dims = 2 * int(cfg.rotary_share * cfg.d_head / 2)
-            q, k = self.hook_rot_q(rotate(q, dims, cfg.rotary_base)), self.hook_rot_k(rotate(k, dims, cfg.rotary_base))
-        distance = t.arange(T, device=x.device)[:, None] - t.arange(T, device=x.device)
-        bias = self.score_bias(distance.clamp(min=0)) if cfg.positions == "relative" else None
-        z = self.hook_z(attend(q, k, v, self.hook_attn_scores, self.hook_pattern, bias))
-        return self.write(z)
 
 
 class AttnBlock(nn.Module):
@@ -200,7 +112,7 @@ def open_own(folder: Path, device: str) -> tuple[AttnOnly, Tokenizer, dict]:
 @t.no_grad()
 def loss_by_position(model: nn.Module, rows: Tensor, batch: int = 64) -> Tensor:
     """(row, pos - 1) cross-entropy in nats; entry i is the loss on token i + 1."""
-    return t.cat(list(halving(lambda part: F.cross_entropy(model(part)[:, :-1].float().transpose(1, 2), part[:, 1:], reduction="none"), rows, batch)))
+    return t.cat(list(in_batches(lambda part: F.cross_entropy(model(part)[:, :-1].float().transpose(1, 2), part[:, 1:], reduction="none"), rows, batch)))
 
 
 def icl_score(losses: Tensor) -> tuple[float, float]:
@@ -361,28 +273,6 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
             for receiver in range(n_heads): lost[room][sender, receiver] = (top - log_prob(on["resid_post", 1] + (moved["result", 1] - on["result", 1])[:, :, receiver])) / (top - bottom)
     return lost, top, bottom
 
-#%% A page to read attention by: hover a token and the tokens it attends to are shaded; click to hold it
-PAGE = """<!doctype html><meta charset="utf-8"><title>TITLE</title><style>
-body{font:15px/1.9 ui-monospace,monospace;max-width:1100px;margin:24px auto;padding:0 16px;color:#222}h1{font-size:18px}span.t{padding:3px 1px;border-radius:3px;cursor:pointer;white-space:pre}span.on{outline:2px solid #D55E00}#note{color:#555;min-height:2em}
-button{font:13px ui-monospace,monospace;margin:2px;padding:3px 8px;border:1px solid #bbb;background:#fff;border-radius:4px;cursor:pointer}button.on{background:#0072B2;color:#fff}
-</style><h1>TITLE</h1><p>Pick a head, then hover a token (click holds it): the tokens it attends to are shaded by their weight.</p>
-<div id="heads"></div><p id="text"></p><p id="note"></p><script>
-const D=DATA;let head=D.start,held=null;const $=id=>document.getElementById(id);
-function shade(q){const row=q===null?null:D.patterns[head][q];
- document.querySelectorAll('span.t').forEach((s,i)=>{const w=row&&i<=q?row[i]:0;s.style.background=w?`rgba(0,114,178,${w/100})`:'';s.style.color=w>55?'#fff':'';s.classList.toggle('on',i===q)});
- $('note').textContent=q===null?'':D.heads[head]+': '+D.labels[q]+' attends to '+row.slice(0,q+1).map((w,i)=>[w,i]).sort((a,b)=>b[0]-a[0]).slice(0,5).filter(x=>x[0]>0).map(([w,i])=>D.labels[i]+' '+w+'%').join(', ')}
-D.heads.forEach((name,i)=>{const b=document.createElement('button');b.textContent=name;b.onclick=()=>{head=i;[...$('heads').children].forEach((c,j)=>c.classList.toggle('on',j===i));shade(held)};$('heads').append(b)});
-D.tokens.forEach((tok,i)=>{const s=document.createElement('span');s.className='t';s.textContent=tok;s.onmouseenter=()=>{if(held===null)shade(i)};s.onclick=()=>{held=held===i?null:i;shade(i)};$('text').append(s)});
-$('text').onmouseleave=()=>{if(held===null)shade(null)};$('heads').children[head].click();shade(D.tokens.length-1);
-</script>"""
-
-
-def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title: str, start: int = 0) -> str:
-    """Self-contained HTML for patterns (head, query, key), one button per head name."""
-    rounded = [[[round(100 * w) for w in row[:q + 1]] for q, row in enumerate(head)] for head in patterns.tolist()]
-    data = {"tokens": [visible(token) for token in tokens], "labels": label_tokens(tokens), "patterns": rounded, "heads": names, "start": start}
-    return PAGE.replace("TITLE", html.escape(title)).replace("DATA", json.dumps(data).replace("</", "<\\/"))
-
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
@@ -413,15 +303,6 @@ if __name__ == "__main__":
     print(f"{purple}=== Attention-only transformers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
 
 #%% Train before your eyes: 2 layers, and 1 layer as the control, while the scores of every head are watched
-def repeat_batches(corpus: Corpus, cfg: Config) -> Callable[[int], Tensor]:
-    """i -> micro-batch i, of which a share of cfg.repeats rows say a snippet twice: two thirds natural, one third in shuffled order."""
-    weights = {"code": 1 - cfg.english, "english": cfg.english} if set(corpus.train) == {"code", "english"} else None
-
-    def batch(i: int) -> Tensor:
-        ctx = context_at(i // cfg.accumulate, cfg)
-        return corpus.batch(np.random.default_rng((cfg.seed, i)), cfg.tokens_per_step // cfg.accumulate // ctx, ctx, cfg.repeats * 2 / 3, cfg.repeats / 3, weights)
-
-    return batch
 
 
 def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[AttnOnly, dict]:

@@ -5,20 +5,24 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from anatomy import evaluate_world, write_metrics
-from attn_only import HeadWeights, attend
-from data import load_corpus, load_world, str_tokens, to_tokens, write_folder
-from train import TrainConfig, bench_against_hf, context_at, first_goes_on, flags, train
-from utils import HookPoint, cyan, endc, fail, gray, green, hf_name, imshow, line, load_model, our_name, pick_device, purple, read_config, read_llama_config, read_tensors, run_with_cache, save_results, set_seed, show, take_tensors, tensor_table, visible, write_llama_config
+from utils import cyan, endc, fail, gray, green, load_model, pick_device, purple, read_config, save_results, set_seed
+from plots import imshow, line, show, visible
+from hooks import HookPoint, run_with_cache
+from weights import read_tensors, take_tensors, tensor_table
+from layers import HeadWeights, attend
+from data import load_corpus, str_tokens, to_tokens, write_folder
+from train import TrainConfig, bench_against_hf, context_at, first_goes_on, train
+from launch import flags
+from world import evaluate_world, load_world, write_metrics
 
-import numpy as np
-import torch as t
-import torch.nn as nn
-import torch.nn.functional as F
 from einops import einsum
+import numpy as np
 from tabulate import tabulate
 from tokenizers import Tokenizer
+import torch as t
 from torch import Tensor
+import torch.nn as nn
+import torch.nn.functional as F
 
 #%% The shape of a model
 @dataclass
@@ -45,6 +49,59 @@ class LlamaConfig:
         if self.n_heads % self.n_kv_heads: fail(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.d_head % 2: fail(f"d_head {self.d_head} is odd: rotary positions turn pairs of dimensions")
         if self.windows and len(self.windows) != self.n_layers: fail(f"windows has {len(self.windows)} entries for {self.n_layers} layers")
+
+#%% Hugging Face's words: config.json, and the names of the tensors (each part of a name has one of ours)
+def read_llama_config(hf: dict, architectures: tuple[str, ...]) -> dict:
+    """Fields of llama_block.LlamaConfig from a config.json; whatever is not built here ends the program rather than being left out."""
+    name = (hf.get("architectures") or ["unknown"])[0]
+    if name not in architectures: fail(f"architecture {name} is not built here (built: {', '.join(architectures)}); load_model opens it as a TransformerBridge")
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"): fail(f"rope type {kind!r} of {name} is not built here (built: default, llama3)")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0: fail(f"partial rotary positions of {name} are not built here")
+    if (act := hf.get("hidden_act", "silu")) != "silu": fail(f"activation {act!r} of {name} is not built here (built: silu)")
+    if hf.get("mlp_bias"): fail(f"mlp_bias of {name} is not built here")
+    n_layers, n_heads, window = hf["num_hidden_layers"], hf["num_attention_heads"], hf.get("sliding_window")
+    if name.startswith("Qwen"):  # Qwen states a window that only some layers use, and only when told to
+        kinds = hf.get("layer_types") or ["sliding_attention" if hf.get("use_sliding_window") and i >= hf.get("max_window_layers", n_layers) else "full_attention" for i in range(n_layers)]
+        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    else: windows = (window,) * n_layers
+    return dict(
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=hf.get("num_key_value_heads") or n_heads, d_model=hf["hidden_size"],
+        d_head=hf.get("head_dim") or hf["hidden_size"] // n_heads, d_mlp=hf["intermediate_size"], d_vocab=hf["vocab_size"], n_ctx=hf["max_position_embeddings"],
+        rope_base=rope["rope_theta"], rope_scaling=rope if kind == "llama3" else None, norm_eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=hf.get("qkv_bias", True) if name.startswith("Qwen2") else hf.get("attention_bias", False), o_bias=hf.get("attention_bias", False) and not name.startswith("Qwen2"),
+        qk_norm={"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "full"}.get(name, "none"),
+        windows=windows if any(windows) else (), architecture=name,
+    )
+
+
+def write_llama_config(cfg: object) -> dict:
+    """config.json for transformers of a llama_block.LlamaConfig."""
+    window = next((w for w in cfg.windows if w), None)
+    hf = dict(
+        architectures=[cfg.architecture], model_type=cfg.architecture.removesuffix("ForCausalLM").lower(), hidden_size=cfg.d_model, intermediate_size=cfg.d_mlp, num_hidden_layers=cfg.n_layers,
+        num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads, head_dim=cfg.d_head, vocab_size=cfg.d_vocab, max_position_embeddings=cfg.n_ctx, rms_norm_eps=cfg.norm_eps,
+        tie_word_embeddings=cfg.tied, hidden_act="silu", rope_theta=cfg.rope_base, rope_parameters=cfg.rope_scaling or {"rope_type": "default", "rope_theta": cfg.rope_base}, sliding_window=window,
+    )
+    if cfg.architecture.startswith("Qwen"): hf |= dict(use_sliding_window=window is not None, layer_types=["sliding_attention" if w else "full_attention" for w in cfg.windows or [None] * cfg.n_layers])
+    if not cfg.architecture.startswith("Qwen2"): hf |= dict(attention_bias=cfg.qkv_bias)
+    return hf
+
+
+PARTS = {
+    "embed_tokens": "embed", "layers": "blocks", "norm": "ln_final", "lm_head": "unembed", "input_layernorm": "ln1", "post_attention_layernorm": "ln2", "self_attn": "attn",
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "inp", "down_proj": "out",
+}
+
+
+THEIRS = {ours: theirs for theirs, ours in PARTS.items()}
+
+
+def our_name(hf: str) -> str: return ".".join(PARTS.get(part, part) for part in hf.removeprefix("model.").split("."))
+
+
+def hf_name(ours: str) -> str: return "model." * (not ours.startswith("unembed")) + ".".join(THEIRS.get(part, part) for part in ours.split("."))
 
 #%% RMSNorm: divide by the root mean square, multiply by a weight
 class RMSNorm(nn.Module):

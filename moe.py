@@ -6,20 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data import bos_id, load_corpus, str_tokens, to_tokens
-from llama_block import Llama, LlamaConfig, SwiGLU, rope_frequencies
-from train import TrainConfig, context_at, first_goes_on, flags, train
-from utils import COLORS, HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, line, model_folder, pick_device, pick_dtype, purple, read_config, read_llama_config, run_with_cache, run_with_hooks, save_results, set_seed, show, tensor_table, visible, write_llama_config, yellow
-from zero_layer import kind_of, mutual_information
+from utils import cyan, endc, fail, full_name, gray, green, model_folder, pick_device, pick_dtype, purple, read_config, save_results, set_seed, yellow
+from plots import COLORS, imshow, label_tokens, line, show, visible
+from hooks import HookPoint, run_with_cache, run_with_hooks
+from weights import tensor_table
+from data import bos_id, kind_of, load_corpus, str_tokens, to_tokens
+from train import TrainConfig, context_at, first_goes_on, train
+from launch import flags
+from anatomy import mutual_information
+from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, rope_frequencies, write_llama_config
 
-import numpy as np
-import torch as t
-import torch.nn as nn
-import torch.nn.functional as F
 from einops import einsum
+import numpy as np
 from scipy.sparse import csr_matrix
 from tabulate import tabulate
+import torch as t
 from torch import Tensor
+import torch.nn as nn
+import torch.nn.functional as F
 
 SWITCHES = {  # what makes it which architecture; fixed: what that architecture cannot have otherwise
     "mixtral": dict(architecture="MixtralForCausalLM", qk_norm="none", norm_topk=True),

@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
-from attn_only import Attention, attention_page, repeat_batches
+from utils import cyan, endc, fail, full_name, gray, green, model_folder, pick_device, purple, read_config, save_results, set_seed
+from plots import attention_page, imshow, label_tokens, show, show_page, visible
+from hooks import HookPoint, run_with_cache
+from weights import read_tensors, take_tensors, tensor_table
+from layers import Attention
 from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
-from train import TrainConfig, bench_against_hf, first_goes_on, flags, keep_freed_memory, next_token_loss, train
-from utils import HookPoint, cyan, endc, fail, full_name, gray, green, imshow, label_tokens, model_folder, pick_device, purple, read_config, read_tensors, run_with_cache, save_results, set_seed, show, show_page, take_tensors, tensor_table, visible
+from train import TrainConfig, bench_against_hf, first_goes_on, keep_freed_memory, next_token_loss, repeat_batches, train
+from launch import flags
+from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
 
 import numpy as np
 import plotly.graph_objects as go
-import torch as t
-import torch.nn as nn
-import torch.nn.functional as F
 from tabulate import tabulate
 from tokenizers import Tokenizer
+import torch as t
 from torch import Tensor
+import torch.nn as nn
+import torch.nn.functional as F
 
 #%% The model: embed + positions, then in each block attention and a GELU MLP read the normalised stream and add to it; norm, unembed
 @dataclass

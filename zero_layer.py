@@ -1,25 +1,27 @@
 """Zero-layer transformer, W_E -> W_U: fitted to next-token prediction it becomes the bigram table, as far as its rank allows."""
 import dataclasses
-import keyword
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import COLORS, HookPoint, array, cyan, endc, fail, gray, green, imshow, label_tokens, line, pick_device, purple, save_results, set_seed, show, visible, yellow
-from anatomy import halving
-from data import find_tokens, load_corpus, str_tokens
-from train import TrainConfig, first_goes_on, flags, train
+from utils import cyan, endc, fail, gray, green, pick_device, purple, save_results, set_seed, yellow
+from plots import COLORS, array, imshow, label_tokens, line, show, visible
+from hooks import HookPoint, in_batches
+from data import find_tokens, kind_of, load_corpus, str_tokens
+from train import TrainConfig, first_goes_on, train
+from launch import flags
+from anatomy import entropy_floor, mutual_information, row_totals
 
 import numpy as np
 import plotly.graph_objects as go
-import torch as t
-import torch.nn as nn
-import torch.nn.functional as F
 from plotly.subplots import make_subplots
 from scipy.sparse import coo_matrix, csr_matrix
 from tabulate import tabulate
+import torch as t
 from torch import Tensor
+import torch.nn as nn
+import torch.nn.functional as F
 
 DENSE = 4096  # up to this vocabulary the whole count matrix is one dense tensor
 CHUNK = 512  # rows of logits held at once when a model is measured: 100 MB for 50257 tokens
@@ -73,21 +75,6 @@ def bigrams(streams: Iterable[np.ndarray]) -> np.ndarray:
 
 def dense(counts: csr_matrix, rows: np.ndarray, device: str = "cpu") -> Tensor:
     return t.from_numpy(counts[rows].toarray()).float().to(device)
-
-
-def row_totals(counts: csr_matrix) -> np.ndarray:
-    return np.asarray(counts.sum(1)).ravel()
-
-
-def entropy_floor(counts: csr_matrix) -> float:
-    """Entropy of the next token given this one, in nats per token: no model that sees one token has a lower loss on these counts."""
-    return float(-(counts.data * np.log(counts.data / np.repeat(row_totals(counts), np.diff(counts.indptr)))).sum() / counts.sum())
-
-
-def mutual_information(counts: csr_matrix) -> float:
-    """Bits per token that knowing this token tells about the next: the KL of a model that knows only frequencies."""
-    p = np.asarray(counts.sum(0)).ravel() / counts.sum()
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum() - entropy_floor(counts)) / math.log(2)
 
 
 def add_alpha_loss(counts: csr_matrix, text: csr_matrix, alpha: float) -> float:
@@ -185,17 +172,6 @@ def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> 
     ]
 
 
-def kind_of(token: str) -> str:
-    word = token.strip()
-    if "\ufffd" in word or word.startswith("<|"): return "byte or special"
-    if not word: return "white space"
-    if keyword.iskeyword(word): return "Python keyword"
-    if word.isdigit(): return "number"
-    if not any(c.isalnum() for c in word): return "punctuation"
-    if word[0].isupper(): return "capitalised"
-    return "word after a space" if token[0] == " " else "word or piece"
-
-
 #%% Config and text: every adjacent pair of tokens is one count
 if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000))  # --hpc: an A100 with 40 GB
@@ -230,8 +206,8 @@ if __name__ == "__main__":
     probe, some, pairs = ZeroLayer(d_vocab, cfg.d_model), bigram_counts([sample], d_vocab), t.from_numpy(bigrams([sample])).long()
     rows, totals = np.flatnonzero(row_totals(some)), row_totals(some)
     with t.no_grad():
-        on_tokens = sum(halving(lambda part: F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item(), pairs, CHUNK)) / len(pairs)
-        log_q = t.cat(list(halving(lambda part: probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]), pairs, CHUNK)))[:, 0].double().numpy()
+        on_tokens = sum(in_batches(lambda part: F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item(), pairs, CHUNK)) / len(pairs)
+        log_q = t.cat(list(in_batches(lambda part: probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]), pairs, CHUNK)))[:, 0].double().numpy()
     log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
     on_counts = measure(probe, some)
     assert abs(on_counts - on_tokens) < 1e-4, "the loss on counts is not the loss on tokens"

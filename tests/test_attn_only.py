@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from conftest import ROOT, one_line_error
 
 from anatomy import head_scores, repeated_tokens
-from attn_only import AttnOnly, AttnOnlyConfig, Config, ablated_scores, attention_page, attribution_error, composition, composition_scores, copying_scores, eigenvalue_copying, icl_score, logit_attribution, loss_by_position, norm_based, open_own, ov_circuit, ov_eigenvalues, path_patch, qk_circuit, read_embed, rotate, save_own, skip_trigrams, train_own
+from attn_only import AttnOnly, AttnOnlyConfig, Config, ablated_scores, attribution_error, composition, composition_scores, copying_scores, eigenvalue_copying, icl_score, logit_attribution, loss_by_position, norm_based, open_own, ov_circuit, ov_eigenvalues, path_patch, qk_circuit, read_embed, save_own, skip_trigrams, train_own
+from plots import attention_page
+from layers import rotate
 from data import load_corpus, train_bpe
-from utils import run_with_cache
+from hooks import run_with_cache
 
 V = 40
 POSITIONS = ("rotary", "learned", "shortformer", "relative")

@@ -9,7 +9,8 @@ from conftest import ROOT
 import utils
 from anatomy import head_scores, repeated_tokens
 from data import train_bpe
-from utils import find_hooks, full_name, load_model, run_with_cache, run_with_hooks
+from hooks import find_hooks, run_with_cache, run_with_hooks
+from utils import full_name, load_model
 
 TOKENS = t.randint(1, 250, (2, 10), generator=t.Generator().manual_seed(0))
 

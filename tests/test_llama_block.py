@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from data import train_bpe
 from llama_block import Llama, LlamaConfig, RMSNorm, rope, rope_frequencies, rope_tables
-from utils import hf_name, hook_points, load_model, read_tensors, run_with_cache
+from llama_block import hf_name
+from hooks import hook_points, run_with_cache
+from utils import load_model
+from weights import read_tensors
 
 SHAPE = dict(vocab_size=260, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)

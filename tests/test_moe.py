@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from data import train_bpe
 from moe import SWITCHES, MoE, MoEConfig, SparseMoE, bits, force, knock_out, load_balancing_loss, moe_loss, name_table, routing, scatter, silence, specialisation, token_losses
-from utils import hook_points, hooks, load_model, run_with_cache, run_with_hooks
+from hooks import hook_points, hooks, run_with_cache, run_with_hooks
+from utils import load_model
 
 SHAPE = dict(vocab_size=260, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, num_experts_per_tok=2, pad_token_id=None, bos_token_id=0, eos_token_id=0)
 QWEN = dict(num_experts=6, moe_intermediate_size=24)

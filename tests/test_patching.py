@@ -6,11 +6,16 @@ import torch as t
 import torch.nn as nn
 from conftest import ROOT, memory_for, one_line_error, save_folder, tiny_hf
 
-from anatomy import Pairs, area, baselines, draw_pairs, find_places, make_metric, make_pairs, normalised, peak_bytes, position_masks, run_from
+from interventions import Pairs, baselines, draw_pairs, find_places, make_metric, make_pairs, normalised, position_masks
+from graph import area
+from hooks import peak_bytes, run_from
 from data import load_tokenizer, write_tokenizer
 from llama_block import Llama, LlamaConfig
-from patching import HEADS, STREAM, Graph, Part, ablation_effects, edge_attribution, edge_patch, find_roles, fine_parts, knock_out, self_repair, sweep, top_edges, write_differences
-from utils import Streamed, act_name, load_model, run_with_cache, run_with_hooks
+from interventions import HEADS, STREAM, Part, ablation_effects, fine_parts, knock_out, sweep
+from graph import Graph, edge_attribution, edge_patch, find_roles, self_repair, top_edges, write_differences
+from weights import Streamed
+from hooks import act_name, run_with_cache, run_with_hooks
+from utils import load_model
 
 L, H = 3, 4
 BRIDGES = ("gpt2", "llama", "gemma2", "gpt_neox")
@@ -243,9 +248,9 @@ def hand_built(mlp: type) -> Llama:
 @pytest.fixture
 def no_scale(monkeypatch):
     """run_graph without the final norm's scale, which hand-built models do not have."""
-    import patching
-    record = patching.record
-    monkeypatch.setattr(patching, "record", lambda model, resid, at, names: record(model, resid, at, [name for name in names if name != "ln_final.hook_scale"]))
+    import graph
+    cache_from_resid = graph.cache_from_resid
+    monkeypatch.setattr(graph, "cache_from_resid", lambda model, resid, at, names: cache_from_resid(model, resid, at, [name for name in names if name != "ln_final.hook_scale"]))
 
 
 def test_eap_is_exact_on_a_linear_model(no_scale):

@@ -11,9 +11,12 @@ from conftest import ROOT, memory_for, one_line_error
 
 import data
 import sae_probe
-from anatomy import harvest, put, stream
-from data import Concept, DRAW, fact_prompts, label_sentences, read_countries
-from sae_probe import Config, OwnSAE, attribute, auroc, change, check_fit, fit_sae, judge, model_for, open_folder, open_release, read_features, run_probes, sparse, split, train_lens, train_own, training_sae, variant
+from anatomy import harvest
+from interventions import put
+from sae import stream
+from world import Concept, DRAW, fact_prompts, label_sentences, read_countries
+from sae_probe import Config
+from sae import OwnSAE, attribute, auroc, change, check_fit, fit_sae, judge, model_for, open_folder, open_release, read_features, run_probes, sparse, split, train_lens, train_own, training_sae, variant
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -160,7 +163,7 @@ def test_edits_do_what_they_say(loaded):
 
 def test_attribution_falls_as_a_direct_edit_does(lens, loaded):
     """With the error held, removing a feature takes its decoder row, and nothing else, out of the stream; near the end the gradient is exact for small steps."""
-    from utils import run_with_hooks
+    from hooks import run_with_hooks
     _, model, rows = loaded
     t.manual_seed(0)
     sae = lens.TopKSAE(lens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=lens.Metadata(hook_name=HOOK))).requires_grad_(False)

@@ -9,9 +9,10 @@ import pytest
 from test_zero_layer import story
 
 from data import load_corpus
-from logit_lens import RULES
+from lens import RULES
 from utils import green, purple, yellow
-from zero_layer import bigram_counts, entropy_floor
+from zero_layer import bigram_counts
+from anatomy import entropy_floor
 
 FLAGS = {
     "zero_layer": "--data story.txt --vocab 300 --d-model 32 --steps 80 --ranks 2 16 --token cat",

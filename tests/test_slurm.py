@@ -14,7 +14,7 @@ import pytest
 import torch as t
 from test_train import TINY
 
-from train import flags
+from launch import flags
 
 pytestmark = pytest.mark.slurm
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")

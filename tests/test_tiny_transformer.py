@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from conftest import one_line_error
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from anatomy import catalogue, ff_maps, fold_norm, head_scores, logit_parts, mixing, neuron_catalogue, parts_error, read_out, repeated_tokens, role_targets
+from anatomy import catalogue, ff_maps, fold_norm, head_scores, logit_parts, mixing, neuron_catalogue, parts_error, folded_W_U, repeated_tokens, role_targets
 from data import train_bpe
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer, sinusoids
 from train import bench_against_hf, next_token_loss
-from utils import hook_points, load_model, run_with_cache, tensor_table
+from hooks import hook_points, run_with_cache
+from utils import load_model
+from weights import tensor_table
 
 V = 300
 
@@ -218,7 +220,7 @@ def test_folding_keeps_log_probabilities(make):
         assert max(x.mean(-1).abs().max() for x in (folded.W_E, folded.W_pos, *(w for b in folded.blocks for w in (b.attn.W_O, b.attn.o.bias, b.mlp.W_out, b.mlp.out.bias)))) < 1e-6
         assert max(w.mean(0).abs().max() for b in folded.blocks for w in (b.mlp.W_in, b.attn.q.weight.T)) < 1e-6
     assert folded.W_U.mean(-1).abs().max() < 1e-6
-    t.testing.assert_close(read_out(folded, t.tensor([3, 4])).diff(dim=1), read_out(model, t.tensor([3, 4])).diff(dim=1), atol=1e-5, rtol=1e-4)
+    t.testing.assert_close(folded_W_U(folded, t.tensor([3, 4])).diff(dim=1), folded_W_U(model, t.tensor([3, 4])).diff(dim=1), atol=1e-5, rtol=1e-4)
 
 
 #%% Attribution
@@ -321,7 +323,7 @@ def test_neuron_catalogue_finds_the_planted_neuron():
     block.inp.weight[5], block.inp.bias[5], block.out.weight[:, 5] = read, 0, model.W_U[:, 11] * norm.weight
     (found, *_) = neuron_catalogue(model, ids, 1, n=2, contexts=3)
     assert found["neuron"] == 5 and found["peaks"][0][1:] == (3, 7) and len(found["peaks"]) == 3
-    t.testing.assert_close(found["effect"].diff(), (block.W_out[5] @ read_out(model)).diff(), atol=1e-4, rtol=1e-4)
+    t.testing.assert_close(found["effect"].diff(), (block.W_out[5] @ folded_W_U(model)).diff(), atol=1e-4, rtol=1e-4)
 
 
 #%% The feed-forward block through attention maps

@@ -17,9 +17,10 @@ from conftest import ROOT
 from test_zero_layer import story
 
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
-from anatomy import halving
+from hooks import in_batches
 from data import load_corpus
-from train import TrainConfig, bf16_is_faster, context_at, expected_memory, flags, make_optimizers, next_token_loss, recompute_blocks, schedule, train
+from train import TrainConfig, bf16_is_faster, context_at, expected_memory, make_optimizers, next_token_loss, recompute_blocks, schedule, train
+from launch import flags
 from utils import secret, set_seed
 
 SMALL = AttnOnlyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_vocab=20, n_ctx=16)
@@ -176,10 +177,10 @@ def test_analysis_halves_its_batch_with_the_same_numbers(capsys):
     def fn(part):
         sizes.append(len(part))
         return part.square().sum(1) if len(part) <= 3 else out_of_memory()
-    assert t.equal(t.cat(list(halving(fn, rows, 10))), rows.square().sum(1))
+    assert t.equal(t.cat(list(in_batches(fn, rows, 10))), rows.square().sum(1))
     assert sizes == [10, 5, *[3] * 7, 2] and capsys.readouterr().out.count("out of memory: going on with") == 2
-    with pytest.raises(SystemExit, match="on a single row"): list(halving(out_of_memory, rows, 8))
-    with pytest.raises(RuntimeError, match="shapes"): list(halving(lambda part: part @ part, rows, 8))
+    with pytest.raises(SystemExit, match="on a single row"): list(in_batches(out_of_memory, rows, 8))
+    with pytest.raises(RuntimeError, match="shapes"): list(in_batches(lambda part: part @ part, rows, 8))
 
 
 def test_recomputed_activations_change_no_number_and_leave_the_model_as_it_was():
@@ -213,7 +214,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train import TrainConfig, first_goes_on, flags, train
+from train import TrainConfig, first_goes_on, train
+from launch import flags
 
 import torch as t
 import torch.nn as nn

@@ -12,7 +12,9 @@ from conftest import ROOT
 import utils
 from anatomy import head_scores, repeated_tokens, stripe
 from attn_only import AttnOnly, AttnOnlyConfig
-from utils import Cache, HookPoint, find_hooks, hook_points, hooks, imshow, label_tokens, line, pick_device, pick_dtype, run_with_cache, run_with_hooks, save_results, secret, show, write_aside
+from hooks import Cache, HookPoint, find_hooks, hook_points, hooks, run_with_cache, run_with_hooks
+from plots import imshow, label_tokens, line, show
+from utils import pick_device, pick_dtype, save_results, secret, write_aside
 
 
 @pytest.fixture

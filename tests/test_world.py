@@ -14,8 +14,9 @@ import torch as t
 from conftest import ROOT
 
 import data
-from anatomy import evaluate_world, read_answers
-from data import DRAW, FACTS, KINDS, MEN, NOUNS, PLACES, SHARES, WOMEN, World, fact_prompts, is_held_out, load_world, read_countries, train_bpe, without_facts
+from world import evaluate_world, read_answers
+from world import DRAW, FACTS, KINDS, MEN, NOUNS, PLACES, SHARES, WOMEN, World, fact_prompts, is_held_out, load_world, read_countries, without_facts
+from data import train_bpe
 from llama_block import Llama
 from utils import load_model
 

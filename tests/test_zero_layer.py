@@ -6,7 +6,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from zero_layer import Config, ZeroLayer, add_alpha_loss, bigram_counts, choose_alpha, count_loss, dense, draw_rows, drawn_loss, entropy_floor, fit, kind_of, measure, mutual_information, neighbours, row_totals, svd_table, truncated
+from zero_layer import Config, ZeroLayer, add_alpha_loss, bigram_counts, choose_alpha, count_loss, dense, draw_rows, drawn_loss, fit, measure, neighbours, svd_table, truncated
+from anatomy import entropy_floor, mutual_information, row_totals
+from data import kind_of
 
 import numpy as np
 import pytest
