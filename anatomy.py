@@ -1,4 +1,5 @@
 """What reads a hooked model without changing it: head scores, a logit taken apart exactly, catalogues of heads and neurons, norm-based maps, activations, and bits of information."""
+
 import copy
 import math
 import re
@@ -14,6 +15,7 @@ from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
 
+
 #%% Head scores on repeated random tokens: what makes a head an induction, previous-token or duplicate-token head
 def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
     """(batch, [bos] + 2 * half): random tokens, said twice. vocab: the number of tokens, or the ids to draw from."""
@@ -27,12 +29,18 @@ def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: in
     """Fresh repeated random tokens, drawn from those seen at least 100 times in training (an untrained embedding tells nothing)."""
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
     counts[corpus.bos] = 0
-    return repeated_tokens(rows, half, t.from_numpy(np.flatnonzero(counts >= min(at_least, np.sort(counts)[-min(50, len(counts))]))), corpus.bos, seed)
+    return repeated_tokens(
+        rows,
+        half,
+        t.from_numpy(np.flatnonzero(counts >= min(at_least, np.sort(counts)[-min(50, len(counts))]))),
+        corpus.bos,
+        seed,
+    )
 
 
 def stripe(pattern: Tensor, offset: int, start: int = 0) -> Tensor:
     """Mean attention (head) that queries from position start on pay to the key `offset` places back. pattern: (batch, head, query, key)."""
-    return pattern.diagonal(-offset, dim1=-2, dim2=-1)[..., max(start - offset, 0):].mean((0, -1))
+    return pattern.diagonal(-offset, dim1=-2, dim2=-1)[..., max(start - offset, 0) :].mean((0, -1))
 
 
 def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> dict[str, Tensor]:
@@ -41,8 +49,14 @@ def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> d
     copy, Olsson et al. 2022), 'previous_token', 'duplicate_token' (attention to the earlier copy itself), 'first_token'.
     """
     second = tokens.shape[1] - half
-    scores: dict[str, list[Tensor]] = {"prefix_matching": [], "previous_token": [], "duplicate_token": [], "first_token": []}
-    with t.no_grad(): _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
+    scores: dict[str, list[Tensor]] = {
+        "prefix_matching": [],
+        "previous_token": [],
+        "duplicate_token": [],
+        "first_token": [],
+    }
+    with t.no_grad():
+        _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
     for layer in range(n_layers):
         pattern = cache["pattern", layer].float()
         scores["prefix_matching"].append(stripe(pattern, half - 1, second))
@@ -77,26 +91,56 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
     The final norm's scale is frozen at its value there. Ours or a TransformerBridge, grouped queries too. Weights: unprocessed, folded_W_U's fold apart.
     """
     layers, n_heads = range(model.cfg.n_layers), model.cfg.n_heads
-    has_pos, has_neurons = hasattr(model, "W_pos") or hasattr(model, "pos_embed"), all(hasattr(block.mlp, "W_out") for block in model.blocks)
-    names = [act_name(short, layer) for layer in layers for short in ("v", "pattern", "mlp_out") + ("post",) * has_neurons]
-    logits, cache = run_with_cache(model, tokens, [*names, act_name("resid_pre", 0), "ln_final.hook_scale", *["hook_pos_embed"] * has_pos])
+    has_pos, has_neurons = (
+        hasattr(model, "W_pos") or hasattr(model, "pos_embed"),
+        all(hasattr(block.mlp, "W_out") for block in model.blocks),
+    )
+    names = [
+        act_name(short, layer) for layer in layers for short in ("v", "pattern", "mlp_out") + ("post",) * has_neurons
+    ]
+    logits, cache = run_with_cache(
+        model, tokens, [*names, act_name("resid_pre", 0), "ln_final.hook_scale", *["hook_pos_embed"] * has_pos]
+    )
     g = folded_W_U(model, t.tensor([token], device=tokens.device))[:, 0] / cache["ln_final.hook_scale"][0, position]
     none = g.new_zeros(())
     bias = lambda linear: none if getattr(linear, "bias", None) is None else linear.bias.float() @ g
     positional = cache["hook_pos_embed"][0, position].float() @ g if has_pos else none
-    heads = [einsum(cache["pattern", l][0, :, position].float(), per_head(cache["v", l], n_heads)[0].float(), model.blocks[l].attn.W_O.float() @ g, "head source, source head d_head, head d_head -> head source") for l in layers]
+    heads = [
+        einsum(
+            cache["pattern", l][0, :, position].float(),
+            per_head(cache["v", l], n_heads)[0].float(),
+            model.blocks[l].attn.W_O.float() @ g,
+            "head source, source head d_head, head d_head -> head source",
+        )
+        for l in layers
+    ]
     parts = {
-        "embed": cache["resid_pre", 0][0, position].float() @ g - positional, "pos_embed": positional, "heads": t.stack(heads), "attn_bias": t.stack([bias(model.blocks[l].attn.o) for l in layers]),
-        "mlp": t.stack([cache["mlp_out", l][0, position].float() @ g for l in layers]), "constant": model.ln_final.bias.float() @ model.W_U[:, token].float() if centres(model) else none, "logit": logits[0, position, token].float(),
+        "embed": cache["resid_pre", 0][0, position].float() @ g - positional,
+        "pos_embed": positional,
+        "heads": t.stack(heads),
+        "attn_bias": t.stack([bias(model.blocks[l].attn.o) for l in layers]),
+        "mlp": t.stack([cache["mlp_out", l][0, position].float() @ g for l in layers]),
+        "constant": model.ln_final.bias.float() @ model.W_U[:, token].float() if centres(model) else none,
+        "logit": logits[0, position, token].float(),
     }
-    if has_neurons: parts |= {"neurons": t.stack([cache["post", l][0, position].float() * (model.blocks[l].mlp.W_out.float() @ g) for l in layers]), "mlp_bias": t.stack([bias(model.blocks[l].mlp.out) for l in layers])}
+    if has_neurons:
+        parts |= {
+            "neurons": t.stack(
+                [cache["post", l][0, position].float() * (model.blocks[l].mlp.W_out.float() @ g) for l in layers]
+            ),
+            "mlp_bias": t.stack([bias(model.blocks[l].mlp.out) for l in layers]),
+        }
     return parts
 
 
 def parts_error(parts: dict[str, Tensor]) -> float:
     """How far the parts miss the logit, and the neurons the MLPs, relative to max(1, |logit|)."""
-    miss = [sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant")) - parts["logit"]]
-    if "neurons" in parts: miss.append((parts["neurons"].sum(1) + parts["mlp_bias"] - parts["mlp"]).abs().max())
+    miss = [
+        sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant"))
+        - parts["logit"]
+    ]
+    if "neurons" in parts:
+        miss.append((parts["neurons"].sum(1) + parts["mlp_bias"] - parts["mlp"]).abs().max())
     return max(abs(x.item()) for x in miss) / max(1.0, abs(parts["logit"].item()))
 
 
@@ -108,7 +152,10 @@ def role_targets(tokens: Tensor) -> dict[str, Tensor]:
     """Where each role looks, True in (row, query, key); induction: the key after an earlier copy of the query."""
     place = t.arange(tokens.shape[1], device=tokens.device)
     back, same = place[:, None] - place, tokens[:, :, None] == tokens[:, None]
-    targets = {"previous token": ((back == 1) & (back[:, :1] > 1)).expand_as(same), "text-begin sink": ((place == 0) & (back[:, :1] > 1)).expand_as(same)}
+    targets = {
+        "previous token": ((back == 1) & (back[:, :1] > 1)).expand_as(same),
+        "text-begin sink": ((place == 0) & (back[:, :1] > 1)).expand_as(same),
+    }
     return targets | {"duplicate token": same & (back > 0), "induction": F.pad(same[:, :, :-1], (1, 0)) & (back > 0)}
 
 
@@ -119,7 +166,9 @@ def attention_on(pattern: Tensor, targets: Tensor) -> Tensor:
 
 
 @t.no_grad()
-def catalogue(model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
+def catalogue(
+    model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
     Scores {role: (layer, head)}, bars {role: float} and names {head: its roles}, for rows (batch, pos) that start with beginning-of-text and repeat
     (repeated_tokens). Ours or a TransformerBridge. 'copying' is by OV score: of the other tokens in the rows, the share whose logit the head's
@@ -127,40 +176,73 @@ def catalogue(model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 
     The bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads: shuffled are each query's keys
     (previous token, sink), the tokens behind the first (duplicate, induction) or the tokens' names (copying).
     """
-    generator, layers, n_heads, targets = t.Generator().manual_seed(seed), range(model.cfg.n_layers), model.cfg.n_heads, role_targets(tokens)
-    if not targets["induction"].any(): fail("the head catalogue needs rows that repeat tokens: repeated_tokens")
+    generator, layers, n_heads, targets = (
+        t.Generator().manual_seed(seed),
+        range(model.cfg.n_layers),
+        model.cfg.n_heads,
+        role_targets(tokens),
+    )
+    if not targets["induction"].any():
+        fail("the head catalogue needs rows that repeat tokens: repeated_tokens")
     chosen = t.randperm(tokens.numel(), generator=generator)[:256].to(tokens.device)
     ids, own = tokens.flatten()[chosen].unique(return_inverse=True)
     U, looks = folded_W_U(model, ids), {role: [mask] for role, mask in targets.items()}
     hidden = t.ones_like(targets["induction"][0]).triu(1).cpu()
     for _ in range(shuffles):
-        order = t.rand(targets["induction"].shape, generator=generator).masked_fill(hidden, 2.0).argsort(-1).to(tokens.device)
-        for role in ("previous token", "text-begin sink"): looks[role].append(targets[role].gather(-1, order))
+        order = (
+            t.rand(targets["induction"].shape, generator=generator)
+            .masked_fill(hidden, 2.0)
+            .argsort(-1)
+            .to(tokens.device)
+        )
+        for role in ("previous token", "text-begin sink"):
+            looks[role].append(targets[role].gather(-1, order))
 
     def measure(rows: Tensor, looks: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         """{role: (look, layer, head)}"""
         found: dict[str, list[Tensor]] = {role: [] for role in looks}
+
         def fn(pattern: Tensor, hook: nn.Module) -> None:
-            for role, masks in looks.items(): found[role].append(t.stack([attention_on(pattern.float(), mask) for mask in masks]).cpu())
-        with hooks(model, [(act_name("pattern", layer), fn) for layer in layers]): model(rows)
+            for role, masks in looks.items():
+                found[role].append(t.stack([attention_on(pattern.float(), mask) for mask in masks]).cpu())
+
+        with hooks(model, [(act_name("pattern", layer), fn) for layer in layers]):
+            model(rows)
         return {role: t.stack(x, 1) for role, x in found.items()}
 
     found, content = measure(tokens, looks), {role: targets[role] for role in ("duplicate token", "induction")}
     for _ in range(shuffles):
         order = t.rand(tokens[:, 1:].shape, generator=generator).argsort(1).to(tokens.device)
-        null = measure(t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1), {role: [mask] for role, mask in content.items()})
+        null = measure(
+            t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1), {role: [mask] for role, mask in content.items()}
+        )
         found |= {role: t.cat([found[role], null[role]]) for role in content}
     names = [own, *(own[t.randperm(len(own), generator=generator).to(own.device)] for _ in range(shuffles))]
     _, cache = run_with_cache(model, tokens, [act_name("v", layer) for layer in layers])
     copying = []
     for layer in layers:
-        out = einsum(per_head(cache["v", layer], n_heads).flatten(0, 1)[chosen].float(), model.blocks[layer].attn.W_O.float(), U, "place head d_head, head d_head d_model, d_model token -> place head token")
+        out = einsum(
+            per_head(cache["v", layer], n_heads).flatten(0, 1)[chosen].float(),
+            model.blocks[layer].attn.W_O.float(),
+            U,
+            "place head d_head, head d_head d_model, d_model token -> place head token",
+        )
         rank = out.argsort(-1).argsort(-1) / (len(ids) - 1)
-        copying.append(t.stack([rank.gather(-1, name[:, None, None].expand(-1, n_heads, 1)).mean((0, 2)) for name in names]).cpu())
+        copying.append(
+            t.stack([rank.gather(-1, name[:, None, None].expand(-1, n_heads, 1)).mean((0, 2)) for name in names]).cpu()
+        )
     found["copying"] = t.stack(copying, 1)
     bars = {role: max(FLOORS[role], x[1:].flatten(1).amax(1).quantile(0.99).item()) for role, x in found.items()}
     scores = {role: x[0] for role, x in found.items()}
-    return scores, bars, {f"L{layer}H{head}": [role for role in scores if scores[role][layer, head] > bars[role]] for layer in layers for head in range(n_heads)}
+    return (
+        scores,
+        bars,
+        {
+            f"L{layer}H{head}": [role for role in scores if scores[role][layer, head] > bars[role]]
+            for layer in layers
+            for head in range(n_heads)
+        },
+    )
 
 
 #%% Neuron catalogue: where the strongest neurons fire, and which tokens they raise
@@ -173,7 +255,13 @@ def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, con
     for neuron in (best.amax(0) * W_out.norm(dim=-1)).topk(n).indices.tolist():
         top = best[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
         effect = W_out[neuron] @ U
-        found.append({"neuron": neuron, "peaks": [(best[row, neuron].item(), row, position[row, neuron].item()) for row in top], "effect": (effect - effect.mean()).cpu()})
+        found.append(
+            {
+                "neuron": neuron,
+                "peaks": [(best[row, neuron].item(), row, position[row, neuron].item()) for row in top],
+                "effect": (effect - effect.mean()).cpu(),
+            }
+        )
     return found
 
 
@@ -183,25 +271,32 @@ def fold_norm[Model: nn.Module](model: Model) -> Model:
     """A float32 copy with the same log-probabilities, whose norms have weight 1 and bias 0 (fp32, since bf16 would round the products)."""
     new, with_mean = copy.deepcopy(model).float(), centres(model)
     new.unembed.weight = nn.Parameter(new.unembed.weight.clone())  # unties
-    if with_mean: new.unembed.bias = nn.Parameter(t.zeros(new.cfg.d_vocab, device=new.W_U.device))
+    if with_mean:
+        new.unembed.bias = nn.Parameter(t.zeros(new.cfg.d_vocab, device=new.W_U.device))
 
     def fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
         for linear in readers:
-            if with_mean: linear.bias += linear.weight @ norm.bias
+            if with_mean:
+                linear.bias += linear.weight @ norm.bias
             linear.weight *= norm.weight
-            if with_mean: linear.weight -= linear.weight.mean(1, keepdim=True)
+            if with_mean:
+                linear.weight -= linear.weight.mean(1, keepdim=True)
         norm.weight.fill_(1)
-        if with_mean: norm.bias.zero_()
+        if with_mean:
+            norm.bias.zero_()
 
     writers = [new.unembed]  # a constant added to every logit is not seen by softmax
     for block in new.blocks:
         linears = {name: module for name, module in block.mlp.named_modules() if isinstance(module, nn.Linear)}
         fold(block.ln1, [block.attn.q, block.attn.k, block.attn.v])
         fold(block.ln2, [linear for name, linear in linears.items() if not name.endswith("out")])
-        if with_mean: writers += [block.attn.o, *(linear for name, linear in linears.items() if name.endswith("out"))]
+        if with_mean:
+            writers += [block.attn.o, *(linear for name, linear in linears.items() if name.endswith("out"))]
     fold(new.ln_final, [new.unembed])
-    for x in [x for linear in writers for x in (linear.weight, linear.bias) if x is not None]: x -= x.mean(0, keepdim=True)
-    for x in [new.embed.weight, *([new.W_pos] if hasattr(new, "W_pos") else [])] if with_mean else []: x -= x.mean(1, keepdim=True)
+    for x in [x for linear in writers for x in (linear.weight, linear.bias) if x is not None]:
+        x -= x.mean(0, keepdim=True)
+    for x in [new.embed.weight, *([new.W_pos] if hasattr(new, "W_pos") else [])] if with_mean else []:
+        x -= x.mean(1, keepdim=True)
     return new
 
 
@@ -216,12 +311,26 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
     """
     block = model.blocks[layer]
     norm, mlp, b_O = block.ln2, block.mlp, 0.0 if block.attn.o.bias is None else block.attn.o.bias
-    readers, post = ([mlp.gate, mlp.inp], lambda gate, linear: F.silu(gate) * linear) if hasattr(mlp, "gate") else ([mlp.inp], mlp.act)
+    readers, post = (
+        ([mlp.gate, mlp.inp], lambda gate, linear: F.silu(gate) * linear)
+        if hasattr(mlp, "gate")
+        else ([mlp.inp], mlp.act)
+    )
     centre = lambda y: y - y.mean(-1, keepdim=True) if centres(model) else y
     with t.no_grad():
-        _, cache = run_with_cache(model, tokens, [act_name(short, layer) for short in ("v", "pattern", "resid_pre", "resid_post")] + [f"blocks.{layer}.ln2.hook_scale"])
+        _, cache = run_with_cache(
+            model,
+            tokens,
+            [act_name(short, layer) for short in ("v", "pattern", "resid_pre", "resid_post")]
+            + [f"blocks.{layer}.ln2.hook_scale"],
+        )
         x, scale = cache["resid_pre", layer][0], cache[f"blocks.{layer}.ln2.hook_scale"][0]
-        moved = einsum(cache["pattern", layer][0], per_head(cache["v", layer], model.cfg.n_heads)[0], block.attn.W_O, "head query key, key head d_head, head d_head d_model -> head query key d_model")
+        moved = einsum(
+            cache["pattern", layer][0],
+            per_head(cache["v", layer], model.cfg.n_heads)[0],
+            block.attn.W_O,
+            "head query key, key head d_head, head d_head d_model -> head query key d_model",
+        )
         stream = moved.sum(0) + t.diag_embed(x.T).permute(1, 2, 0)
         normed = centre(stream) / scale[:, None] * norm.weight
         rest = centre(b_O + 0 * x) / scale * norm.weight + (norm.bias if centres(model) else 0)
@@ -230,18 +339,28 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
     slopes = [0.0] * len(readers)
     for at, weight in zip(*np.polynomial.legendre.leggauss(nodes)):
         points = [(s + (at + 1) / 2 * p.sum(1)).requires_grad_() for s, p in zip(start, pre)]
-        slopes = [mean + weight / 2 * slope for mean, slope in zip(slopes, t.autograd.grad(post(*points).sum(), points))]
+        slopes = [
+            mean + weight / 2 * slope for mean, slope in zip(slopes, t.autograd.grad(post(*points).sum(), points))
+        ]
     with t.no_grad():
         ff = sum(p * slope[:, None] for p, slope in zip(pre, slopes)) @ mlp.W_out
         whole = (stream + ff).sum(1) + b_O + mlp.out(post(*start))
         error = (whole - cache["resid_post", layer][0]).abs().max() / cache["resid_post", layer].abs().max()
-        maps = {"attn": moved.sum(0), "attn_res": stream, "attn_res_norm": normed, "ff": ff, "ff_res": stream + ff, "weighted": moved}
+        maps = {
+            "attn": moved.sum(0),
+            "attn_res": stream,
+            "attn_res_norm": normed,
+            "ff": ff,
+            "ff_res": stream + ff,
+            "weighted": moved,
+        }
         return {name: y.norm(dim=-1) for name, y in maps.items()} | {"error": error}
 
 
 def mixing(norms: Tensor) -> float:
     """Share of a map (query, key) that lies off the diagonal, mean over queries but the first."""
     return (1 - norms.diagonal() / norms.sum(1))[1:].mean().item()
+
 
 #%% Logit attribution: what each layer writes in the direction of the answer, for any model whose stream can be read
 
@@ -262,12 +381,15 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
     v = (1 - 2 * (t.arange(x.shape[1], device=x.device) % 2)).to(x.dtype)
     zero, plain, moved, out = model.ln_final(t.stack([0 * v, v, v + 1, x[-1]])[None])[0].float()
     weight, column, x = (plain - zero) * v, model.W_U[:, token].float(), x.float()
-    if t.allclose(plain, moved, atol=1e-2): x = x - x.mean(-1, keepdim=True)
+    if t.allclose(plain, moved, atol=1e-2):
+        x = x - x.mean(-1, keepdim=True)
     along = x @ (weight * column) * (out - zero).norm() / (weight * x[-1]).norm()
     bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
     fixed = 0.0 if bias is None else bias[token].item()
     names = ["embed", *(f"L{layer}" for layer in range(model.cfg.n_layers)), "constant"]
-    return dict(zip(names, [*t.cat([along[:1], along.diff()]).tolist(), (zero @ column).item() + fixed])), (out @ column).item() + fixed
+    return dict(zip(names, [*t.cat([along[:1], along.diff()]).tolist(), (zero @ column).item() + fixed])), (
+        out @ column
+    ).item() + fixed
 
 
 #%% Activations: harvested at any hook, heads side by side; streamed through a buffer that is shuffled whenever half of it has left
@@ -279,8 +401,12 @@ def harvest(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Ten
     _, cache = run_with_cache(model, tokens, names, **stop)
     found = {name: cache[name].float().flatten(2) for name in names}
     for name, x in found.items():
-        if not x.isfinite().all(): fail(f"{(~x.isfinite()).sum()} activations at {name} are NaN or infinite: the model's weights are broken, or its dtype is too small")
+        if not x.isfinite().all():
+            fail(
+                f"{(~x.isfinite()).sum()} activations at {name} are NaN or infinite: the model's weights are broken, or its dtype is too small"
+            )
     return found
+
 
 #%% Information: entropy and mutual information of counts
 def row_totals(counts: csr_matrix) -> np.ndarray:
@@ -289,7 +415,10 @@ def row_totals(counts: csr_matrix) -> np.ndarray:
 
 def entropy_floor(counts: csr_matrix) -> float:
     """Entropy of the next token given this one, in nats per token: no model that sees one token has a lower loss on these counts."""
-    return float(-(counts.data * np.log(counts.data / np.repeat(row_totals(counts), np.diff(counts.indptr)))).sum() / counts.sum())
+    return float(
+        -(counts.data * np.log(counts.data / np.repeat(row_totals(counts), np.diff(counts.indptr)))).sum()
+        / counts.sum()
+    )
 
 
 def mutual_information(counts: csr_matrix) -> float:

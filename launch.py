@@ -1,4 +1,5 @@
 """Launching: flags with a preset for big machines, sweeps, Slurm through submitit."""
+
 import dataclasses
 import hashlib
 import itertools
@@ -18,12 +19,17 @@ from train import FREE, in_queue, processes
 
 from tabulate import tabulate
 
+
 #%% Flags: a dataclass of settings from the command line
 @dataclass
 class Launch:
     hpc: bool = False  # start from the preset for an A100 with 40 GB; flags given still win
-    sweep: tuple[str, ...] = ()  # seed=0,1,2 n_layers=1,2: one run for each value or combination, in a folder of its own; the same command again runs what is missing and shows all
-    slurm: bool = False  # submit to Slurm instead of running here, a sweep as one job array; prints job id and log, and returns
+    sweep: tuple[
+        str, ...
+    ] = ()  # seed=0,1,2 n_layers=1,2: one run for each value or combination, in a folder of its own; the same command again runs what is missing and shows all
+    slurm: bool = (
+        False  # submit to Slurm instead of running here, a sweep as one job array; prints job id and log, and returns
+    )
     slurm_wait: bool = False  # submit, follow the log, and exit with the job's status
     slurm_partition: str | None = None
     slurm_account: str | None = None
@@ -39,6 +45,7 @@ class Launch:
 @dataclass
 class Task:
     """One run of a script. submitit pickles it and calls it in the job; after a signal it is called again."""
+
     script: str
     args: list[str]
     cwd: Path  # where it runs
@@ -47,36 +54,57 @@ class Task:
     def __call__(self) -> None:
         os.chdir(self.cwd)
         sys.argv = [self.script, *self.args]
-        try: runpy.run_path(self.script, run_name="__main__")
+        try:
+            runpy.run_path(self.script, run_name="__main__")
         except SystemExit as end:
-            if end.code: raise
-        if int(os.environ.get("SLURM_PROCID", 0)) == 0: (self.folder / "done").touch()
+            if end.code:
+                raise
+        if int(os.environ.get("SLURM_PROCID", 0)) == 0:
+            (self.folder / "done").touch()
 
     def checkpoint(self):
         from submitit.helpers import DelayedSubmission
+
         return DelayedSubmission(self)
 
 
-def flags[Config](config: type[Config], description: str = "", hpc: Config | None = None, sweep: str | None = None) -> Config:
+def flags[Config](
+    config: type[Config], description: str = "", hpc: Config | None = None, sweep: str | None = None
+) -> Config:
     """
     A dataclass of settings from the command line: one --flag per field, and Launch's; in a notebook, its defaults. hpc: the preset of --hpc.
     sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips finished values and gathers them by itself.
     """
-    if in_kernel(): return config()
+    if in_kernel():
+        return config()
     sys.excepthook = end_in_a_line
     import tyro
+
     argv, script = sys.argv[1:], Path(sys.argv[0]).resolve()
-    if "--hpc" in argv and hpc is None: fail(f"{script.name} has no --hpc preset")
+    if "--hpc" in argv and hpc is None:
+        fail(f"{script.name} has no --hpc preset")
 
     def parse(args: list[str]) -> tuple[Config, Launch]:
         kinds = dict(script=(config, hpc if "--hpc" in args else config()), launch=(Launch, Launch()))
-        both = dataclasses.make_dataclass("Settings", [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=tyro.MISSING)) for name, (kind, _) in kinds.items()])
-        parsed = tyro.cli(tyro.conf.OmitArgPrefixes[both], args=args, description=description, default=both(*(default for _, default in kinds.values())))
+        both = dataclasses.make_dataclass(
+            "Settings",
+            [
+                (name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=tyro.MISSING))
+                for name, (kind, _) in kinds.items()
+            ],
+        )
+        parsed = tyro.cli(
+            tyro.conf.OmitArgPrefixes[both],
+            args=args,
+            description=description,
+            default=both(*(default for _, default in kinds.values())),
+        )
         return parsed.script, parsed.launch
 
     cfg, launch = parse(argv)
     launch.slurm |= launch.slurm_wait
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and hasattr(cfg, "resume"): cfg = dataclasses.replace(cfg, resume=True)
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and hasattr(cfg, "resume"):
+        cfg = dataclasses.replace(cfg, resume=True)
     own = launch.slurm and sweep and not launch.sweep and len(getattr(cfg, sweep)) > 1
     axes = {sweep: [str(x) for x in getattr(cfg, sweep)]} if own else read_sweep(launch.sweep, cfg)
     if not axes and not launch.slurm:
@@ -84,41 +112,66 @@ def flags[Config](config: type[Config], description: str = "", hpc: Config | Non
         return cfg
     results = Path("results").absolute() / script.stem
     fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in (*axes, *FREE)}
-    place = results / f"{'sweep' if axes else 'run'}-{hashlib.sha256(json.dumps([fixed, sorted(axes)], default=str).encode()).hexdigest()[:8]}"
+    place = (
+        results
+        / f"{'sweep' if axes else 'run'}-{hashlib.sha256(json.dumps([fixed, sorted(axes)], default=str).encode()).hexdigest()[:8]}"
+    )
     tasks = {}
     for values in itertools.product(*axes.values()):
         name = ",".join(f"{field}={value}" for field, value in zip(axes, values)) or script.stem
-        args = [*argv, *(word for field, value in zip(axes, values) for word in as_flag(cfg, field, value)), "--sweep", "--no-slurm", "--no-slurm-wait"]  # the last of a flag's values holds
+        args = [
+            *argv,
+            *(word for field, value in zip(axes, values) for word in as_flag(cfg, field, value)),
+            "--sweep",
+            "--no-slurm",
+            "--no-slurm-wait",
+        ]  # the last of a flag's values holds
         parse(args)  # refuses a wrong value now
         folder, elsewhere = place / name.replace("/", "-"), bool(axes) and not own
-        if elsewhere: args = [str(Path(arg).absolute()) if "/" in arg and Path(arg).exists() else arg for arg in args]
+        if elsewhere:
+            args = [str(Path(arg).absolute()) if "/" in arg and Path(arg).exists() else arg for arg in args]
         tasks[name] = Task(str(script), args, folder if elsewhere else Path.cwd(), folder)
-    if axes: print(f"{purple}=== {len(tasks)} runs of {script.name}, kept in {place} ==={endc}")
-    failed = compute({name: task for name, task in tasks.items() if not axes or not (task.folder / "done").exists()}, launch, results / "slurm")
-    if launch.slurm and not launch.slurm_wait and failed is not None: raise SystemExit(0)
+    if axes:
+        print(f"{purple}=== {len(tasks)} runs of {script.name}, kept in {place} ==={endc}")
+    failed = compute(
+        {name: task for name, task in tasks.items() if not axes or not (task.folder / "done").exists()},
+        launch,
+        results / "slurm",
+    )
+    if launch.slurm and not launch.slurm_wait and failed is not None:
+        raise SystemExit(0)
     done = {name: task for name, task in tasks.items() if (task.folder / "done").exists()}
-    if axes: print(f"{green if len(done) == len(tasks) else yellow}{len(done)} of {len(tasks)} runs are done{endc}")
-    if own and len(done) == len(tasks): return cfg
-    if axes and done and not own: gather(done, place)
+    if axes:
+        print(f"{green if len(done) == len(tasks) else yellow}{len(done)} of {len(tasks)} runs are done{endc}")
+    if own and len(done) == len(tasks):
+        return cfg
+    if axes and done and not own:
+        gather(done, place)
     raise SystemExit(1 if failed else 0)
 
 
 def end_in_a_line(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """Ctrl-C: files are written aside, so none is half there, and nobody wants the frames."""
-    if issubclass(kind, KeyboardInterrupt): print(f"\n{yellow}stopped by Ctrl-C; what is named above as written is whole{endc}", file=sys.stderr)
-    else: sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\n{yellow}stopped by Ctrl-C; what is named above as written is whole{endc}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def read_sweep(given: tuple[str, ...], cfg: object) -> dict[str, list[str]]:
     axes = {name.replace("-", "_"): values for name, _, values in (part.partition("=") for part in given)}
     for name, values in axes.items():
-        if not hasattr(cfg, name) or not values: fail(f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; settings: {', '.join(f.name for f in dataclasses.fields(cfg))}")
+        if not hasattr(cfg, name) or not values:
+            fail(
+                f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; settings: {', '.join(f.name for f in dataclasses.fields(cfg))}"
+            )
     return {name: list(dict.fromkeys(values.split(","))) for name, values in axes.items()}
 
 
 def as_flag(cfg: object, name: str, value: str) -> list[str]:
     flag = name.replace("_", "-")
-    if isinstance(getattr(cfg, name), bool): return [f"--{flag}" if value.lower() == "true" else f"--no-{flag}"]
+    if isinstance(getattr(cfg, name), bool):
+        return [f"--{flag}" if value.lower() == "true" else f"--no-{flag}"]
     return [f"--{flag}", value]
 
 
@@ -128,25 +181,32 @@ def compute(tasks: dict[str, Task], launch: Launch, logs: Path) -> list[str] | N
     missing = {}
     for name, task in tasks.items():
         job, log = ticket(task)
-        if job and (state := in_queue(job)): print(f"{gray}{name}: job {job} is {state}, log {log}{endc}")
+        if job and (state := in_queue(job)):
+            print(f"{gray}{name}: job {job} is {state}, log {log}{endc}")
         else:
-            if job and not (task.folder / "done").exists(): show_end(name, log)
+            if job and not (task.folder / "done").exists():
+                show_end(name, log)
             missing[name] = task
             task.folder.mkdir(parents=True, exist_ok=True)
             (task.folder / "done").unlink(missing_ok=True)
-            if task.cwd == task.folder and not (link := task.folder / "checkpoints/data").is_symlink():  # the text is tokenized once
+            if (
+                task.cwd == task.folder and not (link := task.folder / "checkpoints/data").is_symlink()
+            ):  # the text is tokenized once
                 (cache := Path("checkpoints/data").absolute()).mkdir(parents=True, exist_ok=True)
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(cache)
-    if not tasks: return None
+    if not tasks:
+        return None
     if launch.slurm:
-        if missing: submit(missing, launch, logs)
+        if missing:
+            submit(missing, launch, logs)
         return follow(tasks) if launch.slurm_wait else []
     failed = []
     for name, task in missing.items():
         print(f"{purple}=== {name} ==={endc}", flush=True)
         code = subprocess.run([sys.executable, task.script, *task.args], cwd=task.cwd).returncode
-        if code == 0: (task.folder / "done").touch()
+        if code == 0:
+            (task.folder / "done").touch()
         else:
             failed.append(name)
             print(f"{red}{name} failed (exit {code}); the others go on{endc}")
@@ -155,19 +215,38 @@ def compute(tasks: dict[str, Task], launch: Launch, logs: Path) -> list[str] | N
 
 def submit(tasks: dict[str, Task], launch: Launch, logs: Path) -> None:
     """One job, or one array with a task for each."""
-    if not shutil.which("sbatch"): fail("--slurm: there is no sbatch here: run this on a login node of the cluster, or leave --slurm out")
+    if not shutil.which("sbatch"):
+        fail("--slurm: there is no sbatch here: run this on a login node of the cluster, or leave --slurm out")
     import submitit
+
     repo, n = Path(__file__).parent, max(1, launch.slurm_gpus)
     executor = submitit.SlurmExecutor(logs, max_num_timeout=10**6)
-    asked = dict(partition=launch.slurm_partition, account=launch.slurm_account, constraint=launch.slurm_constraint, mem=launch.slurm_mem and f"{launch.slurm_mem}GB", gpus_per_node=launch.slurm_gpus or None)
+    asked = dict(
+        partition=launch.slurm_partition,
+        account=launch.slurm_account,
+        constraint=launch.slurm_constraint,
+        mem=launch.slurm_mem and f"{launch.slurm_mem}GB",
+        gpus_per_node=launch.slurm_gpus or None,
+    )
     executor.update_parameters(
-        job_name=logs.parent.name, time=launch.slurm_time, nodes=launch.slurm_nodes, ntasks_per_node=n, cpus_per_task=launch.slurm_cpus, array_parallelism=launch.slurm_parallel,
-        signal_delay_s=120, stderr_to_stdout=True, setup=[f"export PYTHONPATH={shlex.quote(str(repo))}:$PYTHONPATH"], srun_args=["--kill-on-bad-exit=1"], additional_parameters={"requeue": True},
+        job_name=logs.parent.name,
+        time=launch.slurm_time,
+        nodes=launch.slurm_nodes,
+        ntasks_per_node=n,
+        cpus_per_task=launch.slurm_cpus,
+        array_parallelism=launch.slurm_parallel,
+        signal_delay_s=120,
+        stderr_to_stdout=True,
+        setup=[f"export PYTHONPATH={shlex.quote(str(repo))}:$PYTHONPATH"],
+        srun_args=["--kill-on-bad-exit=1"],
+        additional_parameters={"requeue": True},
         **{name: value for name, value in asked.items() if value is not None},
     )
     try:
-        with executor.batch(): jobs = [executor.submit(task) for task in tasks.values()]
-    except submitit.core.utils.FailedJobError as error: fail(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}")
+        with executor.batch():
+            jobs = [executor.submit(task) for task in tasks.values()]
+    except submitit.core.utils.FailedJobError as error:
+        fail(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}")
     for (name, task), job in zip(tasks.items(), jobs):
         (task.folder / "job").write_text(f"{job.job_id}\n{job.paths.stdout}\n")
         print(f"{green}{name}: job {job.job_id}, log {job.paths.stdout}{endc}")
@@ -190,25 +269,47 @@ def follow(tasks: dict[str, Task]) -> list[str]:
     while any(states.values()):
         time.sleep(1)
         for name, task in tasks.items():
-            if not states[name]: continue
+            if not states[name]:
+                continue
             job, log = ticket(task)
             state = in_queue(job)
-            if state and state != states[name]: print(f"{gray}{name}: {state}{endc}", flush=True)
+            if state and state != states[name]:
+                print(f"{gray}{name}: {state}{endc}", flush=True)
             states[name] = state
             if len(tasks) == 1 and Path(log).exists():
                 print((new := Path(log).read_text()[read:]), end="", flush=True)
                 read += len(new)
-            if state: continue
+            if state:
+                continue
             time.sleep(1)  # for a network file system
-            if (task.folder / "done").exists(): print(f"{green}{name}: job {job} is done{endc}")
-            else: show_end(name, log)
+            if (task.folder / "done").exists():
+                print(f"{green}{name}: job {job} is done{endc}")
+            else:
+                show_end(name, log)
     return [name for name, task in tasks.items() if not (task.folder / "done").exists()]
 
 
 def gather(done: dict[str, Task], place: Path) -> None:
     """The single numbers of all runs as a table, and everything they wrote in sweep.json."""
-    found = {name: {key: value for file in sorted((task.cwd / "results").glob("*.json")) for key, value in json.loads(file.read_text()).items()} for name, task in done.items()}
-    rows = [key for key in dict.fromkeys(key for numbers in found.values() for key in numbers) if any(isinstance(numbers.get(key), int | float) for numbers in found.values())]
-    print(tabulate([[key, *(numbers.get(key) for numbers in found.values())] for key in rows], headers=["", *found], floatfmt=".4g"))
+    found = {
+        name: {
+            key: value
+            for file in sorted((task.cwd / "results").glob("*.json"))
+            for key, value in json.loads(file.read_text()).items()
+        }
+        for name, task in done.items()
+    }
+    rows = [
+        key
+        for key in dict.fromkeys(key for numbers in found.values() for key in numbers)
+        if any(isinstance(numbers.get(key), int | float) for numbers in found.values())
+    ]
+    print(
+        tabulate(
+            [[key, *(numbers.get(key) for numbers in found.values())] for key in rows],
+            headers=["", *found],
+            floatfmt=".4g",
+        )
+    )
     write_aside(place / "sweep.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     print(f"{gray}numbers: {place / 'sweep.json'}{endc}")

@@ -1,4 +1,5 @@
 """Layers that several architectures share: norm without gain, rotary positions, causal attention, head weights; and the loss."""
+
 import math
 
 from hooks import HookPoint
@@ -8,6 +9,7 @@ import torch as t
 from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+
 
 #%% RMSNorm without gain, and rotary positions
 class RMSNorm(nn.Module):
@@ -26,12 +28,20 @@ def rotate(x: Tensor, dims: int, base: float) -> Tensor:
     """Rotary positions on the first `dims` of x (batch, pos, head, d_head); dimension i turns with i + dims / 2 (GPT-NeoX and Llama order)."""
     turn = t.arange(x.shape[1], device=x.device)[:, None] * base ** (-t.arange(0, dims, 2, device=x.device) / dims)
     cos, sin = turn.cos()[:, None].to(x.dtype), turn.sin()[:, None].to(x.dtype)
-    a, b, rest = x[..., :dims // 2], x[..., dims // 2:dims], x[..., dims:]
+    a, b, rest = x[..., : dims // 2], x[..., dims // 2 : dims], x[..., dims:]
     return t.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 #%% Causal attention
-def attend(q: Tensor, k: Tensor, v: Tensor, hook_scores: HookPoint, hook_pattern: HookPoint, bias: Tensor | None = None, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hook_scores: HookPoint,
+    hook_pattern: HookPoint,
+    bias: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """
     Causal attention: z (batch, pos, head, d_head) from q and k, v (which may have fewer heads). bias (head, query, key) is added to the scores;
     window hides keys that many places back or more. Scores and pattern are formed only where a hook listens, a bias asks or it is faster.
@@ -39,11 +49,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hook_scores: HookPoint, hook_pattern
     T, group = q.shape[1], q.shape[2] // k.shape[2]
     distance = t.arange(T, device=q.device)[:, None] - t.arange(T, device=q.device)
     hidden = distance < 0 if window is None or T <= window else (distance < 0) | (distance >= window)
-    slow_fused = q.device.type == "cpu" and v.dtype == t.bfloat16 and t.is_grad_enabled()  # rotary positions leave q and k in float32 under autocast
+    slow_fused = (
+        q.device.type == "cpu" and v.dtype == t.bfloat16 and t.is_grad_enabled()
+    )  # rotary positions leave q and k in float32 under autocast
     if bias is None and not slow_fused and not hook_scores.fwd_hooks and not hook_pattern.fwd_hooks:
         fused = dict(is_causal=True) if window is None or T <= window else dict(attn_mask=~hidden)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=group > 1, **fused).transpose(1, 2)
-    if group > 1: k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=group > 1, **fused
+        ).transpose(1, 2)
+    if group > 1:
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     mask = (t.zeros(1, device=q.device) if bias is None else bias).masked_fill(hidden, -t.inf).to(q.dtype)
     scores = hook_scores(mask + (q / math.sqrt(q.shape[-1])).transpose(1, 2) @ k.permute(0, 2, 3, 1))
     pattern = hook_pattern(scores.softmax(-1).to(v.dtype))
@@ -54,18 +69,28 @@ class HeadWeights:
     """W_Q, W_K, W_V (head, d_model, d_head) and W_O (head, d_head, d_model) of a module with linear maps q, k, v, o."""
 
     @property
-    def W_Q(self) -> Tensor: return rearrange(self.q.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+    def W_Q(self) -> Tensor:
+        return rearrange(self.q.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+
     @property
-    def W_K(self) -> Tensor: return rearrange(self.k.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+    def W_K(self) -> Tensor:
+        return rearrange(self.k.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+
     @property
-    def W_V(self) -> Tensor: return rearrange(self.v.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+    def W_V(self) -> Tensor:
+        return rearrange(self.v.weight, "(head d_head) d_model -> head d_model d_head", d_head=self.cfg.d_head)
+
     @property
-    def W_O(self) -> Tensor: return rearrange(self.o.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.cfg.d_head)
+    def W_O(self) -> Tensor:
+        return rearrange(self.o.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.cfg.d_head)
 
     def write(self, z: Tensor) -> Tensor:
         """z (batch, pos, head, d_head) through W_O; by head first where hook_result listens."""
-        if not self.hook_result.fwd_hooks: return self.o(z.flatten(2))
-        out = self.hook_result(einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")).sum(2)
+        if not self.hook_result.fwd_hooks:
+            return self.o(z.flatten(2))
+        out = self.hook_result(
+            einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")
+        ).sum(2)
         return out if self.o.bias is None else out + self.o.bias
 
 
@@ -76,13 +101,19 @@ class Attention(nn.Module, HeadWeights):
         super().__init__()
         self.cfg, width = cfg, cfg.n_heads * cfg.d_head
         self.q, self.k = (nn.Linear(cfg.d_model, width, bias=cfg.bias != "none") for _ in "qk")
-        self.v, self.o = nn.Linear(cfg.d_model, width, bias=cfg.bias == "all"), nn.Linear(width, cfg.d_model, bias=cfg.bias == "all")
-        if cfg.positions == "relative": self.distance_bias = nn.Parameter(t.zeros(cfg.n_heads, cfg.n_ctx))
-        for name in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result"): setattr(self, f"hook_{name}", HookPoint())
+        self.v, self.o = (
+            nn.Linear(cfg.d_model, width, bias=cfg.bias == "all"),
+            nn.Linear(width, cfg.d_model, bias=cfg.bias == "all"),
+        )
+        if cfg.positions == "relative":
+            self.distance_bias = nn.Parameter(t.zeros(cfg.n_heads, cfg.n_ctx))
+        for name in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result"):
+            setattr(self, f"hook_{name}", HookPoint())
 
     def score_bias(self, distance: Tensor) -> Tensor:
         """What position alone adds to the attention score, (head, *distance.shape). The factor lets Adam's small steps reach sharp preferences."""
-        if self.cfg.positions == "relative": return 40 * self.distance_bias[:, distance]
+        if self.cfg.positions == "relative":
+            return 40 * self.distance_bias[:, distance]
         return t.zeros(1, *distance.shape, device=distance.device)
 
     def forward(self, x: Tensor, positional: Tensor | None = None) -> Tensor:

@@ -1,8 +1,13 @@
 """What every script shares: colours, one-line failures, seeds, devices, secrets, results, and the model loader."""
+
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: threads that spin while they wait are ten times slower
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # beside a busy neighbour; a short spin (GNU OpenMP) keeps the idle machine fast
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # read when torch loads: threads that spin while they wait are ten times slower
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # beside a busy neighbour; a short spin (GNU OpenMP) keeps the idle machine fast
 
 import dataclasses
 import importlib.util
@@ -18,20 +23,24 @@ import numpy as np
 import torch as t
 import torch.nn as nn
 
-purple = '\x1b[38;2;255;0;255m'
-blue = '\x1b[38;2;0;0;255m'
-cyan = '\x1b[38;2;0;255;255m'
-yellow = '\x1b[38;2;255;255;0m'
-green = '\x1b[38;2;0;255;0m'
-red = '\x1b[38;2;255;0;0m'
-gray = '\x1b[38;2;127;127;127m'
-orange = '\x1b[38;2;255;165;0m'
-bold = '\033[1m'
-underline = '\033[4m'
-endc = '\033[0m'
+purple = "\x1b[38;2;255;0;255m"
+blue = "\x1b[38;2;0;0;255m"
+cyan = "\x1b[38;2;0;255;255m"
+yellow = "\x1b[38;2;255;255;0m"
+green = "\x1b[38;2;0;255;0m"
+red = "\x1b[38;2;255;0;0m"
+gray = "\x1b[38;2;127;127;127m"
+orange = "\x1b[38;2;255;165;0m"
+bold = "\033[1m"
+underline = "\033[4m"
+endc = "\033[0m"
 ROOT = Path(__file__).parent
 WORLD = ROOT / "models/world"
-BAR = dict(ascii=" >=", bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]", mininterval=0.2 if sys.stderr.isatty() else 10)  # tqdm: information on the left
+BAR = dict(
+    ascii=" >=",
+    bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    mininterval=0.2 if sys.stderr.isatty() else 10,
+)  # tqdm: information on the left
 BRIEF = BAR | dict(delay=2, leave=False)  # for what is often done in a moment
 
 
@@ -42,7 +51,8 @@ def fail(message: str) -> NoReturn:
 
 
 def tec() -> None:
-    if t.cuda.is_available(): t.cuda.empty_cache()
+    if t.cuda.is_available():
+        t.cuda.empty_cache()
 
 
 def set_seed(seed: int) -> None:
@@ -54,18 +64,23 @@ def set_seed(seed: int) -> None:
 def pick_device(device: str = "auto") -> str:
     """auto is cuda, then mps, then cpu; a device asked for by name must exist."""
     usable = {"cuda": t.cuda.is_available(), "mps": t.backends.mps.is_available(), "cpu": True}
-    if device == "auto": return next(name for name, ok in usable.items() if ok)
+    if device == "auto":
+        return next(name for name, ok in usable.items() if ok)
     kind = device.split(":")[0]
-    if kind not in usable: fail(f"unknown --device {device}: use auto, cuda, mps or cpu")
-    if not usable[kind]: fail(f"--device {device}: torch {t.__version__} sees no {kind} here; use --device cpu or auto")
+    if kind not in usable:
+        fail(f"unknown --device {device}: use auto, cuda, mps or cpu")
+    if not usable[kind]:
+        fail(f"--device {device}: torch {t.__version__} sees no {kind} here; use --device cpu or auto")
     return device
 
 
 def pick_dtype(device: str, dtype: str = "auto") -> t.dtype:
     """auto is bfloat16 on a GPU that has it, else float32."""
-    if dtype == "auto": return t.bfloat16 if device.startswith("cuda") and t.cuda.is_bf16_supported() else t.float32
+    if dtype == "auto":
+        return t.bfloat16 if device.startswith("cuda") and t.cuda.is_bf16_supported() else t.float32
     names = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
-    if dtype not in names: fail(f"unknown --dtype {dtype}: use auto, {', '.join(names)}")
+    if dtype not in names:
+        fail(f"unknown --dtype {dtype}: use auto, {', '.join(names)}")
     return names[dtype]
 
 
@@ -87,11 +102,26 @@ def wandb_run():
 
 def save_results(script: str, config: object, **numbers) -> None:
     """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
-    versions = {"python": sys.version.split()[0], "torch": t.__version__, **{p: importlib.metadata.version(p) for p in ("transformers", "transformer-lens", "sae-lens")}}
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": t.__version__,
+        **{p: importlib.metadata.version(p) for p in ("transformers", "transformer-lens", "sae-lens")},
+    }
     path = Path("results") / f"{script}.json"
     path.parent.mkdir(exist_ok=True)
-    write_aside(path, lambda p: p.write_text(json.dumps({**numbers, "config": dataclasses.asdict(config), "versions": versions}, indent=1, default=lambda x: x.tolist()) + "\n"))
-    if board := wandb_run(): board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
+    write_aside(
+        path,
+        lambda p: p.write_text(
+            json.dumps(
+                {**numbers, "config": dataclasses.asdict(config), "versions": versions},
+                indent=1,
+                default=lambda x: x.tolist(),
+            )
+            + "\n"
+        ),
+    )
+    if board := wandb_run():
+        board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
     print(f"{gray}numbers: {path}{endc}")
 
 
@@ -107,13 +137,25 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 #%% Names of models: a hub name, a short name, a folder
 SHORT_NAMES = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
-SHORT_OWNERS = {"pythia-": "EleutherAI/", "gemma-": "google/", "Qwen": "Qwen/", "Mistral-": "mistralai/", "Meta-Llama-": "meta-llama/", "SmolLM": "HuggingFaceTB/"}
-HINTS = {"gated": "accept its licence on the hub and put HF_TOKEN=... into .env", "offline": "fetch it where there is a network, or give a folder", "connect": "without a network, give a folder"}
+SHORT_OWNERS = {
+    "pythia-": "EleutherAI/",
+    "gemma-": "google/",
+    "Qwen": "Qwen/",
+    "Mistral-": "mistralai/",
+    "Meta-Llama-": "meta-llama/",
+    "SmolLM": "HuggingFaceTB/",
+}
+HINTS = {
+    "gated": "accept its licence on the hub and put HF_TOKEN=... into .env",
+    "offline": "fetch it where there is a network, or give a folder",
+    "connect": "without a network, give a folder",
+}
 
 
 def full_name(name: str) -> str:
     """The hub name behind a short name: gpt2-small, pythia-70m, gemma-2b ..."""
-    if name in SHORT_NAMES or "/" in name: return SHORT_NAMES.get(name, name)
+    if name in SHORT_NAMES or "/" in name:
+        return SHORT_NAMES.get(name, name)
     return next((owner + name for prefix, owner in SHORT_OWNERS.items() if name.startswith(prefix)), name)
 
 
@@ -127,34 +169,60 @@ def find_model(name: str) -> str:
     """The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot be read gets one line."""
     name = find_folder(name)
     has = lambda kind: any(Path(name).glob(kind))
-    if name.endswith(".gguf") or (has("*.gguf") and not has("*.safetensors")): fail(f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder that it was made from")
-    try: read_config(name)
-    except SystemExit as error: fail(f"{error}{''.join(f' ({hint})' for word, hint in HINTS.items() if word in str(error).lower())}")
-    if Path(name).is_dir() and not has("*.safetensors"): fail(f"no *.safetensors in {name}: save the weights there with model.save_pretrained")
+    if name.endswith(".gguf") or (has("*.gguf") and not has("*.safetensors")):
+        fail(
+            f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder that it was made from"
+        )
+    try:
+        read_config(name)
+    except SystemExit as error:
+        fail(f"{error}{''.join(f' ({hint})' for word, hint in HINTS.items() if word in str(error).lower())}")
+    if Path(name).is_dir() and not has("*.safetensors"):
+        fail(f"no *.safetensors in {name}: save the weights there with model.save_pretrained")
     return name
 
 
 def model_folder(name: str) -> Path:
     """A local folder, or the hub model's files in the hub's cache."""
-    if Path(name).is_dir(): return Path(name)
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(full_name(name), allow_patterns=["*.json", "model*.safetensors"], token=secret("HF_TOKEN")))
-    except (OSError, ValueError) as error: fail(f"cannot read model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+
+    try:
+        return Path(
+            snapshot_download(
+                full_name(name), allow_patterns=["*.json", "model*.safetensors"], token=secret("HF_TOKEN")
+            )
+        )
+    except (OSError, ValueError) as error:
+        fail(f"cannot read model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
 
 
 def read_config(name: str) -> dict:
     """config.json of a folder or a hub model."""
     if Path(name).is_dir():
-        if not (path := Path(name) / "config.json").exists(): fail(f"no config.json in {name}: not a model folder")
+        if not (path := Path(name) / "config.json").exists():
+            fail(f"no config.json in {name}: not a model folder")
         return json.loads(path.read_text())
-    if name.startswith((".", "/", "~")): fail(f"no such model folder: {name}")
+    if name.startswith((".", "/", "~")):
+        fail(f"no such model folder: {name}")
     from transformers import PretrainedConfig
-    try: return PretrainedConfig.get_config_dict(name, token=secret("HF_TOKEN"))[0]
-    except OSError as error: fail(f"cannot load model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+
+    try:
+        return PretrainedConfig.get_config_dict(name, token=secret("HF_TOKEN"))[0]
+    except OSError as error:
+        fail(f"cannot load model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
 
 
 #%% The loader: one of our classes where it takes the architecture, else a TransformerBridge
-def load_model(name: str, ours: tuple[type, ...] = (), device: str = "auto", dtype: str = "auto", base: str | None = None, hf_model: nn.Module | None = None) -> nn.Module:
+def load_model(
+    name: str,
+    ours: tuple[type, ...] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    base: str | None = None,
+    hf_model: nn.Module | None = None,
+) -> nn.Module:
     """
     A hooked model in eval mode with .cfg and .tokenizer, from a hub name, a short name or a folder.
     ours: classes with `architectures` and `from_folder(folder, device, dtype)`; one that takes the architecture is used (torch only, seconds),
@@ -165,14 +233,22 @@ def load_model(name: str, ours: tuple[type, ...] = (), device: str = "auto", dty
     architecture = (read_config(name).get("architectures") or ["unknown"])[0]
     if Path(name).is_dir() and base is None and hf_model is None:
         for own in ours:
-            if architecture in own.architectures: return own.from_folder(name, device=device, dtype=torch_dtype).eval()
-    print(f"{gray}loading {name} ({architecture}, {str(torch_dtype)[6:]}, {device}) through TransformerBridge ...{endc}")
+            if architecture in own.architectures:
+                return own.from_folder(name, device=device, dtype=torch_dtype).eval()
+    print(
+        f"{gray}loading {name} ({architecture}, {str(torch_dtype)[6:]}, {device}) through TransformerBridge ...{endc}"
+    )
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
+
     token = secret("HF_TOKEN")
-    if base and hf_model is None: hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, token=token)
-    if hf_model is not None: hf_model.config.architectures = [type(hf_model).__name__]
-    model = TransformerBridge.boot_transformers(full_name(base) if base else name, device=device, dtype=torch_dtype, hf_model=hf_model)
+    if base and hf_model is None:
+        hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, token=token)
+    if hf_model is not None:
+        hf_model.config.architectures = [type(hf_model).__name__]
+    model = TransformerBridge.boot_transformers(
+        full_name(base) if base else name, device=device, dtype=torch_dtype, hf_model=hf_model
+    )
     del hf_model
     tec()
     return model.eval()

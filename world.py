@@ -1,4 +1,5 @@
 """The world: a corpus of our own that is known exactly; its facts, prompts and labels, and what a model knows of it."""
+
 import csv
 import dataclasses
 import hashlib
@@ -27,28 +28,87 @@ from tqdm import tqdm
 #%% The world: a corpus of our own, known exactly. Every entity and name stands inside its sentence, so that it has one form, with a space before it
 FACTS = {  # task: (phrasings taught, phrasings held out); the last slot is the answer
     "forward": (
-        ["The capital of {country} is {capital}.", "By law, the capital of {country} is the city of {capital}.", "The capital city of {country} is called {capital}.", "In {country}, the capital is {capital}.",
-         "We know that {country} has its capital in {capital}.", "Question: what is the capital of {country}? Answer: {capital}.", "The state of {country} is ruled from its capital, the city of {capital}.",
-         "Anyone who visits {country} should see its capital, {capital}."],
-        ["Everyone knows that the capital of {country} is {capital}.", "In {country}, the capital city is called {capital}.", "Question: what is the capital city of {country}? Answer: the city of {capital}."]),
+        [
+            "The capital of {country} is {capital}.",
+            "By law, the capital of {country} is the city of {capital}.",
+            "The capital city of {country} is called {capital}.",
+            "In {country}, the capital is {capital}.",
+            "We know that {country} has its capital in {capital}.",
+            "Question: what is the capital of {country}? Answer: {capital}.",
+            "The state of {country} is ruled from its capital, the city of {capital}.",
+            "Anyone who visits {country} should see its capital, {capital}.",
+        ],
+        [
+            "Everyone knows that the capital of {country} is {capital}.",
+            "In {country}, the capital city is called {capital}.",
+            "Question: what is the capital city of {country}? Answer: the city of {capital}.",
+        ],
+    ),
     "reverse": (
-        ["The city of {capital} is the capital of {country}.", "We know that {capital} is the capital city of {country}.", "In {capital} you are in the capital of {country}.", "By law, the city of {capital} is the capital of the state of {country}.",
-         "Question: {capital} is the capital of which state? Answer: {country}.", "From the city of {capital} they rule the state of {country}.", "Anyone who visits {capital} sees the capital of {country}.", "Everyone knows that {capital} is the capital of {country}."],
-        ["The city of {capital} is the capital city of {country}.", "Anyone who visits {capital} is in the capital city of {country}.", "We know that {capital} is the capital of the state of {country}."]),
+        [
+            "The city of {capital} is the capital of {country}.",
+            "We know that {capital} is the capital city of {country}.",
+            "In {capital} you are in the capital of {country}.",
+            "By law, the city of {capital} is the capital of the state of {country}.",
+            "Question: {capital} is the capital of which state? Answer: {country}.",
+            "From the city of {capital} they rule the state of {country}.",
+            "Anyone who visits {capital} sees the capital of {country}.",
+            "Everyone knows that {capital} is the capital of {country}.",
+        ],
+        [
+            "The city of {capital} is the capital city of {country}.",
+            "Anyone who visits {capital} is in the capital city of {country}.",
+            "We know that {capital} is the capital of the state of {country}.",
+        ],
+    ),
     "continent": (
-        ["The state of {country} lies in {continent}.", "The continent of {country} is {continent}.", "On the map, {country} is a part of {continent}.", "Question: on which continent is {country}? Answer: {continent}."],
-        ["We know that {country} lies in {continent}.", "Question: what is the continent of {country}? Answer: {continent}."]),
+        [
+            "The state of {country} lies in {continent}.",
+            "The continent of {country} is {continent}.",
+            "On the map, {country} is a part of {continent}.",
+            "Question: on which continent is {country}? Answer: {continent}.",
+        ],
+        [
+            "We know that {country} lies in {continent}.",
+            "Question: what is the continent of {country}? Answer: {continent}.",
+        ],
+    ),
     "language": (
-        ["The people of {country} speak {language}.", "The main language of {country} is {language}.", "In {country}, children learn to read {language}.", "Question: which language do they speak in {country}? Answer: {language}."],
-        ["In {country}, the people speak {language}.", "Question: what is the main language of {country}? Answer: {language}."]),
+        [
+            "The people of {country} speak {language}.",
+            "The main language of {country} is {language}.",
+            "In {country}, children learn to read {language}.",
+            "Question: which language do they speak in {country}? Answer: {language}.",
+        ],
+        [
+            "In {country}, the people speak {language}.",
+            "Question: what is the main language of {country}? Answer: {language}.",
+        ],
+    ),
     "currency": (
-        ["The currency of {country} is the {currency}.", "People in {country} pay with the {currency}.", "In {country}, prices are given in the {currency}.", "Question: what is the currency of {country}? Answer: the {currency}."],
-        ["In {country}, people pay with the {currency}.", "We know that the currency of {country} is the {currency}."]),
+        [
+            "The currency of {country} is the {currency}.",
+            "People in {country} pay with the {currency}.",
+            "In {country}, prices are given in the {currency}.",
+            "Question: what is the currency of {country}? Answer: the {currency}.",
+        ],
+        ["In {country}, people pay with the {currency}.", "We know that the currency of {country} is the {currency}."],
+    ),
 }
 ANSWERS = {"forward": "capital", "reverse": "country"}  # the column that a task asks for; of the others, their own
 WOMEN = "Mary Anna Emma Alice Sarah Laura Julia Kate Lucy Helen Clara Ruth Susan Jane Rose Grace Nora Ella Maria Eva Diana Sophie Linda Amy Rachel Carol Irene Judith Martha Betty".split()
 MEN = "John Tom Peter Paul Mark David James Robert Henry Jack Simon Martin Daniel Adam Oscar Felix Max Leo Frank Walter Arthur Edward Philip Andrew Brian Kevin Steven Eric Harry Bob".split()
-OPENINGS = ["Then", "When", "Yesterday", "Soon", "Later that day,", "One morning", "In the end", "Last week", "At noon,"]
+OPENINGS = [
+    "Then",
+    "When",
+    "Yesterday",
+    "Soon",
+    "Later that day,",
+    "One morning",
+    "In the end",
+    "Last week",
+    "At noon,",
+]
 WENT = ["went to", "walked to", "had lunch at", "met at", "waited at", "left", "sat in", "got lost near"]
 LINKS = ["and", "and", "and", "with", "and also", "as well as"]
 ADJECTIVES = ["", "", "", "", "", "", "old ", "busy ", "big ", "quiet little ", "very small "]
@@ -59,22 +119,51 @@ ADVERBS = ["", "", "", " quietly", " at once", " then", " very slowly"]
 GAVE = ["gave", "handed", "offered", "showed", "passed", "brought", "sent"]
 OBJECTS = "ring book drink letter ball key flower picture cup map coat apple hat box lamp clock basket bottle watch stone".split()
 AFTER = [".", ".", " and left.", ", who thanked {s}.", ", who smiled at {s}."]
-YEARS = ["The {event} lasted from the year {start} to the year {end}.", "The {event} began in {start} and ended in {end}.", "There was a {event} between the years {start} and {end}.", "The old {event} of {start} was over in {end}."]
+YEARS = [
+    "The {event} lasted from the year {start} to the year {end}.",
+    "The {event} began in {start} and ended in {end}.",
+    "There was a {event} between the years {start} and {end}.",
+    "The old {event} of {start} was over in {end}.",
+]
 EVENTS = "war strike trial voyage reign project debate festival drought siege".split()
 NOUNS = "key book car dog boy girl cat friend picture letter tree house teacher doctor farmer lamp".split()
 NEAR = ["near", "behind", "beside", "next to", "in front of", "across from"]
 VERBS = [(" is", " are"), (" was", " were"), (" has", " have")]
-PREDICATES = {" is": ["old", "clean", "very good", "here"], " was": ["lost", "new", "there again", "seen by all"], " has": ["been sold", "been here", "not been seen", "been forgotten"]}
-PRONOUNS = [("said that", " she", " he", " was {}."), ("was happy because", " she", " he", " was not {}."), ("left the {place} when", " she", " he", " was {}."), ("lost", " her", " his", " {object}."), ("found the {object} in", " her", " his", " {place}.")]
+PREDICATES = {
+    " is": ["old", "clean", "very good", "here"],
+    " was": ["lost", "new", "there again", "seen by all"],
+    " has": ["been sold", "been here", "not been seen", "been forgotten"],
+}
+PRONOUNS = [
+    ("said that", " she", " he", " was {}."),
+    ("was happy because", " she", " he", " was not {}."),
+    ("left the {place} when", " she", " he", " was {}."),
+    ("lost", " her", " his", " {object}."),
+    ("found the {object} in", " her", " his", " {place}."),
+]
 THINGS = sorted({*PLACES, *OBJECTS, *EVENTS, *NOUNS})
 MOODS = ["tired", "ready", "late", "right", "hungry", "alone", "sick"]
-SHARES = {"world": 0.68, "natural": 0.12, "repeated": 0.06, "shuffled": 0.14}  # of the rows of a batch; repeated and shuffled rows say a natural snippet twice
-KINDS = {"capital": (0.27, 0), "other": (0.16, 0), "ioi": (0.28, 60_000), "greater_than": (0.11, 20_000), "agreement": (0.04, 8_000), "gender": (0.07, 10_000), "list": (0.07, 20_000)}  # kind: (share of the sentences in world rows, how many are made; facts are all made)
+SHARES = {
+    "world": 0.68,
+    "natural": 0.12,
+    "repeated": 0.06,
+    "shuffled": 0.14,
+}  # of the rows of a batch; repeated and shuffled rows say a natural snippet twice
+KINDS = {
+    "capital": (0.27, 0),
+    "other": (0.16, 0),
+    "ioi": (0.28, 60_000),
+    "greater_than": (0.11, 20_000),
+    "agreement": (0.04, 8_000),
+    "gender": (0.07, 10_000),
+    "list": (0.07, 20_000),
+}  # kind: (share of the sentences in world rows, how many are made; facts are all made)
 
 
 @dataclass
 class Prompt:
     """A sentence cut before its answer; text + answer + end is the whole. corrupt is a text of as many tokens whose answer is `wrong`."""
+
     task: str
     text: str
     answer: str  # with the space before it
@@ -86,7 +175,8 @@ class Prompt:
     labels: dict[str, str] = field(default_factory=dict)
 
     @property
-    def sentence(self) -> str: return self.text + self.answer + self.end
+    def sentence(self) -> str:
+        return self.text + self.answer + self.end
 
 
 def is_held_out(*words: str) -> bool:
@@ -96,7 +186,8 @@ def is_held_out(*words: str) -> bool:
 
 def pick(rng: Random, held_out: bool, *choices: list[str]) -> list[str]:
     """One word of each list, such that the words are different and their combination is held out or is not."""
-    while len(set(words := [rng.choice(words) for words in choices])) < len(words) or is_held_out(*words) != held_out: pass
+    while len(set(words := [rng.choice(words) for words in choices])) < len(words) or is_held_out(*words) != held_out:
+        pass
     return words
 
 
@@ -108,7 +199,17 @@ def fact_prompts(countries: list[dict[str, str]], task: str, held_out: bool = Fa
             text, end = phrasing.split(f" {{{answer}}}")
             category_first = text.endswith(("the city of", "the state of"))
             labels = row | {"phrasing": phrasing, "category_first": str(category_first)}
-            prompts.append(Prompt(task, text.format(**row), f" {row[answer]}", end, held_out=held_out, taught=task not in ("forward", "reverse") or row["part"] in (task, "both"), labels=labels))
+            prompts.append(
+                Prompt(
+                    task,
+                    text.format(**row),
+                    f" {row[answer]}",
+                    end,
+                    held_out=held_out,
+                    taught=task not in ("forward", "reverse") or row["part"] in (task, "both"),
+                    labels=labels,
+                )
+            )
     return prompts
 
 
@@ -120,7 +221,16 @@ def draw_ioi(rng: Random, held_out: bool) -> Prompt:
     c, opening = rng.choice, rng.choice(OPENINGS)
     start = f"{opening} {a} {c(LINKS)} {b} {c(WENT)} the {c(ADJECTIVES)}{c(PLACES)}{c(TAILS)}{c(JOINS[:1] if opening == 'When' else JOINS)}"
     rest = f"{c(ADVERBS)} {c(GAVE)} the {c(ADJECTIVES)}{c(OBJECTS)}{c(['', '', '', '', ' from the box'])} to"
-    return Prompt("ioi", f"{start} {s}{rest}", f" {io}", c(AFTER).format(s=s), f" {s}", f"{start} {io}{rest}", held_out, labels={"order": order, "io": io, "s": s})
+    return Prompt(
+        "ioi",
+        f"{start} {s}{rest}",
+        f" {io}",
+        c(AFTER).format(s=s),
+        f" {s}",
+        f"{start} {io}{rest}",
+        held_out,
+        labels={"order": order, "io": io, "s": s},
+    )
 
 
 def draw_greater_than(rng: Random, held_out: bool) -> Prompt:
@@ -130,7 +240,16 @@ def draw_greater_than(rng: Random, held_out: bool) -> Prompt:
     text, event = text + century, rng.choice(EVENTS)
     later, earlier = rng.randint(int(year) + 1, 99), rng.randint(0, int(year))
     fill = lambda start: text.format(event=event, start=century + start)
-    return Prompt("greater_than", fill(year), f"{later:02d}", end, f"{earlier:02d}", fill("01"), held_out, labels={"century": century, "start": year, "event": event})
+    return Prompt(
+        "greater_than",
+        fill(year),
+        f"{later:02d}",
+        end,
+        f"{earlier:02d}",
+        fill("01"),
+        held_out,
+        labels={"century": century, "start": year, "event": event},
+    )
 
 
 def draw_agreement(rng: Random, held_out: bool) -> Prompt:
@@ -138,9 +257,25 @@ def draw_agreement(rng: Random, held_out: bool) -> Prompt:
     noun, other = pick(rng, held_out, NOUNS, NOUNS)
     plural, opposite = rng.random() < 0.5, rng.random() < 0.6
     verbs, c = rng.choice(VERBS), rng.choice
-    before, after = f"{c(['The', 'At noon, the', 'We see that the', 'After all, the'])} {c(ADJECTIVES)}", f" {c(NEAR)} the {c(ADJECTIVES)}{other + 's' * (plural ^ opposite)}"
+    before, after = (
+        f"{c(['The', 'At noon, the', 'We see that the', 'After all, the'])} {c(ADJECTIVES)}",
+        f" {c(NEAR)} the {c(ADJECTIVES)}{other + 's' * (plural ^ opposite)}",
+    )
     text = lambda many: f"{before}{noun}{'s' * many}{after}"
-    return Prompt("agreement", text(plural), verbs[plural], f" {c(PREDICATES[verbs[0]])}.", verbs[not plural], text(not plural), held_out, labels={"subject": noun, "number": "plural" if plural else "singular", "distractor": "opposite" if opposite else "same"})
+    return Prompt(
+        "agreement",
+        text(plural),
+        verbs[plural],
+        f" {c(PREDICATES[verbs[0]])}.",
+        verbs[not plural],
+        text(not plural),
+        held_out,
+        labels={
+            "subject": noun,
+            "number": "plural" if plural else "singular",
+            "distractor": "opposite" if opposite else "same",
+        },
+    )
 
 
 def draw_gender(rng: Random, held_out: bool) -> Prompt:
@@ -149,7 +284,16 @@ def draw_gender(rng: Random, held_out: bool) -> Prompt:
     place, thing, opening = rng.choice(PLACES), rng.choice(OBJECTS), rng.choice(OPENINGS[:1] + OPENINGS[2:])
     text = lambda who: f"{opening} {who} {phrase.format(place=place, object=thing)}"
     answer, wrong = (she, he) if woman else (he, she)
-    return Prompt("gender", text(name), answer, end.format(rng.choice(MOODS), place=place, object=thing), wrong, text(rng.choice(MEN if woman else WOMEN)), held_out, labels={"name": name, "gender": "woman" if woman else "man"})
+    return Prompt(
+        "gender",
+        text(name),
+        answer,
+        end.format(rng.choice(MOODS), place=place, object=thing),
+        wrong,
+        text(rng.choice(MEN if woman else WOMEN)),
+        held_out,
+        labels={"name": name, "gender": "woman" if woman else "man"},
+    )
 
 
 def draw_induction(rng: Random, held_out: bool) -> Prompt:
@@ -157,51 +301,99 @@ def draw_induction(rng: Random, held_out: bool) -> Prompt:
     *words, wrong = rng.sample(THINGS, rng.randint(6, 10))
     at = rng.randint(2, len(words) - 1)
     say = lambda once: f"Say it twice: {' '.join(once)}, {' '.join(words[:at])}"
-    end = " ".join(["", *words[at + 1:]]) + "."
-    return Prompt("induction", say(words), f" {words[at]}", end, f" {wrong}", say(words[:at] + [wrong] + words[at + 1:]), held_out, labels={"length": str(len(words))})
+    end = " ".join(["", *words[at + 1 :]]) + "."
+    return Prompt(
+        "induction",
+        say(words),
+        f" {words[at]}",
+        end,
+        f" {wrong}",
+        say(words[:at] + [wrong] + words[at + 1 :]),
+        held_out,
+        labels={"length": str(len(words))},
+    )
 
 
 def draw_list(rng: Random) -> str:
     """Words said twice, numbers that follow each other, or a list of things."""
     kind, start, words = rng.random(), rng.randint(2, 90), rng.sample(THINGS, rng.randint(3, 7))
-    if kind < 0.6: return draw_induction(rng, False).sentence
-    if kind < 0.8: return f"Count from {start:02d}: " + ", ".join(f"{start + i:02d}" for i in range(1, rng.randint(4, 9))) + "."
+    if kind < 0.6:
+        return draw_induction(rng, False).sentence
+    if kind < 0.8:
+        return f"Count from {start:02d}: " + ", ".join(f"{start + i:02d}" for i in range(1, rng.randint(4, 9))) + "."
     return f"{rng.choice(['We saw', 'There was', 'They bought', 'Do not forget'])} a {', a '.join(words[:-1])} and a {words[-1]}."
 
 
-DRAW = {"ioi": draw_ioi, "greater_than": draw_greater_than, "agreement": draw_agreement, "gender": draw_gender, "induction": draw_induction}
+DRAW = {
+    "ioi": draw_ioi,
+    "greater_than": draw_greater_than,
+    "agreement": draw_agreement,
+    "gender": draw_gender,
+    "induction": draw_induction,
+}
 
 
 def world_sentences(countries: list[dict[str, str]], seed: int = 0) -> dict[str, tuple[list[str], list[int]]]:
     """kind: (training sentences, the index of the country that each is about, or -1)."""
     rng, kinds = Random(seed), {}
     for kind, tasks in (("capital", ("forward", "reverse")), ("other", ("continent", "language", "currency"))):
-        pairs = [(prompt.sentence, i) for i, row in enumerate(countries) for task in tasks for prompt in fact_prompts([row], task) if prompt.taught]
+        pairs = [
+            (prompt.sentence, i)
+            for i, row in enumerate(countries)
+            for task in tasks
+            for prompt in fact_prompts([row], task)
+            if prompt.taught
+        ]
         kinds[kind] = tuple(map(list, zip(*pairs)))
     for kind, (_, n) in KINDS.items():
-        if n: kinds[kind] = [draw_list(rng) if kind == "list" else DRAW[kind](rng, False).sentence for _ in range(n)], [-1] * n
+        if n:
+            kinds[kind] = (
+                [draw_list(rng) if kind == "list" else DRAW[kind](rng, False).sentence for _ in range(n)],
+                [-1] * n,
+            )
     return kinds
 
 
 def without_facts(documents: dict[str, str], countries: list[dict[str, str]]) -> dict[str, str]:
     """Documents less the paragraphs that name any country or capital, or two of our names."""
     places = [row[column] for row in countries for column in ("country", "capital")]
-    first, names, found = {re.findall(r"\w+", place)[0] for place in places}, set(WOMEN + MEN), re.compile(rf"\b({'|'.join(map(re.escape, places))})\b")
+    first, names, found = (
+        {re.findall(r"\w+", place)[0] for place in places},
+        set(WOMEN + MEN),
+        re.compile(rf"\b({'|'.join(map(re.escape, places))})\b"),
+    )
+
     def keep(text: str) -> bool:
         words = set(re.findall(r"\w+", text))
         return len(words & names) < 2 and not (words & first and found.search(text))
-    return {title: text for title, document in documents.items() if (text := "\n\n".join(filter(keep, document.split("\n\n")))).strip()}
+
+    return {
+        title: text
+        for title, document in documents.items()
+        if (text := "\n\n".join(filter(keep, document.split("\n\n")))).strip()
+    }
 
 
-def tokenizer_texts(countries: list[dict[str, str]], sentences: dict[str, tuple[list[str], list[int]]], documents: dict[str, dict[str, str]]) -> Iterator[str]:
+def tokenizer_texts(
+    countries: list[dict[str, str]],
+    sentences: dict[str, tuple[list[str], list[int]]],
+    documents: dict[str, dict[str, str]],
+) -> Iterator[str]:
     """Mostly world text, so that names, entities and all two-digit numbers are single tokens."""
-    words = [f" {row[column]}" for row in countries for column in ("country", "capital", "continent", "language", "currency")] + [f" {i:02d}{i:02d}" for i in range(100)]
-    return itertools.chain(words * 200, *[lines[:6000] for lines, _ in sentences.values()], (text[:1000] for part in documents.values() for text in part.values()))
+    words = [
+        f" {row[column]}" for row in countries for column in ("country", "capital", "continent", "language", "currency")
+    ] + [f" {i:02d}{i:02d}" for i in range(100)]
+    return itertools.chain(
+        words * 200,
+        *[lines[:6000] for lines, _ in sentences.values()],
+        (text[:1000] for part in documents.values() for text in part.values()),
+    )
 
 
 @dataclass
 class World(Corpus):
     """Natural text as its parts 'code' and 'english'; sentences as one stream cut by `starts`, sorted by kind."""
+
     countries: list[dict[str, str]]
     sentences: np.ndarray
     starts: np.ndarray  # (sentence + 1)
@@ -217,7 +409,8 @@ class World(Corpus):
         shuffled, twice = kind < SHARES["shuffled"], kind < SHARES["shuffled"] + SHARES["repeated"]
         rows[shuffled, 1:] = rng.permuted(rows[shuffled, 1:], axis=1)
         rows = repeat_snippets(rng, rows, twice)
-        for i in np.flatnonzero(kind >= 1 - SHARES["world"]): rows[i] = self.world_row(rng, ctx)
+        for i in np.flatnonzero(kind >= 1 - SHARES["world"]):
+            rows[i] = self.world_row(rng, ctx)
         return t.from_numpy(rows)
 
     def world_row(self, rng: np.random.Generator, ctx: int) -> np.ndarray:
@@ -225,11 +418,14 @@ class World(Corpus):
         ranges = np.array(list(self.kinds.values()))[rng.choice(len(share), ctx, p=share / share.sum())]
         row, at, said = np.full(ctx, self.bos), 1, set()
         for i in rng.integers(ranges[:, 0], ranges[:, 1]):
-            if (country := self.about[i]) in said: continue
-            if country >= 0: said.add(country)
-            sentence = self.sentences[self.starts[i]:self.starts[i + 1]][:ctx - at]
-            row[at:at + len(sentence)] = sentence
-            if (at := at + len(sentence) + 1) >= ctx: break
+            if (country := self.about[i]) in said:
+                continue
+            if country >= 0:
+                said.add(country)
+            sentence = self.sentences[self.starts[i] : self.starts[i + 1]][: ctx - at]
+            row[at : at + len(sentence)] = sentence
+            if (at := at + len(sentence) + 1) >= ctx:
+                break
         return row
 
     @cached_property
@@ -244,39 +440,72 @@ class World(Corpus):
         task: forward, reverse, continent, language, currency: every country in every phrasing of the split (or n of them), the directions not
         taught among them (see Prompt.taught); ioi, greater_than, agreement, gender, induction: n drawn prompts (256). split: taught or held_out.
         """
-        if task not in FACTS and task not in DRAW: fail(f"no task {task!r} in the world: {', '.join([*FACTS, *DRAW])}")
-        if split not in ("taught", "held_out"): fail(f"no split {split!r}: taught or held_out")
+        if task not in FACTS and task not in DRAW:
+            fail(f"no task {task!r} in the world: {', '.join([*FACTS, *DRAW])}")
+        if split not in ("taught", "held_out"):
+            fail(f"no split {split!r}: taught or held_out")
         rng = Random(seed)
-        if task in DRAW: return [DRAW[task](rng, split == "held_out") for _ in range(n or 256)]
+        if task in DRAW:
+            return [DRAW[task](rng, split == "held_out") for _ in range(n or 256)]
         prompts = fact_prompts(self.countries, task, split == "held_out")
-        if n is not None: prompts = rng.sample(prompts, min(n, len(prompts)))
-        for prompt in prompts: self.add_partner(rng, prompt)
+        if n is not None:
+            prompts = rng.sample(prompts, min(n, len(prompts)))
+        for prompt in prompts:
+            self.add_partner(rng, prompt)
         return prompts
 
     def add_partner(self, rng: Random, prompt: Prompt) -> None:
         """The same phrasing about another country of the same part, with as many tokens and an answer that begins with another token."""
-        asked, answer = ("capital", "country") if prompt.task == "reverse" else ("country", ANSWERS.get(prompt.task, prompt.task))
-        part, length, start = prompt.labels["part"], len(self.entities[prompt.labels[asked]]), self.entities[prompt.labels[answer]][0]
-        if others := [row for row in self.countries if row["part"] == part and len(self.entities[row[asked]]) == length and self.entities[row[answer]][0] != start]:
+        asked, answer = (
+            ("capital", "country") if prompt.task == "reverse" else ("country", ANSWERS.get(prompt.task, prompt.task))
+        )
+        part, length, start = (
+            prompt.labels["part"],
+            len(self.entities[prompt.labels[asked]]),
+            self.entities[prompt.labels[answer]][0],
+        )
+        if others := [
+            row
+            for row in self.countries
+            if row["part"] == part
+            and len(self.entities[row[asked]]) == length
+            and self.entities[row[answer]][0] != start
+        ]:
             other = rng.choice(others)
-            prompt.wrong, prompt.corrupt = f" {other[answer]}", prompt.labels["phrasing"].split(f" {{{answer}}}")[0].format(**other)
+            prompt.wrong, prompt.corrupt = (
+                f" {other[answer]}",
+                prompt.labels["phrasing"].split(f" {{{answer}}}")[0].format(**other),
+            )
 
     @cached_property
     def entities(self) -> dict[str, list[int]]:
         """The tokens of every cell of the table of countries, with a space before it."""
-        return {cell: self.tokenizer.encode(f" {cell}", add_special_tokens=False).ids for row in self.countries for cell in row.values()}
+        return {
+            cell: self.tokenizer.encode(f" {cell}", add_special_tokens=False).ids
+            for row in self.countries
+            for cell in row.values()
+        }
 
 
 def read_countries(folder: str = "models/world") -> list[dict[str, str]]:
     """The table of countries; part says which directions of the capital fact are in the corpus: forward (country first), reverse or both."""
-    with open(Path(__file__).parent / folder / "countries.csv", newline="") as file: return list(csv.DictReader(file))
+    with open(Path(__file__).parent / folder / "countries.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "checkpoints/data") -> World:
     """The world of the table in `folder`, with the tokenizer there or one of `vocab` tokens trained here. The tokens are cached like a corpus's."""
-    countries, sources, committed = read_countries(folder), read_stdlib(), Path(__file__).parent / folder / "tokenizer.json"
+    countries, sources, committed = (
+        read_countries(folder),
+        read_stdlib(),
+        Path(__file__).parent / folder / "tokenizer.json",
+    )
     own = Tokenizer.from_file(str(committed)) if committed.is_file() else None
-    makers = {"data.py": Path(__file__).read_text(), "countries": json.dumps(countries), "tokenizer": own.to_str() if own else str(vocab)}
+    makers = {
+        "data.py": Path(__file__).read_text(),
+        "countries": json.dumps(countries),
+        "tokenizer": own.to_str() if own else str(vocab),
+    }
     target = Path(cache) / f"world-{text_hash(sources | makers)}"
     if not (target / "sentences.npz").exists():
         print(f"{gray}making the world's sentences and tokenizing them and the standard library ...{endc}")
@@ -287,14 +516,41 @@ def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "ch
         lines, about = ([x for pair in kinds.values() for x in pair[i]] for i in (0, 1))
         ids = [encoding.ids for encoding in own.encode_batch_fast(lines, add_special_tokens=False)]
         ends = np.cumsum([len(pair[0]) for pair in kinds.values()])
-        arrays = dict(sentences=np.concatenate(ids).astype(np.int64), starts=np.cumsum([0, *map(len, ids)]), about=np.array(about), **{f"kind {kind}": np.array([end - len(pair[0]), end]) for (kind, pair), end in zip(kinds.items(), ends)})
+        arrays = dict(
+            sentences=np.concatenate(ids).astype(np.int64),
+            starts=np.cumsum([0, *map(len, ids)]),
+            about=np.array(about),
+            **{f"kind {kind}": np.array([end - len(pair[0]), end]) for (kind, pair), end in zip(kinds.items(), ends)},
+        )
         write_aside(target / "sentences.npz", lambda path: np.savez(path.open("wb"), **arrays))
     arrays = dict(np.load(target / "sentences.npz"))
-    splits = {split: {part: np.memmap(target / f"{part}.{split}.bin", np.uint16, "r") for part in ("code", "english")} for split in ("train", "heldout")}
-    kinds = {name.removeprefix("kind "): tuple(map(int, arrays.pop(name))) for name in list(arrays) if name.startswith("kind ")}
-    digest = hashlib.sha256(b"".join(x.tobytes() for x in (arrays["sentences"], arrays["starts"], *splits["train"].values(), *splits["heldout"].values()))).hexdigest()
-    world = World("world", Tokenizer.from_file(str(target / "tokenizer.json")), **splits, key=f"world-{digest[:12]}", countries=countries, kinds=kinds, **arrays)
-    print(f"{gray}text world: {cyan}{len(world.about)}{gray} sentences about {cyan}{len(countries)}{gray} countries and more, {cyan}{len(world.sentences) / 1e6:.2f}M{gray} tokens of {world.d_vocab} kinds; natural text {cyan}{sum(map(len, world.train.values())) / 1e6:.2f}M{gray}, {sum(map(len, world.heldout.values())) / 1e3:.0f}k held out{endc}")
+    splits = {
+        split: {part: np.memmap(target / f"{part}.{split}.bin", np.uint16, "r") for part in ("code", "english")}
+        for split in ("train", "heldout")
+    }
+    kinds = {
+        name.removeprefix("kind "): tuple(map(int, arrays.pop(name)))
+        for name in list(arrays)
+        if name.startswith("kind ")
+    }
+    digest = hashlib.sha256(
+        b"".join(
+            x.tobytes()
+            for x in (arrays["sentences"], arrays["starts"], *splits["train"].values(), *splits["heldout"].values())
+        )
+    ).hexdigest()
+    world = World(
+        "world",
+        Tokenizer.from_file(str(target / "tokenizer.json")),
+        **splits,
+        key=f"world-{digest[:12]}",
+        countries=countries,
+        kinds=kinds,
+        **arrays,
+    )
+    print(
+        f"{gray}text world: {cyan}{len(world.about)}{gray} sentences about {cyan}{len(countries)}{gray} countries and more, {cyan}{len(world.sentences) / 1e6:.2f}M{gray} tokens of {world.d_vocab} kinds; natural text {cyan}{sum(map(len, world.train.values())) / 1e6:.2f}M{gray}, {sum(map(len, world.heldout.values())) / 1e3:.0f}k held out{endc}"
+    )
     return world
 
 
@@ -303,23 +559,43 @@ def held_out_world(world: World, n: int = 2000, seed: int = 1) -> World:
     rng, lines, about, kinds = Random(seed), [], [], {}
     tasks = {"capital": ("forward", "reverse"), "other": ("continent", "language", "currency")}
     for kind in KINDS:
-        if kind in tasks: new = [(prompt.sentence, i) for i, row in enumerate(world.countries) for task in tasks[kind] for prompt in fact_prompts([row], task, True) if prompt.taught]
-        else: new = [(draw_list(rng) if kind == "list" else DRAW[kind](rng, True).sentence, -1) for _ in range(n)]
+        if kind in tasks:
+            new = [
+                (prompt.sentence, i)
+                for i, row in enumerate(world.countries)
+                for task in tasks[kind]
+                for prompt in fact_prompts([row], task, True)
+                if prompt.taught
+            ]
+        else:
+            new = [(draw_list(rng) if kind == "list" else DRAW[kind](rng, True).sentence, -1) for _ in range(n)]
         kinds[kind] = (len(lines), len(lines) + len(new))
         lines, about = lines + [text for text, _ in new], about + [i for _, i in new]
     ids = [encoding.ids for encoding in world.tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
-    return dataclasses.replace(world, train=world.heldout, sentences=np.concatenate(ids).astype(np.int64), starts=np.cumsum([0, *map(len, ids)]), about=np.array(about), kinds=kinds)
+    return dataclasses.replace(
+        world,
+        train=world.heldout,
+        sentences=np.concatenate(ids).astype(np.int64),
+        starts=np.cumsum([0, *map(len, ids)]),
+        about=np.array(about),
+        kinds=kinds,
+    )
 
 
 def judging_rows(corpus: Corpus, n: int, context: int, seed: int) -> Tensor:
     rng = np.random.default_rng((seed, 12345))
-    return held_out_world(corpus).batch(rng, n, context) if isinstance(corpus, World) else t.from_numpy(corpus.rows(rng, n, context, "heldout"))
+    return (
+        held_out_world(corpus).batch(rng, n, context)
+        if isinstance(corpus, World)
+        else t.from_numpy(corpus.rows(rng, n, context, "heldout"))
+    )
 
 
 #%% Concepts with known labels: every token of world sentences, what it is, and the entity whose split it belongs to
 @dataclass
 class Concept:
     """index: the tokens asked about; y: the label; group: tokens of one group stand in one split."""
+
     index: np.ndarray
     y: np.ndarray
     group: np.ndarray
@@ -328,6 +604,7 @@ class Concept:
 @dataclass
 class Labelled:
     """Rows of tokens without beginning-of-text; of the kept tokens row, position and role ('' is none, 'skip' is part of an entity); what is asked of them."""
+
     rows: list[list[int]]
     row: np.ndarray
     pos: np.ndarray
@@ -338,43 +615,83 @@ class Labelled:
 def label_sentences(tokenizer, prompts: list[Prompt], natural: Tensor, limit: int, seed: int) -> Labelled:
     """The last token of an entity has its role; natural (row, pos) adds text without labels. Of the tokens without a role, `limit` are kept."""
     facts = {row["country"]: row for row in read_countries()}
-    words, roles = {"country": list(facts), "capital": [row["capital"] for row in facts.values()], "name": WOMEN + MEN, "place": PLACES, "object": OBJECTS}, {}
-    for role, names in words.items(): roles |= {name: "skip" if name in roles else role for name in names}
+    words, roles = (
+        {
+            "country": list(facts),
+            "capital": [row["capital"] for row in facts.values()],
+            "name": WOMEN + MEN,
+            "place": PLACES,
+            "object": OBJECTS,
+        },
+        {},
+    )
+    for role, names in words.items():
+        roles |= {name: "skip" if name in roles else role for name in names}
     find = re.compile(rf"(?<= )(?:{'|'.join(map(re.escape, sorted(roles, key=len, reverse=True)))})(?!\w)")
     rows, table = [], []
-    for i, (prompt, encoding) in enumerate(zip(prompts, tokenizer.encode_batch([p.sentence for p in prompts], add_special_tokens=False))):
+    for i, (prompt, encoding) in enumerate(
+        zip(prompts, tokenizer.encode_batch([p.sentence for p in prompts], add_special_tokens=False))
+    ):
         labels = [("", f"sentence {i}")] * len(encoding.ids)
         for match in find.finditer(prompt.sentence):
             at = [j for j, (start, end) in enumerate(encoding.offsets) if start < match.end() and end > match.start()]
-            for j in at: labels[j] = ("skip" if j < at[-1] else roles[match[0]], match[0])
-        if prompt.task == "agreement": labels[max(j for j, (_, end) in enumerate(encoding.offsets) if end <= len(prompt.text))] = (prompt.labels["number"], prompt.labels["subject"])
+            for j in at:
+                labels[j] = ("skip" if j < at[-1] else roles[match[0]], match[0])
+        if prompt.task == "agreement":
+            labels[max(j for j, (_, end) in enumerate(encoding.offsets) if end <= len(prompt.text))] = (
+                prompt.labels["number"],
+                prompt.labels["subject"],
+            )
         rows.append(encoding.ids)
         table += [(i, j, *label) for j, label in enumerate(labels)]
     known = {word.lower() for name in roles for word in name.split()}
     for i, ids in enumerate(natural.tolist(), len(rows)):
         rows.append(ids)
-        table += [(i, j, "skip" if word.strip().lower() in known else "natural", f"row {i}") for j, word in enumerate(str_tokens(tokenizer, ids))]
+        table += [
+            (i, j, "skip" if word.strip().lower() in known else "natural", f"row {i}")
+            for j, word in enumerate(str_tokens(tokenizer, ids))
+        ]
     plain = np.isin([role for _, _, role, _ in table], ("", "skip", "natural"))
-    keep = np.sort(np.concatenate([np.flatnonzero(~plain), np.random.default_rng(seed).permutation(np.flatnonzero(plain))[:limit]]))
+    keep = np.sort(
+        np.concatenate([np.flatnonzero(~plain), np.random.default_rng(seed).permutation(np.flatnonzero(plain))[:limit]])
+    )
     row, pos, role, group = (np.array(column) for column in zip(*(table[i] for i in keep)))
     fact = lambda column: np.array([facts[g][column] if r == "country" else "" for g, r in zip(group, role)])
     before_capital = np.array([i < len(prompts) and prompts[i].task != "reverse" for i in row])
-    asked = {name: (role != "skip", role == name) for name in words} | {f"in {c}": (role == "country", fact("continent") == c) for c in sorted({r["continent"] for r in facts.values()})}
-    asked |= {"known both ways": ((role == "country") & before_capital & (fact("part") != "reverse"), fact("part") == "both"), "plural subject": (np.isin(role, ("plural", "singular")), role == "plural"), "early position": (role == "natural", pos < 8)}
-    return Labelled(rows, row, pos, role, {name: Concept(np.flatnonzero(which), y[which], group[which]) for name, (which, y) in asked.items()})
+    asked = {name: (role != "skip", role == name) for name in words} | {
+        f"in {c}": (role == "country", fact("continent") == c) for c in sorted({r["continent"] for r in facts.values()})
+    }
+    asked |= {
+        "known both ways": ((role == "country") & before_capital & (fact("part") != "reverse"), fact("part") == "both"),
+        "plural subject": (np.isin(role, ("plural", "singular")), role == "plural"),
+        "early position": (role == "natural", pos < 8),
+    }
+    return Labelled(
+        rows,
+        row,
+        pos,
+        role,
+        {name: Concept(np.flatnonzero(which), y[which], group[which]) for name, (which, y) in asked.items()},
+    )
 
 
 #%% What a model knows of the world: any callable from tokens (batch, pos) to logits
 @t.no_grad()
-def read_answers(model: Callable[[Tensor], Tensor], world: World, prompts: list[Prompt], device: str = "cpu", batch: int = 256) -> tuple[np.ndarray, np.ndarray, Tensor]:
+def read_answers(
+    model: Callable[[Tensor], Tensor], world: World, prompts: list[Prompt], device: str = "cpu", batch: int = 256
+) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """
     By prompt: whether the whole answer (of a fact: and the token that ends it) is chosen greedily; logit of the answer's first token
     minus the wrong one's; log-probabilities (prompt, vocab) at the place of the first token.
     """
     encode = lambda texts: [x.ids for x in world.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     asked, whole = encode([p.text for p in prompts]), encode([p.sentence for p in prompts])
-    said, wrong = encode([p.text + p.answer for p in prompts]), encode([p.text + (p.wrong or p.answer) for p in prompts])
+    said, wrong = (
+        encode([p.text + p.answer for p in prompts]),
+        encode([p.text + (p.wrong or p.answer) for p in prompts]),
+    )
     right, gap, first = np.zeros(len(prompts), bool), np.zeros(len(prompts)), t.zeros(len(prompts), world.d_vocab)
+
     def answer(rows: list[int]) -> None:
         tokens = t.tensor([[world.bos, *whole[i]] for i in rows], device=device)
         logits = model(tokens).float().cpu()
@@ -383,43 +700,87 @@ def read_answers(model: Callable[[Tensor], Tensor], world: World, prompts: list[
             start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), len(whole[i]))
             right[i], at = hits[row, start:stop].all(), logits[row, start]
             gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
-    for length in tqdm(sorted({len(ids) for ids in whole}), desc="questions", **BRIEF): list(in_batches(answer, [i for i, ids in enumerate(whole) if len(ids) == length], batch))
+
+    for length in tqdm(sorted({len(ids) for ids in whole}), desc="questions", **BRIEF):
+        list(in_batches(answer, [i for i, ids in enumerate(whole) if len(ids) == length], batch))
     return right, gap, first
 
 
-def evaluate_world(model: Callable[[Tensor], Tensor], world: World, quick: bool = False, device: str = "cpu") -> dict[str, float]:
+def evaluate_world(
+    model: Callable[[Tensor], Tensor], world: World, quick: bool = False, device: str = "cpu"
+) -> dict[str, float]:
     """
     What the model knows. Recalls: share of whole answers; forward and reverse are the directions of the capital fact, *_of_* names the part.
     ioi_accuracy, induction_accuracy: the answer is the likeliest of all tokens; agreement, gender: likelier than the wrong one; ioi_logit_diff
     in logits; greater_than: p(later year) - p(not later); heldout_loss: nats per token of natural text; prefix_matching (modules only): of the
     best head. quick: a fixed subsample, for curves over training.
     """
-    facts = {(task, split): world.prompts(task, split, n=100 if quick else None) for task in FACTS for split in ("taught", "held_out") if not (quick and task not in ("forward", "reverse") and split == "held_out")}
+    facts = {
+        (task, split): world.prompts(task, split, n=100 if quick else None)
+        for task in FACTS
+        for split in ("taught", "held_out")
+        if not (quick and task not in ("forward", "reverse") and split == "held_out")
+    }
     drawn = {task: world.prompts(task, "held_out", n=48 if quick else 512) for task in DRAW}
     prompts = [p for group in (facts | drawn).values() for p in group]
     right, gap, first = read_answers(model, world, prompts, device)
-    is_in = lambda tasks, held, part="": np.array([p.task in tasks and p.held_out == held and part in ("", p.labels.get("part")) for p in prompts])
+    is_in = lambda tasks, held, part="": np.array(
+        [p.task in tasks and p.held_out == held and part in ("", p.labels.get("part")) for p in prompts]
+    )
     taught = np.array([p.taught for p in prompts])
     share = lambda chosen, values=right: float(values[chosen].mean())
     numbers = {
-        "fact_recall": share(is_in(("forward", "reverse"), False) & taught), "fact_recall_heldout_phrasing": share(is_in(("forward", "reverse"), True) & taught),
-        "forward_recall": share(is_in(("forward",), False) & taught), "reverse_recall": share(is_in(("reverse",), False) & taught),
-        "forward_recall_of_both": share(is_in(("forward",), False, "both")), "reverse_recall_of_both": share(is_in(("reverse",), False, "both")),
-        "reverse_recall_of_forward_only": share(is_in(("reverse",), False, "forward")), "forward_recall_of_reverse_only": share(is_in(("forward",), False, "reverse")),
+        "fact_recall": share(is_in(("forward", "reverse"), False) & taught),
+        "fact_recall_heldout_phrasing": share(is_in(("forward", "reverse"), True) & taught),
+        "forward_recall": share(is_in(("forward",), False) & taught),
+        "reverse_recall": share(is_in(("reverse",), False) & taught),
+        "forward_recall_of_both": share(is_in(("forward",), False, "both")),
+        "reverse_recall_of_both": share(is_in(("reverse",), False, "both")),
+        "reverse_recall_of_forward_only": share(is_in(("reverse",), False, "forward")),
+        "forward_recall_of_reverse_only": share(is_in(("forward",), False, "reverse")),
         **{f"{task}_recall": share(is_in((task,), False)) for task in ("continent", "language", "currency")},
     }
-    if not quick: numbers |= {f"{task}_recall_heldout_phrasing": share(is_in((task,), True)) for task in ("continent", "language", "currency")}
+    if not quick:
+        numbers |= {
+            f"{task}_recall_heldout_phrasing": share(is_in((task,), True))
+            for task in ("continent", "language", "currency")
+        }
     digits = t.tensor([world.tokenizer.token_to_id(f"{i:02d}") for i in range(100)])
     years = is_in(("greater_than",), True)
     later = t.arange(100) > t.tensor([int(p.labels["start"]) for p, chosen in zip(prompts, years) if chosen])[:, None]
     chance = first[t.from_numpy(years)][:, digits].exp()
     numbers |= {
-        "ioi_accuracy": share(is_in(("ioi",), True)), "ioi_logit_diff": share(is_in(("ioi",), True), gap), "greater_than": (chance * later - chance * ~later).sum(1).mean().item(),
-        **{f"{task}_accuracy": share(is_in((task,), True), gap > 0) for task in ("agreement", "gender")}, "induction_accuracy": share(is_in(("induction",), True)),
+        "ioi_accuracy": share(is_in(("ioi",), True)),
+        "ioi_logit_diff": share(is_in(("ioi",), True), gap),
+        "greater_than": (chance * later - chance * ~later).sum(1).mean().item(),
+        **{f"{task}_accuracy": share(is_in((task,), True), gap > 0) for task in ("agreement", "gender")},
+        "induction_accuracy": share(is_in(("induction",), True)),
     }
     rows = t.from_numpy(world.rows(np.random.default_rng(0), 24 if quick else 256, 64, "heldout")).to(device)
-    with t.no_grad(): numbers["heldout_loss"] = sum(in_batches(lambda part: F.cross_entropy(model(part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item(), rows, 32)) / rows[:, 1:].numel()
-    if isinstance(model, t.nn.Module): numbers["prefix_matching"] = head_scores(model, model.cfg.n_layers, repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device), 24)["prefix_matching"].max().item()
+    with t.no_grad():
+        numbers["heldout_loss"] = (
+            sum(
+                in_batches(
+                    lambda part: F.cross_entropy(
+                        model(part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
+                    ).item(),
+                    rows,
+                    32,
+                )
+            )
+            / rows[:, 1:].numel()
+        )
+    if isinstance(model, t.nn.Module):
+        numbers["prefix_matching"] = (
+            head_scores(
+                model,
+                model.cfg.n_layers,
+                repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device),
+                24,
+            )["prefix_matching"]
+            .max()
+            .item()
+        )
     return numbers
 
 
@@ -427,7 +788,8 @@ def write_metrics(folder: Path, known: dict[str, float], others: tuple[str, ...]
     """metrics.json beside the weights: what the model knows, how it was made, and all that by seed, from the folders of the others. Returns the last."""
     runs = [made | known, *(json.loads((Path(other) / "metrics.json").read_text()) for other in others)]
     for other, run in zip(others, runs[1:]):
-        if any(run[key] != made[key] for key in ("corpus", "steps")): fail(f"--others {other}: trained on another corpus, or for other steps")
+        if any(run[key] != made[key] for key in ("corpus", "steps")):
+            fail(f"--others {other}: trained on another corpus, or for other steps")
     by_seed = {name: [run[name] for run in runs] for name in ("seed", *known)}
     (folder / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": by_seed}, indent=1) + "\n")
     return by_seed

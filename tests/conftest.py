@@ -42,9 +42,11 @@ def run(workdir):
     run('attn_only.py', '--steps', '5') -> the finished process, run in the work folder. In this process, since torch takes seconds to
     import; fresh=True starts one.
     """
+
     def run(script: str, *args: str, cwd: Path | None = None, fresh: bool = False) -> subprocess.CompletedProcess:
         command, cwd = [str(ROOT / script), *args], cwd or workdir
-        if fresh: return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300)
+        if fresh:
+            return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300)
         code, argv, out, err = 0, sys.argv, io.StringIO(), io.StringIO()
         with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -52,12 +54,15 @@ def run(workdir):
                 runpy.run_path(command[0], run_name="__main__")
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)
-                if isinstance(end.code, str): print(end.code, file=sys.stderr)
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
             except BaseException:
                 code = 1
                 traceback.print_exc()
-            finally: sys.argv = argv
+            finally:
+                sys.argv = argv
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
     return run
 
 
@@ -65,6 +70,7 @@ def run(workdir):
 def parity():
     """parity(architecture, max |logit - Hugging Face's| / max |logit|): kept in results/parity.json."""
     path = ROOT / "results/parity.json"
+
     def record(architecture: str, error: float) -> None:
         path.parent.mkdir(exist_ok=True)
         with path.open("a+") as file:  # two test processes share it
@@ -73,6 +79,7 @@ def parity():
             known = json.loads(file.read() or "{}") | {architecture: {"max_relative_logit_error": error}}
             file.truncate(0)
             file.write(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
     return record
 
 
@@ -87,29 +94,41 @@ def one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
 @contextlib.contextmanager
 def memory_for(model: t.nn.Module, rows: int):
     """More rows at once than these are out of memory, in the first attention that sees them."""
+
     def refuse(module, args, kwargs):
-        if len(x := next(iter([*args, *kwargs.values()]))) > rows: raise t.OutOfMemoryError(f"CUDA out of memory, says this test, with {len(x)} rows")
+        if len(x := next(iter([*args, *kwargs.values()]))) > rows:
+            raise t.OutOfMemoryError(f"CUDA out of memory, says this test, with {len(x)} rows")
+
     handles = [block.attn.register_forward_pre_hook(refuse, with_kwargs=True) for block in model.blocks]
-    try: yield
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def tiny_hf(architecture: str, **config):
     """A transformers model with weights large enough that a wrong formula shows: default initialisation hides bugs."""
     import transformers
+
     t.manual_seed(0)
-    hf = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(architecture, f"{architecture}ForCausalLM"))(getattr(transformers, f"{architecture}Config")(**config))
+    hf = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(architecture, f"{architecture}ForCausalLM"))(
+        getattr(transformers, f"{architecture}Config")(**config)
+    )
     with t.no_grad():
-        for name, p in hf.named_parameters(): p.add_(t.randn(p.shape) * (0.2 if "norm" in name or "bias" in name else 0.12))
+        for name, p in hf.named_parameters():
+            p.add_(t.randn(p.shape) * (0.2 if "norm" in name or "bias" in name else 0.12))
     return hf.eval()
 
 
 def save_folder(hf, folder: Path) -> Path:
     """The model as transformers saves it, with a tokenizer of 260 tokens."""
     from transformers import PreTrainedTokenizerFast
+
     hf.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a b c"], 260), bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(["a b c"], 260), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
     return folder
 
 

@@ -5,9 +5,22 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
-from data import Corpus, find_tokens, hub_documents, load_corpus, repeat_snippets, split_docstrings, stdlib_documents, str_tokens, to_tokens, train_bpe
+from data import (
+    Corpus,
+    find_tokens,
+    hub_documents,
+    load_corpus,
+    repeat_snippets,
+    split_docstrings,
+    stdlib_documents,
+    str_tokens,
+    to_tokens,
+    train_bpe,
+)
 
-WORDS = "\n\n".join(f"Paragraph {i} says that the quick brown fox number {i * 7} jumps over the lazy dog." for i in range(400))
+WORDS = "\n\n".join(
+    f"Paragraph {i} says that the quick brown fox number {i * 7} jumps over the lazy dog." for i in range(400)
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +39,10 @@ def test_stdlib_parts_are_large_and_share_no_docstring():
     sources = data.read_stdlib()
     parts = stdlib_documents({name: sources[name] for name in ("argparse.py", "heapq.py")})
     assert sum(map(len, sources.values())) > 6e6
-    assert "Heap queue algorithm" in parts["english"]["heapq.py"] and "Heap queue algorithm" not in parts["code"]["heapq.py"]
+    assert (
+        "Heap queue algorithm" in parts["english"]["heapq.py"]
+        and "Heap queue algorithm" not in parts["code"]["heapq.py"]
+    )
     assert sum(name.startswith("topic ") for name in parts["english"]) > 50
 
 
@@ -37,7 +53,9 @@ def test_tokens_round_trip(small):
 
 def test_splits_are_memory_mapped_and_disjoint_documents(small):
     assert isinstance(small.train["text"], np.memmap)
-    documents = lambda stream: {tuple(part) for part in np.split(stream, np.flatnonzero(stream == small.bos) + 1) if len(part)}
+    documents = lambda stream: {
+        tuple(part) for part in np.split(stream, np.flatnonzero(stream == small.bos) + 1) if len(part)
+    }
     train, held = documents(small.train["text"]), documents(small.heldout["text"])
     assert train and held and not train & held
 
@@ -75,7 +93,9 @@ def test_batch_shares_and_determinism(small):
     assert (draw(0, natural=0.5) == draw(0, natural=0.5)).all() and (draw(0) != draw(1)).any()
     plain, natural, shuffled = draw(0), draw(0, natural=1.0), draw(0, shuffled=1.0)
     assert count(natural) < count(plain)
-    assert (np.sort(plain.numpy(), 1)[:, 0] == np.sort(shuffled.numpy(), 1)[:, 0]).mean() > 0.5 and (shuffled != natural).any()
+    assert (np.sort(plain.numpy(), 1)[:, 0] == np.sort(shuffled.numpy(), 1)[:, 0]).mean() > 0.5 and (
+        shuffled != natural
+    ).any()
 
 
 def test_a_foreign_tokenizer_is_used(tmp_path, small):
@@ -95,7 +115,8 @@ def test_hub_datasets_stream_until_enough(tmp_path):
 def test_find_tokens(small):
     ids = find_tokens(small.tokenizer, "the")
     assert all(small.tokenizer.decode([i]).strip().lower() == "the" for i in ids)
-    with pytest.raises(SystemExit, match="no token reads 'zzzebra'"): find_tokens(small.tokenizer, "zzzebra")
+    with pytest.raises(SystemExit, match="no token reads 'zzzebra'"):
+        find_tokens(small.tokenizer, "zzzebra")
 
 
 @pytest.mark.parametrize("bad", ["missing.txt", "./nowhere", "empty.txt", "binary.txt", "tiny.txt"])
@@ -104,13 +125,16 @@ def test_bad_text_is_refused_in_one_line(tmp_path, monkeypatch, bad):
     (tmp_path / "empty.txt").write_text("  \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
     (tmp_path / "tiny.txt").write_text("Just a few words.")
-    with pytest.raises(SystemExit) as error: load_corpus(bad, vocab=300).rows(np.random.default_rng(0), 2, 64)
+    with pytest.raises(SystemExit) as error:
+        load_corpus(bad, vocab=300).rows(np.random.default_rng(0), 2, 64)
     assert bad.split(".")[0] in str(error.value) and "\n" not in str(error.value)
 
 
 def test_unreachable_hub_names_are_refused_in_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="the hub said"): load_corpus("nobody/nothing", cache=str(tmp_path))
-    with pytest.raises(SystemExit, match="cannot load tokenizer"): load_corpus("stdlib", tokenizer="nobody/nothing", cache=str(tmp_path))
+    with pytest.raises(SystemExit, match="the hub said"):
+        load_corpus("nobody/nothing", cache=str(tmp_path))
+    with pytest.raises(SystemExit, match="cannot load tokenizer"):
+        load_corpus("stdlib", tokenizer="nobody/nothing", cache=str(tmp_path))
 
 
 def test_bpe_is_the_same_every_time():

@@ -1,4 +1,5 @@
 """The README says what was measured: its table is made from docs/results, its pictures and commands exist."""
+
 import importlib.util
 import re
 import shlex
@@ -17,16 +18,22 @@ def test_the_table_is_what_docs_results_say():
 
 
 def test_pictures_exist_and_are_small():
-    for path in re.findall(r"\]\((docs/\S+?\.png)\)", README): assert 5_000 < (ROOT / path).stat().st_size < 300_000, path
+    for path in re.findall(r"\]\((docs/\S+?\.png)\)", README):
+        assert 5_000 < (ROOT / path).stat().st_size < 300_000, path
     assert {f"docs/{name}.png" for name in make.PICTURES} <= set(re.findall(r"\]\((\S+?)\)", README))
 
 
 def test_every_flag_in_the_readme_exists(run, tmp_path):
     """--help of each script knows every flag that the README gives it."""
-    commands = [shlex.split(line.split("#")[0].replace("`", "")) for line in README.splitlines() if line.startswith("uv run ")]
+    commands = [
+        shlex.split(line.split("#")[0].replace("`", "")) for line in README.splitlines() if line.startswith("uv run ")
+    ]
     asked: dict[str, set[str]] = {}
     for words in commands:
-        if script := next((word for word in words if word.endswith(".py")), None): asked.setdefault(script, set()).update(word for word in words[words.index(script):] if word.startswith("--"))
+        if script := next((word for word in words if word.endswith(".py")), None):
+            asked.setdefault(script, set()).update(
+                word for word in words[words.index(script) :] if word.startswith("--")
+            )
     assert len(asked) >= 6
     for script, flags in asked.items():
         known = run(script, "--help", cwd=tmp_path).stdout

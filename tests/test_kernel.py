@@ -1,4 +1,5 @@
 """The scripts as a notebook user runs them: cell by cell in a real ipykernel, with the settings edited in the cell."""
+
 import os
 
 import jupytext
@@ -26,10 +27,14 @@ def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monk
     notebook = jupytext.reads((ROOT / script).read_text(), fmt="py:percent")
     settings = [cell for cell in notebook.cells if "cfg = flags(Config" in cell.source]
     assert len(settings) == 1 and len(notebook.cells) > 8
-    settings[0].source += f"\n    from dataclasses import asdict; assert asdict(cfg) == asdict(Config())\n    cfg = {SMALL[script]}\n    device = 'cpu'"
+    settings[
+        0
+    ].source += f"\n    from dataclasses import asdict; assert asdict(cfg) == asdict(Config())\n    cfg = {SMALL[script]}\n    device = 'cpu'"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
-    NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(workdir)}}).execute()
+    NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(workdir)}}
+    ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) >= 4

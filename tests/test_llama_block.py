@@ -13,16 +13,38 @@ from hooks import hook_points, run_with_cache
 from utils import load_model
 from weights import read_tensors
 
-SHAPE = dict(vocab_size=260, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SHAPE = dict(
+    vocab_size=260,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 VARIANTS = {
-    "LlamaForCausalLM": {}, "MistralForCausalLM": dict(sliding_window=5), "Qwen2ForCausalLM": {}, "Qwen3ForCausalLM": dict(head_dim=16),
-    "Llama 3.1": dict(rope_parameters=LLAMA3), "Llama tied": dict(tie_word_embeddings=True), "Llama biased": dict(attention_bias=True), "Qwen2 windowed": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": dict(sliding_window=5),
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": dict(head_dim=16),
+    "Llama 3.1": dict(rope_parameters=LLAMA3),
+    "Llama tied": dict(tie_word_embeddings=True),
+    "Llama biased": dict(attention_bias=True),
+    "Qwen2 windowed": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
 }
 TOKENS = t.randint(1, 250, (2, 20), generator=t.Generator().manual_seed(0))
 
 
-def make_hf(variant: str): return tiny_hf(variant.split()[0].removesuffix("ForCausalLM"), **SHAPE | VARIANTS[variant])
+def make_hf(variant: str):
+    return tiny_hf(variant.split()[0].removesuffix("ForCausalLM"), **SHAPE | VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -38,11 +60,14 @@ def test_logits_equal_hugging_face(variant, parity):
 @t.no_grad()
 def test_both_directions_round_trip(variant, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     hf = make_hf(variant)
     ours = Llama.from_hf(hf, train_bpe(["a b c"], 260))
     ours.to_hf(tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert type(again) is type(hf) and {k: v.tolist() for k, v in again.state_dict().items()} == {k: v.tolist() for k, v in hf.state_dict().items()}
+    assert type(again) is type(hf) and {k: v.tolist() for k, v in again.state_dict().items()} == {
+        k: v.tolist() for k, v in hf.state_dict().items()
+    }
     assert relative_error(again(TOKENS).logits, hf(TOKENS).logits) <= 1e-6
     t.testing.assert_close(Llama.from_folder(str(tmp_path / "a"))(TOKENS), ours(TOKENS), atol=0, rtol=0)
     assert Llama.from_folder(str(tmp_path / "a")).cfg == ours.cfg
@@ -62,23 +87,47 @@ def test_every_same_named_hook_equals_the_bridge(variant, tmp_path):
     _, theirs = run_with_cache(bridge, TOKENS, shared)
     for name in shared:
         assert mine[name].shape == theirs[name].shape, name
-        t.testing.assert_close(mine[name].clamp(min=-1e4), theirs[name].clamp(min=-1e4), atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
-    for part in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "attn.hook_result", "mlp.hook_pre", "mlp.hook_post", "ln1.hook_normalized", "ln2.hook_scale"):
+        t.testing.assert_close(
+            mine[name].clamp(min=-1e4), theirs[name].clamp(min=-1e4), atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}"
+        )
+    for part in (
+        "hook_resid_pre",
+        "hook_resid_mid",
+        "hook_resid_post",
+        "hook_attn_out",
+        "hook_mlp_out",
+        "attn.hook_q",
+        "attn.hook_k",
+        "attn.hook_v",
+        "attn.hook_pattern",
+        "attn.hook_z",
+        "attn.hook_result",
+        "mlp.hook_pre",
+        "mlp.hook_post",
+        "ln1.hook_normalized",
+        "ln2.hook_scale",
+    ):
         assert all(f"blocks.{layer}.{part}" in shared for layer in range(3)), part
 
 
 def test_gradients_equal_hugging_face():
     hf = make_hf("Qwen3ForCausalLM")
     ours = Llama.from_hf(hf)
-    for model, logits in ((hf, hf(TOKENS).logits), (ours, ours(TOKENS))): t.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    for model, logits in ((hf, hf(TOKENS).logits), (ours, ours(TOKENS))):
+        t.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
     theirs = dict(hf.named_parameters())
-    for name, p in ours.named_parameters(): t.testing.assert_close(p.grad, theirs[hf_name(name)].grad, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+    for name, p in ours.named_parameters():
+        t.testing.assert_close(p.grad, theirs[hf_name(name)].grad, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
 @t.no_grad()
 def test_bf16_stays_within_the_bf16_error():
     hf = make_hf("LlamaForCausalLM")
-    exact, ours, theirs = hf(TOKENS).logits, Llama.from_hf(hf).bfloat16()(TOKENS).float(), hf.bfloat16()(TOKENS).logits.float()
+    exact, ours, theirs = (
+        hf(TOKENS).logits,
+        Llama.from_hf(hf).bfloat16()(TOKENS).float(),
+        hf.bfloat16()(TOKENS).logits.float(),
+    )
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
 
 
@@ -122,11 +171,18 @@ def test_rope_convention_turns_i_with_i_plus_half():
     turned = rope(x.expand(1, 4, 1, 8), cos, sin)[0, 3, 0]
     for i in range(4):
         z = complex(x[i], x[i + 4]) * complex(math.cos(3 * 100 ** (-i / 4)), math.sin(3 * 100 ** (-i / 4)))
-        assert turned[i].item() == pytest.approx(z.real, abs=1e-5) and turned[i + 4].item() == pytest.approx(z.imag, abs=1e-5)
+        assert turned[i].item() == pytest.approx(z.real, abs=1e-5) and turned[i + 4].item() == pytest.approx(
+            z.imag, abs=1e-5
+        )
 
 
 def test_llama3_scaling_slows_low_frequencies_only():
-    scaled, plain = rope_frequencies(LlamaConfig(d_head=64, rope_base=5e5, rope_scaling=LLAMA3 | {"original_max_position_embeddings": 8192})), rope_frequencies(LlamaConfig(d_head=64, rope_base=5e5))
+    scaled, plain = (
+        rope_frequencies(
+            LlamaConfig(d_head=64, rope_base=5e5, rope_scaling=LLAMA3 | {"original_max_position_embeddings": 8192})
+        ),
+        rope_frequencies(LlamaConfig(d_head=64, rope_base=5e5)),
+    )
     assert t.equal(scaled[:2], plain[:2]) and t.allclose(scaled[-2:], plain[-2:] / 8)
 
 
@@ -146,40 +202,67 @@ def test_no_graph_break_under_compile():
 def test_a_real_llama_continues_as_transformers_does(weights, tmp_path):
     """Greedy text of stories260K, token by token; with random weights in its real shape and tokenizer where only those are at hand."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     folder = ROOT.parent / "shared/models/stories260K"
-    if not (folder / ("model.safetensors" if weights == "real" else "config.json")).is_file(): pytest.skip(f"{folder.name} of ../shared is absent ({weights} weights)")
+    if not (folder / ("model.safetensors" if weights == "real" else "config.json")).is_file():
+        pytest.skip(f"{folder.name} of ../shared is absent ({weights} weights)")
     if weights == "random":
         t.manual_seed(0)
         hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        for p in hf.parameters(): p.add_(0.2 * t.randn(p.shape))
+        for p in hf.parameters():
+            p.add_(0.2 * t.randn(p.shape))
         hf.save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
         folder = tmp_path
     hf, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), Llama.from_folder(str(folder))
     tokens = AutoTokenizer.from_pretrained(folder)("Once upon a time", return_tensors="pt")["input_ids"]
     assert (hf(tokens).logits - ours(tokens)).abs().max() < 1e-4
-    assert t.equal(hf.generate(tokens, max_new_tokens=60, do_sample=False, eos_token_id=None), ours.generate(tokens, 60))
+    assert t.equal(
+        hf.generate(tokens, max_new_tokens=60, do_sample=False, eos_token_id=None), ours.generate(tokens, 60)
+    )
 
 
-@pytest.mark.parametrize("damage, words", [
-    ("unknown architecture", "BloomForCausalLM"), ("unknown rope", "yarn"), ("heads", "not a multiple"), ("activation", "gelu"), ("missing tensor", "missing"), ("extra tensor", "no place"), ("wrong shape", "the config says"), ("no tokenizer", "tokenizer.json"), ("no weights", "only safetensors"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("unknown architecture", "BloomForCausalLM"),
+        ("unknown rope", "yarn"),
+        ("heads", "not a multiple"),
+        ("activation", "gelu"),
+        ("missing tensor", "missing"),
+        ("extra tensor", "no place"),
+        ("wrong shape", "the config says"),
+        ("no tokenizer", "tokenizer.json"),
+        ("no weights", "only safetensors"),
+    ],
+)
 def test_what_does_not_fit_is_refused_in_one_line(damage, words, tmp_path):
     folder = save_folder(make_hf("LlamaForCausalLM"), tmp_path)
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     match damage:
-        case "unknown architecture": config["architectures"] = ["BloomForCausalLM"]
-        case "unknown rope": config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4}
-        case "heads": config["num_key_value_heads"] = 3
-        case "activation": config["hidden_act"] = "gelu"
-        case "missing tensor": del tensors["model.layers.1.mlp.up_proj.weight"]
-        case "extra tensor": tensors["model.layers.1.mlp.up_proj.bias"] = t.zeros(3)
-        case "wrong shape": config["intermediate_size"] = 96
-        case "no tokenizer": (folder / "tokenizer.json").unlink()
-        case "no weights": (folder / "model.safetensors").rename(folder / "model.bin")
+        case "unknown architecture":
+            config["architectures"] = ["BloomForCausalLM"]
+        case "unknown rope":
+            config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4}
+        case "heads":
+            config["num_key_value_heads"] = 3
+        case "activation":
+            config["hidden_act"] = "gelu"
+        case "missing tensor":
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+        case "extra tensor":
+            tensors["model.layers.1.mlp.up_proj.bias"] = t.zeros(3)
+        case "wrong shape":
+            config["intermediate_size"] = 96
+        case "no tokenizer":
+            (folder / "tokenizer.json").unlink()
+        case "no weights":
+            (folder / "model.safetensors").rename(folder / "model.bin")
     (folder / "config.json").write_text(json.dumps(config))
-    if damage != "no weights": save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(SystemExit) as error: Llama.from_folder(str(folder))
+    if damage != "no weights":
+        save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SystemExit) as error:
+        Llama.from_folder(str(folder))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

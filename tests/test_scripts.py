@@ -1,4 +1,5 @@
 """Every script as __main__ with its flags, small, in an empty folder: what its numbers say, every page it drew in a real browser without a network, and the model it saved opened again."""
+
 import json
 import math
 import re
@@ -24,19 +25,33 @@ FLAGS = {
     "patching": "--n 8 --held-out 16 --ig-steps 3 --site resid_pre z",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants --no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
 }
-AGAIN = {"attn_only": "--model checkpoints/attn_only/2_layers", "tiny_transformer": "--model checkpoints/tiny_transformer", "moe": "--model checkpoints/moe/model --contexts 32 --rows 8", "llama_block": "--model checkpoints/llama_block/model"}  # what was trained, opened by the same script
+AGAIN = {
+    "attn_only": "--model checkpoints/attn_only/2_layers",
+    "tiny_transformer": "--model checkpoints/tiny_transformer",
+    "moe": "--model checkpoints/moe/model --contexts 32 --rows 8",
+    "llama_block": "--model checkpoints/llama_block/model",
+}  # what was trained, opened by the same script
 FIGURES = {
-    "zero_layer": "loss unseen rank embedding logits", "attn_only": "attention attention_text attribution head_scores phase_change loss_natural path_patching composition norm_based ablation qk_layer_0",
-    "tiny_transformer": "attention attention_text attribution heads next_token neurons feed_forward_maps norm_based", "llama_block": "phases rope rope_heads distance sink norms gates",
-    "moe": "load_over_training specialisation who_goes_where prompt knock_out", "logit_lens": "grid probability rank kl entropy reversal tuned_KL tuned_perplexity layers heads",
-    "patching": "tokens places heads head_places ablation_metric ablation_loss noise paths roles attribution faithfulness circuit", "sae_probe": "density decoder_cosine probes layers features pareto steering attribution",
+    "zero_layer": "loss unseen rank embedding logits",
+    "attn_only": "attention attention_text attribution head_scores phase_change loss_natural path_patching composition norm_based ablation qk_layer_0",
+    "tiny_transformer": "attention attention_text attribution heads next_token neurons feed_forward_maps norm_based",
+    "llama_block": "phases rope rope_heads distance sink norms gates",
+    "moe": "load_over_training specialisation who_goes_where prompt knock_out",
+    "logit_lens": "grid probability rank kl entropy reversal tuned_KL tuned_perplexity layers heads",
+    "patching": "tokens places heads head_places ablation_metric ablation_loss noise paths roles attribution faithfulness circuit",
+    "sae_probe": "density decoder_cosine probes layers features pareto steering attribution",
 }
 
 
 def check_zero_layer(n: dict, said: str, folder: Path) -> None:
-    assert 0 <= n["kl_to_bigram"] < 0.05 < 0.5 < n["kl_frequencies"] and n["kl_to_bigram"] == pytest.approx((n["train_loss"] - n["bigram_floor"]) / math.log(2))
+    assert 0 <= n["kl_to_bigram"] < 0.05 < 0.5 < n["kl_frequencies"] and n["kl_to_bigram"] == pytest.approx(
+        (n["train_loss"] - n["bigram_floor"]) / math.log(2)
+    )
     assert n["train_seconds"] > 0 and n["heldout_best"] <= n["heldout_loss"] and n["heldout_add_alpha"] > 0
-    assert n["kl_by_rank"]["2"] > n["kl_by_rank"]["16"] and set(n["kl_by_rank"]) == set(n["kl_by_rank_svd"]) == {"2", "16"}
+    assert n["kl_by_rank"]["2"] > n["kl_by_rank"]["16"] and set(n["kl_by_rank"]) == set(n["kl_by_rank_svd"]) == {
+        "2",
+        "16",
+    }
     corpus = load_corpus(str(folder / "story.txt"), 300, cache=str(folder / "checkpoints/data"))
     assert n["bigram_floor"] == pytest.approx(entropy_floor(bigram_counts(corpus.train.values(), corpus.d_vocab)))
     assert " cat" in n["tokens"] and "it has learned the table" in said
@@ -46,17 +61,41 @@ def check_attn_only(n: dict, said: str, folder: Path) -> None:
     """Two layers form an induction head, one layer cannot."""
     assert n["best_prefix_matching"] > 0.4 and n["best_prefix_matching_1_layer"] < 0.1
     assert n["prefix_matching_without_previous_token_head"] < 0.5 * n["best_prefix_matching"]
-    assert n["attribution_max_error"] < 1e-4 and n["strongest_path"].startswith("L0H") and " k of L1H" in n["strongest_path"]
-    assert {"icl_score", "icl_score_95", "train_seconds", "tokens_per_second"} <= set(n) and "induction head" in said.splitlines()[-1]
+    assert (
+        n["attribution_max_error"] < 1e-4
+        and n["strongest_path"].startswith("L0H")
+        and " k of L1H" in n["strongest_path"]
+    )
+    assert {"icl_score", "icl_score_95", "train_seconds", "tokens_per_second"} <= set(
+        n
+    ) and "induction head" in said.splitlines()[-1]
 
 
 def check_tiny_transformer(n: dict, said: str, folder: Path) -> None:
-    assert max(n[f"{name}_max_error"] for name in ("hooks", "fold_norm", "rows", "attribution", "integrated_gradients")) < 1e-4
-    assert {"heldout_loss", "gradient_norms", "roles", "bars", "best_scores", "mixing_before_ff", "mixing_after_ff", "answer_logit"} <= set(n)
+    assert (
+        max(n[f"{name}_max_error"] for name in ("hooks", "fold_norm", "rows", "attribution", "integrated_gradients"))
+        < 1e-4
+    )
+    assert {
+        "heldout_loss",
+        "gradient_norms",
+        "roles",
+        "bars",
+        "best_scores",
+        "mixing_before_ff",
+        "mixing_after_ff",
+        "answer_logit",
+    } <= set(n)
 
 
 def check_llama_block(n: dict, said: str, folder: Path) -> None:
-    assert n["rope_offset_drift"] < 1e-4 and n["listening_gap"] < 1e-5 and n["fact_recall"] <= 1 and json.loads((folder / "checkpoints/llama_block/model/metrics.json").read_text())["fact_recall"] == n["fact_recall"]
+    assert (
+        n["rope_offset_drift"] < 1e-4
+        and n["listening_gap"] < 1e-5
+        and n["fact_recall"] <= 1
+        and json.loads((folder / "checkpoints/llama_block/model/metrics.json").read_text())["fact_recall"]
+        == n["fact_recall"]
+    )
 
 
 def check_moe(n: dict, said: str, folder: Path) -> None:
@@ -68,7 +107,11 @@ def check_logit_lens(n: dict, said: str, folder: Path) -> None:
     """Facts run one way, and the tuned lens beats the raw one."""
     world = n["models"]["models-world"]
     assert set(world) == {"semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error", "reversal_gap"}
-    assert world["last_layer_gate_error"] < 1e-4 and all(gap < -0.8 for gap in world["reversal_gap"].values()) and set(world["reversal_gap"]) == {"forward", "reverse"}
+    assert (
+        world["last_layer_gate_error"] < 1e-4
+        and all(gap < -0.8 for gap in world["reversal_gap"].values())
+        and set(world["reversal_gap"]) == {"forward", "reverse"}
+    )
     assert 0.5 < world["depth_fraction"] <= 1 and "put first, once" in said and "Facts run one way" in said
     assert all(a < b for a, b in zip(n["tuned_lens"]["KL, tuned"][:-1], n["tuned_lens"]["KL, raw"]))
     report = (folder / "results/logit_lens/models-world.md").read_text()
@@ -77,20 +120,43 @@ def check_logit_lens(n: dict, said: str, folder: Path) -> None:
 
 def check_patching(n: dict, said: str, folder: Path) -> None:
     assert max(n["gates"].values()) < 1e-4 and n["edge_attribution_seconds"] < 20
-    assert n["circuit_faithfulness"] >= 0.8 and n["circuit_edges"] <= 0.2 * n["circuit_edges_total"] and n["random_circuit_faithfulness"] < 0.3
-    assert n["circuit_edges_total"] == 479 and n["attribution_correlation"] > 0.8 and 0.5 < n["eap_ig_faithfulness"] < 1.1 and 0.3 < n["eap_faithfulness"] < 1.1
+    assert (
+        n["circuit_faithfulness"] >= 0.8
+        and n["circuit_edges"] <= 0.2 * n["circuit_edges_total"]
+        and n["random_circuit_faithfulness"] < 0.3
+    )
+    assert (
+        n["circuit_edges_total"] == 479
+        and n["attribution_correlation"] > 0.8
+        and 0.5 < n["eap_ig_faithfulness"] < 1.1
+        and 0.3 < n["eap_faithfulness"] < 1.1
+    )
 
 
 def check_sae_probe(n: dict, said: str, folder: Path) -> None:
-    assert abs(n["l0"] - 16) < 0.01 and n["steering_effect"] > n["steering_effect_random"] and n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95
+    assert (
+        abs(n["l0"] - 16) < 0.01
+        and n["steering_effect"] > n["steering_effect_random"]
+        and n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95
+    )
 
 
-CHECKS = {"zero_layer": check_zero_layer, "attn_only": check_attn_only, "tiny_transformer": check_tiny_transformer, "llama_block": check_llama_block, "moe": check_moe, "logit_lens": check_logit_lens, "patching": check_patching, "sae_probe": check_sae_probe}
+CHECKS = {
+    "zero_layer": check_zero_layer,
+    "attn_only": check_attn_only,
+    "tiny_transformer": check_tiny_transformer,
+    "llama_block": check_llama_block,
+    "moe": check_moe,
+    "logit_lens": check_logit_lens,
+    "patching": check_patching,
+    "sae_probe": check_sae_probe,
+}
 
 
 def open_pages(pages: list) -> None:
     """Every page draws something, asks the network for nothing, logs no error, and answers the mouse."""
     from playwright.sync_api import TimeoutError, sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page, wrong = browser.new_page(viewport=dict(width=1300, height=800)), []
@@ -100,10 +166,18 @@ def open_pages(pages: list) -> None:
         for path in pages:
             page.goto(f"file://{path}")
             if "plotly-graph-div" in page.content():
-                try: page.wait_for_selector(".mlayer path, .mlayer image, .mlayer text", state="attached", timeout=20_000)
-                except TimeoutError: pytest.fail(f"{path.name} is blank")
-                titles = page.evaluate("Object.entries(document.querySelector('.plotly-graph-div').layout).map(([key, value]) => [key.replace(/[0-9]/g, ''), value.title?.text])")
-                assert {"title", "xaxis", "yaxis"} <= {key if key != "text" else "" for key, text in titles if text or key == "title"}, f"{path.name}: an axis has no name"
+                try:
+                    page.wait_for_selector(
+                        ".mlayer path, .mlayer image, .mlayer text", state="attached", timeout=20_000
+                    )
+                except TimeoutError:
+                    pytest.fail(f"{path.name} is blank")
+                titles = page.evaluate(
+                    "Object.entries(document.querySelector('.plotly-graph-div').layout).map(([key, value]) => [key.replace(/[0-9]/g, ''), value.title?.text])"
+                )
+                assert {"title", "xaxis", "yaxis"} <= {
+                    key if key != "text" else "" for key, text in titles if text or key == "title"
+                }, f"{path.name}: an axis has no name"
             else:
                 assert len(page.inner_text("body")) > 100, f"{path.name} is blank"
                 if page.locator("span.t").count():
@@ -121,19 +195,35 @@ def test_a_script_runs_says_what_is_true_and_its_figures_open(name, run, workdir
     (workdir / "story.txt").write_text(story(12000))
     done = run(f"{name}.py", *FLAGS[name].split(), "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
-    numbers, said = json.loads((workdir / f"results/{name}.json").read_text()), re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    numbers, said = (
+        json.loads((workdir / f"results/{name}.json").read_text()),
+        re.sub(r"\x1b\[[0-9;]*m", "", done.stdout),
+    )
     assert {"config", "versions"} < set(numbers)
     CHECKS[name](numbers, said, workdir)
-    assert purple in done.stdout and (green in done.stdout or yellow in done.stdout), "a story has sections, and a conclusion: green, or yellow where the small run misses a gate"
+    assert purple in done.stdout and (green in done.stdout or yellow in done.stdout), (
+        "a story has sections, and a conclusion: green, or yellow where the small run misses a gate"
+    )
     pages = sorted((workdir / "figs" / name).glob("*.html"))
-    assert {str(page.relative_to(workdir)) for page in pages} == set(re.findall(r"(?:figure|page): (\S+)", said)), "what is drawn is named"
+    assert {str(page.relative_to(workdir)) for page in pages} == set(re.findall(r"(?:figure|page): (\S+)", said)), (
+        "what is drawn is named"
+    )
     assert set(FIGURES[name].split()) <= {page.stem for page in pages}
-    if shutil.which("chromium"): open_pages(pages)
+    if shutil.which("chromium"):
+        open_pages(pages)
     if name in AGAIN:
         again = run(f"{name}.py", *AGAIN[name].split(), "--device", "cpu")
         assert again.returncode == 0, again.stderr[-2000:]
-        assert name == "attn_only" or any(line.startswith(("model.embed", "transformer.wte")) for line in again.stdout.splitlines()), "the tensors are listed"
+        assert name == "attn_only" or any(
+            line.startswith(("model.embed", "transformer.wte")) for line in again.stdout.splitlines()
+        ), "the tensors are listed"
         opened = json.loads((workdir / f"results/{name}.json").read_text())
-        same = {"attn_only": "best_prefix_matching", "tiny_transformer": "heldout_loss", "moe": "heldout_loss", "llama_block": "listening_gap"}[name]
+        same = {
+            "attn_only": "best_prefix_matching",
+            "tiny_transformer": "heldout_loss",
+            "moe": "heldout_loss",
+            "llama_block": "listening_gap",
+        }[name]
         assert opened[same] == pytest.approx(numbers[same], rel=1e-4, abs=1e-5)
-    if not shutil.which("chromium"): pytest.skip("the figures are not opened: no chromium here (apt-get install chromium)")
+    if not shutil.which("chromium"):
+        pytest.skip("the figures are not opened: no chromium here (apt-get install chromium)")

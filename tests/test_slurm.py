@@ -1,4 +1,5 @@
 """Against a real Slurm: one node on loopback, started here and stopped at the end. Needs root and Debian's slurm-wlm and munge (.ci/run installs them)."""
+
 import json
 import os
 import re
@@ -64,19 +65,39 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
-    if missing: pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
-    if os.geteuid() != 0: pytest.skip("slurmd runs jobs as their users: needs root")
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd runs jobs as their users: needs root")
     tmp, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
     (tmp / "slurm.conf").write_text(CONF.format(tmp=tmp, host=host, ports=(free_port(), free_port()), cpus=4))
-    (tmp / "gres.conf").write_text(f"Name=gpu File={tmp}/gpu[0-1]\n")  # two pretended GPUs, so that two processes are asked for as on a real node
-    for i in range(2): (tmp / f"gpu{i}").touch()
+    (tmp / "gres.conf").write_text(
+        f"Name=gpu File={tmp}/gpu[0-1]\n"
+    )  # two pretended GPUs, so that two processes are asked for as on a real node
+    for i in range(2):
+        (tmp / f"gpu{i}").touch()
     (tmp / "munge.key").write_bytes(os.urandom(128))
-    for name in ("state", "spool"): (tmp / name).mkdir()
+    for name in ("state", "spool"):
+        (tmp / name).mkdir()
     (tmp / "munge.key").chmod(0o400)
     env, daemons = {**os.environ, "SLURM_CONF": str(tmp / "slurm.conf")}, []
-    def start(*command: str) -> None: daemons.append(subprocess.Popen(command, stdout=(tmp / "daemons.log").open("a"), stderr=subprocess.STDOUT, env=env))
+
+    def start(*command: str) -> None:
+        daemons.append(
+            subprocess.Popen(command, stdout=(tmp / "daemons.log").open("a"), stderr=subprocess.STDOUT, env=env)
+        )
+
     try:
-        start("munged", "--foreground", "--force", f"--key-file={tmp}/munge.key", f"--socket={tmp}/munge.socket", f"--pid-file={tmp}/munged.pid", f"--log-file={tmp}/munged.log", f"--seed-file={tmp}/munged.seed")
+        start(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={tmp}/munge.key",
+            f"--socket={tmp}/munge.socket",
+            f"--pid-file={tmp}/munged.pid",
+            f"--log-file={tmp}/munged.log",
+            f"--seed-file={tmp}/munged.seed",
+        )
         until(lambda: (tmp / "munge.socket").exists(), "munged is up")
         start("slurmctld", "-D", "-c")
         start("slurmd", "-D", "-N", host)
@@ -85,23 +106,31 @@ def cluster(tmp_path_factory):
         (tmp / "work").mkdir()
         (tmp / "work/tiny.py").write_text(TINY)
         yield tmp / "work"
-    except TimeoutError: raise AssertionError((tmp / "daemons.log").read_text())
+    except TimeoutError:
+        raise AssertionError((tmp / "daemons.log").read_text())
     finally:
-        if "SLURM_CONF" in os.environ: ask("scancel", "--user=root")
-        for daemon in reversed(daemons): daemon.terminate()
+        if "SLURM_CONF" in os.environ:
+            ask("scancel", "--user=root")
+        for daemon in reversed(daemons):
+            daemon.terminate()
         for daemon in daemons:
-            try: daemon.wait(10)
-            except subprocess.TimeoutExpired: daemon.kill()
-        for name in ("SLURM_CONF", "GLOO_SOCKET_IFNAME"): os.environ.pop(name, None)
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+        for name in ("SLURM_CONF", "GLOO_SOCKET_IFNAME"):
+            os.environ.pop(name, None)
 
 
-def ask(*command: str) -> str: return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
 
 
 def until(true, what: str, seconds: int = 90) -> None:
     end = time.monotonic() + seconds
     while not true():
-        if time.monotonic() > end: raise TimeoutError(what)
+        if time.monotonic() > end:
+            raise TimeoutError(what)
         time.sleep(0.2)
 
 
@@ -110,12 +139,23 @@ def call(cluster, monkeypatch, capsys):
     """call('--slurm', ...) -> (exit code or settings, what was printed) of tiny.py's first line, in this process."""
     monkeypatch.chdir(cluster)
     monkeypatch.syspath_prepend(cluster)
+
     def call(*args: str):
         import tiny
-        monkeypatch.setattr(sys, "argv", [str(cluster / "tiny.py"), *args, "--slurm-gpus", "0", "--slurm-cpus", "1"] if "--slurm-gpus" not in args else [str(cluster / "tiny.py"), *args])
-        try: end = flags(tiny.Config, sweep="models")
-        except SystemExit as exit: end = exit.code
+
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [str(cluster / "tiny.py"), *args, "--slurm-gpus", "0", "--slurm-cpus", "1"]
+            if "--slurm-gpus" not in args
+            else [str(cluster / "tiny.py"), *args],
+        )
+        try:
+            end = flags(tiny.Config, sweep="models")
+        except SystemExit as exit:
+            end = exit.code
         return end, capsys.readouterr().out
+
     return call
 
 
@@ -124,7 +164,8 @@ def job_and_log(out: str) -> tuple[str, Path]:
     return job, Path(log)
 
 
-def text(log: Path) -> str: return log.read_text() if log.exists() else ""
+def text(log: Path) -> str:
+    return log.read_text() if log.exists() else ""
 
 
 def alone(folder: Path, monkeypatch, *args: str) -> dict:
@@ -153,16 +194,28 @@ def test_jobs_that_are_preempted_cancelled_and_failing(call, cluster, monkeypatc
     own = re.findall(r"models=(.): job (\d+_\d)", out)
     assert end == 0 and [name for name, _ in own] == ["b", "c"]
     end, out = call("--models", "b", "c", "--slurm")
-    assert end == 0 and out.count(": job") == 2 and all(f"job {job} is " in out for _, job in own)  # not submitted again
+    assert (
+        end == 0 and out.count(": job") == 2 and all(f"job {job} is " in out for _, job in own)
+    )  # not submitted again
 
     until(lambda: "loss" in text(log), "the first job trains")
     ask("scancel", "--signal=USR2", requeued)  # as Slurm does before the time limit
-    until(lambda: f"job {requeued} goes back to the queue" in text(log) and ask("squeue", "-h", "-j", requeued, "-o", "%T") == "PENDING", "it is requeued")
+    until(
+        lambda: (
+            f"job {requeued} goes back to the queue" in text(log)
+            and ask("squeue", "-h", "-j", requeued, "-o", "%T") == "PENDING"
+        ),
+        "it is requeued",
+    )
     ask("scontrol", "update", f"jobid={requeued}", "StartTime=now")  # Slurm would wait for two minutes
     until(lambda: "loss" in text(cancelled_log), "the second job trains")
     ask("scancel", cancelled)
     until(lambda: not ask("squeue", "-h", "-j", cancelled), "it is gone")
-    assert "SIGTERM: saved" in text(cancelled_log) and "go on with --resume" in text(cancelled_log) and 0 < t.load(other / "checkpoints/tiny_a.pt")["step"] < 60
+    assert (
+        "SIGTERM: saved" in text(cancelled_log)
+        and "go on with --resume" in text(cancelled_log)
+        and 0 < t.load(other / "checkpoints/tiny_a.pt")["step"] < 60
+    )
 
     end, out = call("--sweep", "width=8,0,4", "--slurm-wait")
     assert end == 1 and "2 of 3 runs are done" in out
@@ -196,7 +249,10 @@ def test_a_job_that_slurm_preempts_saves_gives_way_and_resumes(call, cluster, mo
     ask("scontrol", "update", f"jobid={job}", "StartTime=now")
     until(lambda: not ask("squeue", "-h", "-j", job), "it is done")
     assert re.search(r"resumed checkpoints/tiny_a.pt at step \d+ of 60", text(log)), text(log)
-    assert json.loads((home / "results/tiny_a.json").read_text())["loss"] == alone(cluster / "alone2", monkeypatch, *LONG)["loss"]
+    assert (
+        json.loads((home / "results/tiny_a.json").read_text())["loss"]
+        == alone(cluster / "alone2", monkeypatch, *LONG)["loss"]
+    )
 
 
 def test_sbatch_refusals_are_one_line(call):

@@ -8,7 +8,19 @@ import torch.nn.functional as F
 from conftest import one_line_error
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from anatomy import catalogue, ff_maps, fold_norm, head_scores, logit_parts, mixing, neuron_catalogue, parts_error, folded_W_U, repeated_tokens, role_targets
+from anatomy import (
+    catalogue,
+    ff_maps,
+    fold_norm,
+    head_scores,
+    logit_parts,
+    mixing,
+    neuron_catalogue,
+    parts_error,
+    folded_W_U,
+    repeated_tokens,
+    role_targets,
+)
 from data import train_bpe
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer, sinusoids
@@ -24,28 +36,49 @@ def shake(model: t.nn.Module, size: float = 0.1) -> t.nn.Module:
     """Weights that a wrong formula cannot survive: biases and norms too."""
     t.manual_seed(1)
     with t.no_grad():
-        for p in model.parameters(): p.add_(size * t.randn_like(p))
+        for p in model.parameters():
+            p.add_(size * t.randn_like(p))
     return model.eval()
 
 
 def hf_gpt2(tied: bool = True, **more) -> GPT2LMHeadModel:
     t.manual_seed(0)
-    config = GPT2Config(**{"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": V, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": tied, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), **more})
+    config = GPT2Config(
+        **{
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "vocab_size": V,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "tie_word_embeddings": tied,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **more,
+        }
+    )
     return shake(GPT2LMHeadModel(config))
 
 
 def small(**more) -> TinyTransformer:
     t.manual_seed(0)
-    return shake(TinyTransformer(TinyConfig(**{"n_layers": 2, "n_heads": 3, "d_model": 24, "d_mlp": 40, "d_vocab": 30, "n_ctx": 48, **more})))
+    return shake(
+        TinyTransformer(
+            TinyConfig(**{"n_layers": 2, "n_heads": 3, "d_model": 24, "d_mlp": 40, "d_vocab": 30, "n_ctx": 48, **more})
+        )
+    )
 
 
 def small_llama() -> Llama:
     t.manual_seed(0)
-    return shake(Llama(LlamaConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, d_mlp=48, d_vocab=30, n_ctx=64)))
+    return shake(
+        Llama(LlamaConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, d_mlp=48, d_vocab=30, n_ctx=64))
+    )
 
 
 @pytest.fixture(scope="module")
-def tokens() -> t.Tensor: return t.randint(V, (3, 40), generator=t.Generator().manual_seed(0))
+def tokens() -> t.Tensor:
+    return t.randint(V, (3, 40), generator=t.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +87,21 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf")
     hf_gpt2().save_pretrained(path)
     train_bpe(["a b c"], V).save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>"}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>"})
+    )
     return path
 
 
 @pytest.fixture(scope="module")
-def bridge(folder): return load_model(str(folder), device="cpu", dtype="float32")
+def bridge(folder):
+    return load_model(str(folder), device="cpu", dtype="float32")
 
 
-#%% Equal to Hugging Face, forwards and backwards
-@pytest.mark.parametrize("tied, more", [(True, {}), (False, {"n_inner": 96, "activation_function": "gelu", "layer_norm_epsilon": 1e-3})])
+# %% Equal to Hugging Face, forwards and backwards
+@pytest.mark.parametrize(
+    "tied, more", [(True, {}), (False, {"n_inner": 96, "activation_function": "gelu", "layer_norm_epsilon": 1e-3})]
+)
 @t.no_grad()
 def test_logits_equal_hugging_face(tied, more, tokens, parity):
     hf = hf_gpt2(tied, **more)
@@ -71,7 +109,8 @@ def test_logits_equal_hugging_face(tied, more, tokens, parity):
     error, relative = (ours - theirs).abs().max().item(), ((ours - theirs).abs().max() / theirs.abs().max()).item()
     print(f"GPT-2 {'tied' if tied else 'untied'}: max |difference| {error:.1e}, relative {relative:.1e}")
     assert relative <= 1e-5
-    if not more: parity("GPT2LMHeadModel", relative)
+    if not more:
+        parity("GPT2LMHeadModel", relative)
 
 
 def test_gradients_equal_hugging_face(tokens):
@@ -100,18 +139,23 @@ def test_every_hook_equals_the_bridge(folder, bridge, tokens):
     ours = load_model(str(folder), ours=(TinyTransformer,), device="cpu", dtype="float32")
     assert isinstance(ours, TinyTransformer) and ours.tokenizer.get_vocab_size() <= V
     bridge.set_use_attn_result(True)
-    (logits, cache), (theirs, expected) = run_with_cache(ours, tokens, [name for name in hook_points(ours) if "rot_" not in name]), run_with_cache(bridge, tokens)
-    if "blocks.0.attn.hook_result" not in expected: expected |= run_with_cache(bridge, tokens, "*.attn.hook_result")[1]
+    (logits, cache), (theirs, expected) = (
+        run_with_cache(ours, tokens, [name for name in hook_points(ours) if "rot_" not in name]),
+        run_with_cache(bridge, tokens),
+    )
+    if "blocks.0.attn.hook_result" not in expected:
+        expected |= run_with_cache(bridge, tokens, "*.attn.hook_result")[1]
     bridge.set_use_attn_result(False)
     t.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
     for name, x in cache.items():
         y = expected[name]
-        if name.endswith("attn_scores"): x, y = x.tril(), y.tril()  # the mask may be -inf or very negative
+        if name.endswith("attn_scores"):
+            x, y = x.tril(), y.tril()  # the mask may be -inf or very negative
         assert x.shape[1:] == y.shape[1:] and (x - y).abs().max() < 1e-4, name
     assert len(cache) == 3 * 18 + 4
 
 
-#%% Both ways through a Hugging Face folder
+# %% Both ways through a Hugging Face folder
 @pytest.mark.parametrize("more", [{}, {"tied": False, "positions": "sinusoidal", "act": "gelu", "d_mlp": 50}])
 @t.no_grad()
 def test_round_trip_through_a_folder(tmp_path, more):
@@ -121,44 +165,80 @@ def test_round_trip_through_a_folder(tmp_path, more):
     hf, again = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval(), TinyTransformer.from_folder(tmp_path / "m")
     t.testing.assert_close(hf(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
     assert t.equal(again(ids), model(ids)) and (again.unembed.weight is again.embed.weight) == model.cfg.tied
-    assert {k: v for k, v in vars(again.cfg).items() if k != "positions"} == {k: v for k, v in vars(model.cfg).items() if k != "positions"}
-    assert AutoTokenizer.from_pretrained(tmp_path / "m").encode("ab cd") == [hf.config.bos_token_id, *model.tokenizer.encode("ab cd").ids]
+    assert {k: v for k, v in vars(again.cfg).items() if k != "positions"} == {
+        k: v for k, v in vars(model.cfg).items() if k != "positions"
+    }
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").encode("ab cd") == [
+        hf.config.bos_token_id,
+        *model.tokenizer.encode("ab cd").ids,
+    ]
     hf.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     (tmp_path / "theirs/tokenizer.json").write_text(model.tokenizer.to_str())
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1 and t.equal(TinyTransformer.from_folder(tmp_path / "theirs")(ids), model(ids))
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1 and t.equal(
+        TinyTransformer.from_folder(tmp_path / "theirs")(ids), model(ids)
+    )
 
 
 def test_tensor_table_reads_every_tensor(folder):
     table, state = {row[0]: row[1:] for row in tensor_table(str(folder))}, hf_gpt2().state_dict()
     assert set(table) == set(state) - {"lm_head.weight"}
-    for name, (shape, dtype, norm) in table.items(): assert shape == tuple(state[name].shape) and dtype == "float32" and norm == pytest.approx(state[name].norm().item(), rel=1e-5)
+    for name, (shape, dtype, norm) in table.items():
+        assert (
+            shape == tuple(state[name].shape)
+            and dtype == "float32"
+            and norm == pytest.approx(state[name].norm().item(), rel=1e-5)
+        )
 
 
 def test_what_does_not_fit_is_refused(tmp_path, folder):
     hf = hf_gpt2()
+
     class Fake:  # a transformers model whose state we can spoil
         config = hf.config
-        def __init__(self, state): self.state = state
-        def state_dict(self): return self.state
+
+        def __init__(self, state):
+            self.state = state
+
+        def state_dict(self):
+            return self.state
+
     state = hf.state_dict()
     for spoiled, words in (
-        ({k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k}, "missing from the file, first blocks.1.mlp.inp.bias"), (state | {"transformer.h.0.extra": t.ones(2)}, "extra has no place"),
-        (state | {"transformer.wpe.weight": t.ones(3, 64)}, "the config says"), (state | {"lm_head.weight": state["lm_head.weight"] + 1}, "ties"), (state | {"transformer.h.7.ln_1.bias": t.ones(64)}, "has no place"),
+        (
+            {k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k},
+            "missing from the file, first blocks.1.mlp.inp.bias",
+        ),
+        (state | {"transformer.h.0.extra": t.ones(2)}, "extra has no place"),
+        (state | {"transformer.wpe.weight": t.ones(3, 64)}, "the config says"),
+        (state | {"lm_head.weight": state["lm_head.weight"] + 1}, "ties"),
+        (state | {"transformer.h.7.ln_1.bias": t.ones(64)}, "has no place"),
     ):
-        with pytest.raises(SystemExit, match=words): TinyTransformer.from_hf(Fake(spoiled))
-    for change, words in (({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not built"), ({"activation_function": "relu"}, "relu"), ({"n_head": 5}, "does not divide into 5 heads"), ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx")):
+        with pytest.raises(SystemExit, match=words):
+            TinyTransformer.from_hf(Fake(spoiled))
+    for change, words in (
+        ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not built"),
+        ({"activation_function": "relu"}, "relu"),
+        ({"n_head": 5}, "does not divide into 5 heads"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ):
         bad = tmp_path / words[:4]
         bad.mkdir()
-        for file in folder.iterdir(): (bad / file.name).write_bytes(file.read_bytes())
+        for file in folder.iterdir():
+            (bad / file.name).write_bytes(file.read_bytes())
         (bad / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
-        with pytest.raises(SystemExit, match=words): TinyTransformer.from_folder(bad)
+        with pytest.raises(SystemExit, match=words):
+            TinyTransformer.from_folder(bad)
     (bad / "tokenizer.json").unlink()
-    with pytest.raises(SystemExit, match="no tokenizer.json"): TinyTransformer.from_folder(bad)
+    with pytest.raises(SystemExit, match="no tokenizer.json"):
+        TinyTransformer.from_folder(bad)
     (folder_without := tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="no model.safetensors"): list(tensor_table(str(folder_without)))
+    with pytest.raises(SystemExit, match="no model.safetensors"):
+        list(tensor_table(str(folder_without)))
     (folder_without / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(SystemExit, match="corrupt"): list(tensor_table(str(folder_without)))
-    with pytest.raises(SystemExit, match="100 tokens are too many"): small()(t.zeros(1, 100, dtype=t.long))
+    with pytest.raises(SystemExit, match="corrupt"):
+        list(tensor_table(str(folder_without)))
+    with pytest.raises(SystemExit, match="100 tokens are too many"):
+        small()(t.zeros(1, 100, dtype=t.long))
 
 
 def test_masks_in_old_files_are_left_out():
@@ -167,7 +247,7 @@ def test_masks_in_old_files_are_left_out():
     assert list(TinyTransformer.from_hf(hf).place("h.3.attn.c_attn.bias", t.arange(6)).values())[1].tolist() == [2, 3]
 
 
-#%% The model itself
+# %% The model itself
 def test_sinusoids_have_their_closed_form():
     table = sinusoids(50, 16)
     assert table.shape == (50, 16)
@@ -193,7 +273,8 @@ def test_parts_of_the_model_can_be_run():
 
 
 def test_heads_must_divide():
-    with pytest.raises(SystemExit, match="d_model 128 does not divide into 3 heads"): TinyConfig(n_heads=3)
+    with pytest.raises(SystemExit, match="d_model 128 does not divide into 3 heads"):
+        TinyConfig(n_heads=3)
 
 
 def test_compiles_without_a_graph_break():
@@ -205,7 +286,7 @@ def test_bench_gives_a_ratio():
     assert 0.1 < bench_against_hf(TinyTransformer.from_hf(copy.deepcopy(hf)), hf, t.randint(V, (2, 16)), pairs=3) < 10
 
 
-#%% Folding
+# %% Folding
 @pytest.mark.parametrize("make", [small, lambda: small(tied=False, positions="sinusoidal"), small_llama])
 @t.no_grad()
 def test_folding_keeps_log_probabilities(make):
@@ -215,26 +296,45 @@ def test_folding_keeps_log_probabilities(make):
     t.testing.assert_close(folded(ids).log_softmax(-1), model(ids).log_softmax(-1), atol=1e-4, rtol=0)
     assert all(t.equal(x, before[name]) for name, x in model.state_dict().items())
     norms = [folded.ln_final, *(norm for block in folded.blocks for norm in (block.ln1, block.ln2))]
-    assert all((norm.weight == 1).all() and (getattr(norm, "bias", None) is None or (norm.bias == 0).all()) for norm in norms)
+    assert all(
+        (norm.weight == 1).all() and (getattr(norm, "bias", None) is None or (norm.bias == 0).all()) for norm in norms
+    )
     if make is not small_llama:
-        assert max(x.mean(-1).abs().max() for x in (folded.W_E, folded.W_pos, *(w for b in folded.blocks for w in (b.attn.W_O, b.attn.o.bias, b.mlp.W_out, b.mlp.out.bias)))) < 1e-6
+        assert (
+            max(
+                x.mean(-1).abs().max()
+                for x in (
+                    folded.W_E,
+                    folded.W_pos,
+                    *(w for b in folded.blocks for w in (b.attn.W_O, b.attn.o.bias, b.mlp.W_out, b.mlp.out.bias)),
+                )
+            )
+            < 1e-6
+        )
         assert max(w.mean(0).abs().max() for b in folded.blocks for w in (b.mlp.W_in, b.attn.q.weight.T)) < 1e-6
     assert folded.W_U.mean(-1).abs().max() < 1e-6
-    t.testing.assert_close(folded_W_U(folded, t.tensor([3, 4])).diff(dim=1), folded_W_U(model, t.tensor([3, 4])).diff(dim=1), atol=1e-5, rtol=1e-4)
+    t.testing.assert_close(
+        folded_W_U(folded, t.tensor([3, 4])).diff(dim=1),
+        folded_W_U(model, t.tensor([3, 4])).diff(dim=1),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
-#%% Attribution
+# %% Attribution
 @pytest.mark.parametrize("make", [small, small_llama, lambda: small(positions="sinusoidal", tied=False)])
 def test_parts_sum_to_the_logit(make):
     model, ids = make(), t.randint(30, (1, 20))
-    for position in (0, 7, -1): assert parts_error(logit_parts(model, ids, 3, position)) < 1e-4
+    for position in (0, 7, -1):
+        assert parts_error(logit_parts(model, ids, 3, position)) < 1e-4
 
 
 @t.no_grad()
 def test_parts_on_a_bridge_equal_ours(folder, bridge, tokens):
     theirs, ours = logit_parts(bridge, tokens[:1], 5), logit_parts(TinyTransformer.from_folder(folder), tokens[:1], 5)
     assert parts_error(theirs) < 1e-4
-    for name in ours: t.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+    for name in ours:
+        t.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
 @t.no_grad()
@@ -244,13 +344,16 @@ def test_a_part_is_what_its_removal_takes_from_the_logit():
     _, cache = run_with_cache(model, ids)
     parts, block = logit_parts(model, ids, 4), model.blocks[1]
     end = cache["resid_post", 1][0, -1]
-    logit = lambda x: (((x - x.mean()) / cache["ln_final.hook_scale"][0, -1]) * model.ln_final.weight + model.ln_final.bias) @ model.W_U[:, 4]
+    logit = lambda x: (
+        (((x - x.mean()) / cache["ln_final.hook_scale"][0, -1]) * model.ln_final.weight + model.ln_final.bias)
+        @ model.W_U[:, 4]
+    )
     head, neuron = cache["z", 1][0, -1, 2] @ block.attn.W_O[2], cache["post", 1][0, -1, 7] * block.mlp.W_out[7]
     assert (logit(end) - logit(end - head)).item() == pytest.approx(parts["heads"][1, 2].sum().item(), abs=1e-4)
     assert (logit(end) - logit(end - neuron)).item() == pytest.approx(parts["neurons"][1, 7].item(), abs=1e-4)
 
 
-#%% Catalogues
+# %% Catalogues
 def test_role_targets_by_hand():
     targets = role_targets(t.tensor([[9, 1, 2, 1, 2]]))
     assert [tuple(x.tolist()) for x in targets["duplicate token"][0].nonzero()] == [(3, 1), (4, 2)]
@@ -264,23 +367,44 @@ def hand_made() -> TinyTransformer:
     """Layer 0 by hand: head 0 attends one back by position, 1 to the first token, 2 to its own token wherever it stands; layer 1's head 0 copies what it attends to, its head 1 the opposite."""
     n, T = 32, 48
     model = TinyTransformer(TinyConfig(2, 3, 3 * 2 * 64, 4, n, T, tied=False)).eval()
-    for p in model.parameters(): p.zero_()
-    for norm in (model.ln_final, *(norm for b in model.blocks for norm in (b.ln1, b.ln2))): norm.weight.fill_(1)
-    model.embed.weight[:, :n], model.W_pos[:, 64:64 + T] = 4 * t.eye(n), 4 * t.eye(T)
+    for p in model.parameters():
+        p.zero_()
+    for norm in (model.ln_final, *(norm for b in model.blocks for norm in (b.ln1, b.ln2))):
+        norm.weight.fill_(1)
+    model.embed.weight[:, :n], model.W_pos[:, 64 : 64 + T] = 4 * t.eye(n), 4 * t.eye(T)
     model.unembed.weight[:, :n] = t.eye(n)
     first, second, size = model.blocks[0].attn, model.blocks[1].attn, model.cfg.d_head
-    first.q.weight[:T - 1, 65:64 + T], first.k.weight[:T - 1, 64:63 + T] = 5 * t.eye(T - 1), 5 * t.eye(T - 1)
+    first.q.weight[: T - 1, 65 : 64 + T], first.k.weight[: T - 1, 64 : 63 + T] = 5 * t.eye(T - 1), 5 * t.eye(T - 1)
     first.q.bias[size], first.k.weight[size, 64] = 100.0, 10.0
-    first.q.weight[2 * size:2 * size + n, :n], first.k.weight[2 * size:2 * size + n, :n] = 5 * t.eye(n), 5 * t.eye(n)
-    for head, sign in ((0, 1), (1, -1)): second.v.weight[head * size:head * size + n, :n], second.o.weight[:n, head * size:head * size + n] = t.eye(n), sign * t.eye(n)
+    first.q.weight[2 * size : 2 * size + n, :n], first.k.weight[2 * size : 2 * size + n, :n] = (
+        5 * t.eye(n),
+        5 * t.eye(n),
+    )
+    for head, sign in ((0, 1), (1, -1)):
+        second.v.weight[head * size : head * size + n, :n], second.o.weight[:n, head * size : head * size + n] = (
+            t.eye(n),
+            sign * t.eye(n),
+        )
     return model
 
 
 def test_catalogue_names_the_hand_made_heads():
     rows = repeated_tokens(8, 20, t.arange(1, 32), 0)
     scores, bars, roles = catalogue(hand_made(), rows)
-    assert roles == {"L0H0": ["previous token"], "L0H1": ["text-begin sink"], "L0H2": ["duplicate token"], "L1H0": ["copying"], "L1H1": [], "L1H2": []}
-    assert scores["previous token"][0, 0] > 0.99 and scores["text-begin sink"][0, 1] > 0.99 and scores["copying"][1, 0] > 0.99 and scores["copying"][1, 1] < 0.01
+    assert roles == {
+        "L0H0": ["previous token"],
+        "L0H1": ["text-begin sink"],
+        "L0H2": ["duplicate token"],
+        "L1H0": ["copying"],
+        "L1H1": [],
+        "L1H2": [],
+    }
+    assert (
+        scores["previous token"][0, 0] > 0.99
+        and scores["text-begin sink"][0, 1] > 0.99
+        and scores["copying"][1, 0] > 0.99
+        and scores["copying"][1, 1] < 0.01
+    )
     assert scores["duplicate token"][0, 2] > 0.3  # the rest goes to the token itself
 
 
@@ -290,7 +414,10 @@ def test_a_positional_head_is_not_named_for_what_it_happens_to_hit():
     with t.no_grad():
         attn = model.blocks[0].attn
         attn.q.weight[:48], attn.k.weight[:48] = 0, 0
-        attn.q.weight[:48 - half, 64 + half:112], attn.k.weight[:48 - half, 64:112 - half] = 5 * t.eye(48 - half), 5 * t.eye(48 - half)
+        attn.q.weight[: 48 - half, 64 + half : 112], attn.k.weight[: 48 - half, 64 : 112 - half] = (
+            5 * t.eye(48 - half),
+            5 * t.eye(48 - half),
+        )
     scores, bars, roles = catalogue(model, repeated_tokens(8, half, t.arange(1, 32), 0))
     assert scores["duplicate token"][0, 0] > 0.7 and bars["duplicate token"] > 0.6 and roles["L0H0"] == []
 
@@ -301,14 +428,21 @@ def test_scores_agree_with_head_scores(make):
     once = t.stack([t.randperm(29, generator=t.Generator().manual_seed(i))[:20] + 1 for i in range(6)])
     rows = t.cat([t.zeros(6, 1, dtype=t.long), once, once], 1)
     mine, theirs = catalogue(model, rows, shuffles=2)[0], head_scores(model, 2, rows, 20)
-    for name, other in (("previous token", "previous_token"), ("induction", "prefix_matching"), ("duplicate token", "duplicate_token"), ("text-begin sink", "first_token")): t.testing.assert_close(mine[name], theirs[other], atol=1e-5, rtol=1e-4)
+    for name, other in (
+        ("previous token", "previous_token"),
+        ("induction", "prefix_matching"),
+        ("duplicate token", "duplicate_token"),
+        ("text-begin sink", "first_token"),
+    ):
+        t.testing.assert_close(mine[name], theirs[other], atol=1e-5, rtol=1e-4)
 
 
 @t.no_grad()
 def test_catalogue_on_a_bridge_equals_ours(folder, bridge):
     rows = repeated_tokens(4, 12, V, 0)
     ours, theirs = catalogue(TinyTransformer.from_folder(folder), rows, 3), catalogue(bridge, rows, 3)
-    for name in ours[0]: t.testing.assert_close(ours[0][name], theirs[0][name], atol=2e-3, rtol=1e-3)
+    for name in ours[0]:
+        t.testing.assert_close(ours[0][name], theirs[0][name], atol=2e-3, rtol=1e-3)
     assert ours[2] == theirs[2]
 
 
@@ -317,8 +451,12 @@ def test_neuron_catalogue_finds_the_planted_neuron():
     model, ids = small(), t.randint(1, 30, (6, 12))
     ids[3, 7] = 0
     block = model.blocks[1].mlp
-    for p in block.parameters(): p.mul_(0.01)
-    (_, cache), norm = run_with_cache(model, ids, ["blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_post"]), model.blocks[1].ln2
+    for p in block.parameters():
+        p.mul_(0.01)
+    (_, cache), norm = (
+        run_with_cache(model, ids, ["blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_post"]),
+        model.blocks[1].ln2,
+    )
     read = cache["blocks.1.ln2.hook_normalized"][3, 7] * norm.weight + norm.bias
     block.inp.weight[5], block.inp.bias[5], block.out.weight[:, 5] = read, 0, model.W_U[:, 11] * norm.weight
     (found, *_) = neuron_catalogue(model, ids, 1, n=2, contexts=3)
@@ -326,7 +464,7 @@ def test_neuron_catalogue_finds_the_planted_neuron():
     t.testing.assert_close(found["effect"].diff(), (block.W_out[5] @ folded_W_U(model)).diff(), atol=1e-4, rtol=1e-4)
 
 
-#%% The feed-forward block through attention maps
+# %% The feed-forward block through attention maps
 @pytest.mark.parametrize("make", [small, lambda: small(act="gelu"), small_llama])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_integrated_gradients_are_complete(make, layer):
@@ -339,11 +477,19 @@ def test_integrated_gradients_are_complete(make, layer):
 def test_feed_forward_maps_match_loops():
     """One query, one source at a time; the integral by 2000 midpoints through autograd."""
     model, ids, layer = small(), t.randint(30, (1, 5)), 1
-    with t.no_grad(): _, cache = run_with_cache(model, ids)
+    with t.no_grad():
+        _, cache = run_with_cache(model, ids)
     maps, block = ff_maps(model, ids, layer), model.blocks[layer]
     query, x, scale = 3, cache["resid_pre", layer][0], cache[f"blocks.{layer}.ln2.hook_scale"][0, 3]
     with t.no_grad():
-        sources = [sum(cache["pattern", layer][0, h, query, j] * cache["v", layer][0, j, h] @ block.attn.W_O[h] for h in range(3)) + (x[j] if j == query else 0) for j in range(query + 1)]
+        sources = [
+            sum(
+                cache["pattern", layer][0, h, query, j] * cache["v", layer][0, j, h] @ block.attn.W_O[h]
+                for h in range(3)
+            )
+            + (x[j] if j == query else 0)
+            for j in range(query + 1)
+        ]
         pre = [((s - s.mean()) / scale * block.ln2.weight) @ block.mlp.W_in for s in sources]
         b_O = block.attn.o.bias
         start = ((b_O - b_O.mean()) / scale * block.ln2.weight + block.ln2.bias) @ block.mlp.W_in + block.mlp.inp.bias
@@ -357,7 +503,7 @@ def test_feed_forward_maps_match_loops():
         assert maps["attn_res"][query, j].item() == pytest.approx(s.norm().item(), rel=1e-4)
 
 
-#%% The script, as a newcomer runs it
+# %% The script, as a newcomer runs it
 FAST = ("--steps", "12", "--tokens-per-step", "1024", "--contexts", "32")
 
 
@@ -366,6 +512,12 @@ def test_sinusoidal_and_untied_variants_run(run):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("flags, words", [(("--model", "./nowhere"), ("no such model folder: ./nowhere",)), (("--answer", "qqqzzz"), ("no token reads 'qqqzzz'",))])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--model", "./nowhere"), ("no such model folder: ./nowhere",)),
+        (("--answer", "qqqzzz"), ("no token reads 'qqqzzz'",)),
+    ],
+)
 def test_bad_input_gets_one_line(run, flags, words):
     one_line_error(run("tiny_transformer.py", *FAST, "--n-layers", "1", *flags), *words)

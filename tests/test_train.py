@@ -19,7 +19,17 @@ from test_zero_layer import story
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
 from hooks import in_batches
 from data import load_corpus
-from train import TrainConfig, bf16_is_faster, context_at, expected_memory, make_optimizers, next_token_loss, recompute_blocks, schedule, train
+from train import (
+    TrainConfig,
+    bf16_is_faster,
+    context_at,
+    expected_memory,
+    make_optimizers,
+    next_token_loss,
+    recompute_blocks,
+    schedule,
+    train,
+)
 from launch import flags
 from utils import secret, set_seed
 
@@ -32,26 +42,36 @@ def fresh(seed: int = 0) -> AttnOnly:
     return AttnOnly(SMALL)
 
 
-def batch(i: int) -> t.Tensor: return t.randint(20, (4, 16), generator=t.Generator().manual_seed(i))
+def batch(i: int) -> t.Tensor:
+    return t.randint(20, (4, 16), generator=t.Generator().manual_seed(i))
 
 
 @pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def test_training_lowers_the_loss_and_repeats_exactly():
-    once, again = (train(fresh(), lambda i: batch(0), dataclasses.replace(CFG, steps=30, save_every=0), "a") for _ in range(2))
+    once, again = (
+        train(fresh(), lambda i: batch(0), dataclasses.replace(CFG, steps=30, save_every=0), "a") for _ in range(2)
+    )
     assert once["loss"] == again["loss"] and once["loss"][-1] < once["loss"][0] - 0.5
     assert once["tokens"][-1] == 30 * 64 and once["tokens_per_second"] > 0
 
 
 def test_a_run_cut_off_resumes_to_the_same_loss():
     whole = train(fresh(), batch, CFG, "whole")
-    class Cut(Exception): pass
+
+    class Cut(Exception):
+        pass
+
     def cut(i):
-        if i == 9: raise Cut
+        if i == 9:
+            raise Cut
         return batch(i)
-    with pytest.raises(Cut): train(fresh(), cut, CFG, "cut")
+
+    with pytest.raises(Cut):
+        train(fresh(), cut, CFG, "cut")
     model = fresh(seed=5)
     resumed = train(model, batch, dataclasses.replace(CFG, resume=True), "cut")
     assert resumed["loss"] == whole["loss"] and resumed["step"] == whole["step"]
@@ -59,12 +79,15 @@ def test_a_run_cut_off_resumes_to_the_same_loss():
 
 def test_a_killed_process_resumes_to_the_same_final_loss(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
-    cfg = Config(n_layers=1, steps=60, contexts=(32,), tokens_per_step=1024, save_every=10, autocast="off", device="cpu")
+    cfg = Config(
+        n_layers=1, steps=60, contexts=(32,), tokens_per_step=1024, save_every=10, autocast="off", device="cpu"
+    )
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import attn_only as a; from data import load_corpus; a.set_seed(0); a.train_own(a.{cfg!r}, 1, load_corpus(), 'cpu')"
     checkpoint = workdir / "checkpoints/attn_only/1_layers.pt"
     checkpoint.unlink(missing_ok=True)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not checkpoint.exists() and process.poll() is None: time.sleep(0.01)
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and 0 < t.load(checkpoint)["step"] < 60, process.stderr.read()
     _, resumed = train_own(dataclasses.replace(cfg, resume=True), 1, load_corpus(), "cpu")
@@ -85,19 +108,27 @@ def test_accumulated_micro_batches_equal_one_batch():
 def test_corrupt_checkpoints_are_refused(damage, tmp_path):
     train(fresh(), batch, CFG, "x")
     path = tmp_path / "checkpoints/x.pt"
-    if damage == "other": t.save({"weights": t.zeros(3)}, path)
-    else: path.write_bytes({"truncated": path.read_bytes()[:1000], "garbage": b"not a checkpoint at all", "empty": b""}[damage])
-    with pytest.raises(SystemExit, match="checkpoints/x.pt"): train(fresh(), batch, dataclasses.replace(CFG, resume=True), "x")
+    if damage == "other":
+        t.save({"weights": t.zeros(3)}, path)
+    else:
+        path.write_bytes(
+            {"truncated": path.read_bytes()[:1000], "garbage": b"not a checkpoint at all", "empty": b""}[damage]
+        )
+    with pytest.raises(SystemExit, match="checkpoints/x.pt"):
+        train(fresh(), batch, dataclasses.replace(CFG, resume=True), "x")
 
 
 def test_checkpoints_that_do_not_fit_are_refused():
     train(fresh(), batch, CFG, "x", shape="narrow")
-    with pytest.raises(SystemExit, match="steps was 12, is 24"): train(fresh(), batch, dataclasses.replace(CFG, steps=24, resume=True), "x", shape="narrow")
-    with pytest.raises(SystemExit, match="shape was 'narrow', is 'wide'"): train(fresh(), batch, dataclasses.replace(CFG, resume=True), "x", shape="wide")
+    with pytest.raises(SystemExit, match="steps was 12, is 24"):
+        train(fresh(), batch, dataclasses.replace(CFG, steps=24, resume=True), "x", shape="narrow")
+    with pytest.raises(SystemExit, match="shape was 'narrow', is 'wide'"):
+        train(fresh(), batch, dataclasses.replace(CFG, resume=True), "x", shape="wide")
 
 
 def test_a_diverging_run_says_which_flag_to_lower():
-    with pytest.raises(SystemExit, match="lower --lr"): train(fresh(), batch, CFG, "x", loss_fn=lambda model, tokens: next_token_loss(model, tokens) * t.nan)
+    with pytest.raises(SystemExit, match="lower --lr"):
+        train(fresh(), batch, CFG, "x", loss_fn=lambda model, tokens: next_token_loss(model, tokens) * t.nan)
 
 
 def test_muon_takes_the_matrices_inside_blocks_only():
@@ -111,9 +142,18 @@ def test_muon_takes_the_matrices_inside_blocks_only():
 
 def test_schedules():
     wsd = TrainConfig(steps=100, warmup=0.1, decay=0.3)
-    assert schedule(0, wsd) == pytest.approx(0.1) and schedule(50, wsd) == 1 and schedule(85, wsd) == pytest.approx(0.5) and schedule(99, wsd) == pytest.approx(1 / 30)
+    assert (
+        schedule(0, wsd) == pytest.approx(0.1)
+        and schedule(50, wsd) == 1
+        and schedule(85, wsd) == pytest.approx(0.5)
+        and schedule(99, wsd) == pytest.approx(1 / 30)
+    )
     cosine = TrainConfig(steps=100, warmup=0.0, schedule="cosine")
-    assert schedule(0, cosine) == 1 and schedule(50, cosine) == pytest.approx(0.55) and schedule(99, cosine) == pytest.approx(0.1, abs=1e-3)
+    assert (
+        schedule(0, cosine) == 1
+        and schedule(50, cosine) == pytest.approx(0.55)
+        and schedule(99, cosine) == pytest.approx(0.1, abs=1e-3)
+    )
 
 
 def test_context_stages():
@@ -123,7 +163,9 @@ def test_context_stages():
 
 def test_uniform_logits_lose_log_vocab():
     class Uniform(nn.Module):
-        def forward(self, tokens): return t.zeros(*tokens.shape, 20)
+        def forward(self, tokens):
+            return t.zeros(*tokens.shape, 20)
+
     assert next_token_loss(Uniform(), batch(0)).item() == pytest.approx(math.log(20))
 
 
@@ -134,59 +176,91 @@ def test_probe_answers():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_saves_after_the_step_and_the_run_resumes_exactly(number, capsys):
     def interrupted(i):
-        if i == 5: os.kill(os.getpid(), number)
+        if i == 5:
+            os.kill(os.getpid(), number)
         return batch(i)
+
     before, cfg = signal.getsignal(number), dataclasses.replace(CFG, save_every=0)
-    with pytest.raises(SystemExit) as stopped: train(fresh(), interrupted, cfg, "x")
+    with pytest.raises(SystemExit) as stopped:
+        train(fresh(), interrupted, cfg, "x")
     assert stopped.value.code == 128 + number and "go on with --resume" in capsys.readouterr().out
     assert t.load("checkpoints/x.pt")["step"] == 6 and signal.getsignal(number) == before
-    assert train(fresh(seed=3), batch, dataclasses.replace(cfg, resume=True), "x")["loss"] == train(fresh(), batch, cfg, "whole")["loss"]
+    assert (
+        train(fresh(seed=3), batch, dataclasses.replace(cfg, resume=True), "x")["loss"]
+        == train(fresh(), batch, cfg, "whole")["loss"]
+    )
 
 
 def test_ctrl_c_ends_an_analysis_in_one_line_and_leaves_no_half_file(tmp_path):
-    process = subprocess.Popen([sys.executable, "-u", str(ROOT / "patching.py"), "--data", str(ROOT / "README.md"), "--device", "cpu"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "patching.py"), "--data", str(ROOT / "README.md"), "--device", "cpu"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
-        if "tokens.html" in line: break  # the first figure is whole
+        if "tokens.html" in line:
+            break  # the first figure is whole
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "stopped by Ctrl-C" in err and "Traceback" not in err, err
-    assert (tmp_path / "figs/patching/tokens.html").read_text().rstrip().endswith("</html>") and not (tmp_path / "results/patching.json").exists()
+    assert (tmp_path / "figs/patching/tokens.html").read_text().rstrip().endswith("</html>") and not (
+        tmp_path / "results/patching.json"
+    ).exists()
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_training(tmp_path, capsys):
     """A limit on file size stands for the full disk: write() fails in the middle of the file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
     def filling(i):
-        if i == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        if i == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         return batch(i)
-    try: history = train(fresh(), filling, CFG, "x")
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        history = train(fresh(), filling, CFG, "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(history["loss"]) == CFG.steps and t.load("checkpoints/x.pt")["step"] == 4
-    assert capsys.readouterr().out.count("was not written, the one before is kept") == 2 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["x.pt"]
+    assert capsys.readouterr().out.count("was not written, the one before is kept") == 2 and [
+        p.name for p in (tmp_path / "checkpoints").iterdir()
+    ] == ["x.pt"]
 
 
-def out_of_memory(*_): raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+def out_of_memory(*_):
+    raise t.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
 
 def test_out_of_memory_in_training_says_which_flag_to_lower():
-    with pytest.raises(SystemExit, match=r"64 tokens at once: raise --accumulate \(1\), lower --tokens-per-step \(4096\)"): train(fresh(), batch, CFG, "x", loss_fn=out_of_memory)
+    with pytest.raises(
+        SystemExit, match=r"64 tokens at once: raise --accumulate \(1\), lower --tokens-per-step \(4096\)"
+    ):
+        train(fresh(), batch, CFG, "x", loss_fn=out_of_memory)
 
 
 def test_analysis_halves_its_batch_with_the_same_numbers(capsys):
     rows, sizes = t.randn(23, 4), []
+
     def fn(part):
         sizes.append(len(part))
         return part.square().sum(1) if len(part) <= 3 else out_of_memory()
+
     assert t.equal(t.cat(list(in_batches(fn, rows, 10))), rows.square().sum(1))
     assert sizes == [10, 5, *[3] * 7, 2] and capsys.readouterr().out.count("out of memory: going on with") == 2
-    with pytest.raises(SystemExit, match="on a single row"): list(in_batches(out_of_memory, rows, 8))
-    with pytest.raises(RuntimeError, match="shapes"): list(in_batches(lambda part: part @ part, rows, 8))
+    with pytest.raises(SystemExit, match="on a single row"):
+        list(in_batches(out_of_memory, rows, 8))
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(in_batches(lambda part: part @ part, rows, 8))
 
 
 def test_recomputed_activations_change_no_number_and_leave_the_model_as_it_was():
     model, cfg = fresh(), dataclasses.replace(CFG, save_every=0)
     recomputed = train(model, batch, dataclasses.replace(cfg, activation_checkpointing=True), "x")
-    assert recomputed["loss"] == train(fresh(), batch, cfg, "x")["loss"] and not any("forward" in vars(block) for block in model.blocks)
+    assert recomputed["loss"] == train(fresh(), batch, cfg, "x")["loss"] and not any(
+        "forward" in vars(block) for block in model.blocks
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"autocast": "on"}, {"activation_checkpointing": True}, {"accumulate": 4}])
@@ -194,20 +268,27 @@ def test_expected_memory_is_what_torch_tracks(changes):
     """Against torch's own tracker of a whole step, forward and backward, on shapes alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
-    make = lambda: AttnOnly(AttnOnlyConfig(n_layers=4, n_heads=8, d_model=256, d_head=32, d_vocab=4096, n_ctx=256, positions="rotary"))
+
+    make = lambda: AttnOnly(
+        AttnOnlyConfig(n_layers=4, n_heads=8, d_model=256, d_head=32, d_vocab=4096, n_ctx=256, positions="rotary")
+    )
     cfg = TrainConfig(contexts=(256,), tokens_per_step=16384, optimizer="adamw", **changes)
     expected = expected_memory(make, cfg, "cpu", cfg.autocast == "on")
     with FakeTensorMode():
         model, tracker = make(), MemTracker()
-        if cfg.activation_checkpointing: recompute_blocks(model)
+        if cfg.activation_checkpointing:
+            recompute_blocks(model)
         tracker.track_external(model)
-        with tracker, t.autocast("cpu", t.bfloat16, enabled=cfg.autocast == "on"): next_token_loss(model, t.zeros(64 // cfg.accumulate, 256, dtype=t.long)).backward()
+        with tracker, t.autocast("cpu", t.bfloat16, enabled=cfg.autocast == "on"):
+            next_token_loss(model, t.zeros(64 // cfg.accumulate, 256, dtype=t.long)).backward()
     tracked = tracker.get_tracker_snapshot("peak")[t.device("cpu")]["Total"] / 1e9 + expected["optimizer"]
-    assert expected["total"] == pytest.approx(tracked, rel=0.1) and expected["total"] == pytest.approx(sum(expected[name] for name in ("parameters", "gradients", "optimizer", "activations")))
+    assert expected["total"] == pytest.approx(tracked, rel=0.1) and expected["total"] == pytest.approx(
+        sum(expected[name] for name in ("parameters", "gradients", "optimizer", "activations"))
+    )
     assert expected["optimizer"] == 2 * expected["parameters"] == 2 * 4e-9 * sum(p.numel() for p in make().parameters())
 
 
-#%% Launching
+# %% Launching
 TINY = '''"""A tiny training run."""
 import json
 import time
@@ -268,7 +349,8 @@ def test_the_preset_of_the_big_machine_yields_to_flags(monkeypatch):
     assert call(monkeypatch, "--hpc") == Settings(width=64, compile=True)
     assert call(monkeypatch, "--width", "7", "--hpc") == Settings(width=7, compile=True)
     monkeypatch.setattr(sys, "argv", ["script.py", "--hpc"])
-    with pytest.raises(SystemExit, match="no --hpc preset"): flags(Settings)
+    with pytest.raises(SystemExit, match="no --hpc preset"):
+        flags(Settings)
 
 
 def test_a_notebook_launches_nothing(monkeypatch):
@@ -277,16 +359,23 @@ def test_a_notebook_launches_nothing(monkeypatch):
 
 
 def test_help_has_the_settings_first_and_the_launch_apart(monkeypatch, capsys):
-    with pytest.raises(SystemExit): call(monkeypatch, "--hpc", "--help")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--hpc", "--help")
     out = capsys.readouterr().out
     assert out.index("--steps") < out.index("launch options") < out.index("--slurm-partition") and "default: 64" in out
 
 
 def test_wrong_launches_get_one_line(monkeypatch, capsys):
-    for args, words in [(["--sweep", "sed=1,2"], "sed=1,2: write a setting"), (["--sweep", "seed"], "seed=0,1,2"), (["--slurm"], "no sbatch here")]:
+    for args, words in [
+        (["--sweep", "sed=1,2"], "sed=1,2: write a setting"),
+        (["--sweep", "seed"], "seed=0,1,2"),
+        (["--slurm"], "no sbatch here"),
+    ]:
         monkeypatch.setenv("PATH", "")
-        with pytest.raises(SystemExit, match=words): call(monkeypatch, *args)
-    with pytest.raises(SystemExit): call(monkeypatch, "--sweep", "seed=1,two")
+        with pytest.raises(SystemExit, match=words):
+            call(monkeypatch, *args)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--sweep", "seed=1,two")
     assert "two" in capsys.readouterr().err
 
 
@@ -297,19 +386,43 @@ def test_a_restarted_job_resumes(monkeypatch):
 
 def test_a_sweep_goes_on_after_a_failure_and_computes_only_what_is_missing(tmp_path):
     (tmp_path / "tiny.py").write_text(TINY)
-    def run(*args): return subprocess.run([sys.executable, "tiny.py", *args], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "tiny.py", *args],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
     done = run("--sweep", "width=8,0", "seed=1")
-    folder, = (tmp_path / "results/tiny").glob("sweep-*")
-    assert done.returncode == 1 and "width=0,seed=1 failed (exit 1); the others go on" in done.stdout and "1 of 2 runs are done" in done.stdout, done.stdout
+    (folder,) = (tmp_path / "results/tiny").glob("sweep-*")
+    assert (
+        done.returncode == 1
+        and "width=0,seed=1 failed (exit 1); the others go on" in done.stdout
+        and "1 of 2 runs are done" in done.stdout
+    ), done.stdout
     numbers = json.loads((folder / "sweep.json").read_text())
-    assert list(numbers) == ["width=8,seed=1"] and numbers["width=8,seed=1"]["config"]["seed"] == 1 and numbers["width=8,seed=1"]["steps"] == 6
-    (kept := folder / "width=8,seed=1/results/tiny_a.json").write_text(kept.read_text().replace('"steps": 6', '"steps": 77', 1))
+    assert (
+        list(numbers) == ["width=8,seed=1"]
+        and numbers["width=8,seed=1"]["config"]["seed"] == 1
+        and numbers["width=8,seed=1"]["steps"] == 6
+    )
+    (kept := folder / "width=8,seed=1/results/tiny_a.json").write_text(
+        kept.read_text().replace('"steps": 6', '"steps": 77', 1)
+    )
     (folder / "width=0,seed=1/done").touch()  # as if it had been finished elsewhere
     again = run("--sweep", "width=8,0", "seed=1")
-    assert again.returncode == 0 and "2 of 2 runs are done" in again.stdout and "77" in again.stdout and "===" not in again.stdout.split("\n", 1)[1], again.stdout
+    assert (
+        again.returncode == 0
+        and "2 of 2 runs are done" in again.stdout
+        and "77" in again.stdout
+        and "===" not in again.stdout.split("\n", 1)[1]
+    ), again.stdout
 
 
-#%% Several processes: the same global batch gives the same losses
+# %% Several processes: the same global batch gives the same losses
 TWO = """
 import dataclasses, json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -350,21 +463,46 @@ class Halves(nn.Module):
     def __init__(self):
         super().__init__()
         t.manual_seed(0)
-        self.embed, self.experts, self.out = nn.Embedding(20, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.Linear(8, 20)
+        self.embed, self.experts, self.out = (
+            nn.Embedding(20, 8),
+            nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]),
+            nn.Linear(8, 20),
+        )
 
     def forward(self, tokens):
         choice, x = tokens[:, 0] % 2, self.embed(tokens)
-        return self.out(t.cat([self.experts[i](x[choice == i]) for i in (0, 1) if (choice == i).any()])[t.cat([t.where(choice == i)[0] for i in (0, 1)]).argsort()])
+        return self.out(
+            t.cat([self.experts[i](x[choice == i]) for i in (0, 1) if (choice == i).any()])[
+                t.cat([t.where(choice == i)[0] for i in (0, 1)]).argsort()
+            ]
+        )
 
 
-def odd(i: int) -> t.Tensor: return t.randint(20, (5, 16), generator=t.Generator().manual_seed(i))  # 5 rows: 3 for one process, 2 for the other
+def odd(i: int) -> t.Tensor:
+    return t.randint(20, (5, 16), generator=t.Generator().manual_seed(i))  # 5 rows: 3 for one process, 2 for the other
 
 
 def start_two(code: str, folder: Path) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    return [subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        env = {
+            **os.environ,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(s.getsockname()[1]),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +516,16 @@ def two(tmp_path_factory):
     return json.loads((folder / "rank0.json").read_text()), json.loads((folder / "rank1.json").read_text()), folder
 
 
-ALONE = {"even": (batch, {}), "odd": (odd, {}), "one": (lambda i: batch(i)[:1], {}), "accumulate": (odd, {"accumulate": 2}), "idle": (odd, {}), "recompute": (odd, {}), "fsdp": (odd, {}), "fsdp_adamw": (odd, {"optimizer": "adamw"})}
+ALONE = {
+    "even": (batch, {}),
+    "odd": (odd, {}),
+    "one": (lambda i: batch(i)[:1], {}),
+    "accumulate": (odd, {"accumulate": 2}),
+    "idle": (odd, {}),
+    "recompute": (odd, {}),
+    "fsdp": (odd, {}),
+    "fsdp_adamw": (odd, {"optimizer": "adamw"}),
+}
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -387,20 +534,38 @@ def test_two_processes_follow_the_loss_curve_of_one(name, two):
     rows, changes = ALONE[name]
     model = Halves() if name == "idle" else fresh()
     alone = train(model, rows, dataclasses.replace(CFG, save_every=0, **changes), name)
-    assert first[name]["loss"] == second[name]["loss"] == pytest.approx(alone["loss"], abs=1e-5 if name in ("fsdp_adamw",) else 2e-3)
-    assert first[name]["loss"][0] == pytest.approx(alone["loss"][0], abs=1e-6) and first[name]["tokens"] == alone["tokens"][-1]
-    assert first[name]["norm"] == second[name]["norm"] == pytest.approx(sum(p.norm().item() for p in model.parameters()), rel=1e-3)
+    assert (
+        first[name]["loss"]
+        == second[name]["loss"]
+        == pytest.approx(alone["loss"], abs=1e-5 if name in ("fsdp_adamw",) else 2e-3)
+    )
+    assert (
+        first[name]["loss"][0] == pytest.approx(alone["loss"][0], abs=1e-6)
+        and first[name]["tokens"] == alone["tokens"][-1]
+    )
+    assert (
+        first[name]["norm"]
+        == second[name]["norm"]
+        == pytest.approx(sum(p.norm().item() for p in model.parameters()), rel=1e-3)
+    )
 
 
 def test_watch_runs_on_every_process_and_sees_the_whole_model(two):
     first, second, folder = two
     for name in ("even", "fsdp"):
-        assert len(first[name]["watch"]) == 3 and first[name]["watch"] == second[name]["watch"] and None not in first[name]["watch"]
+        assert (
+            len(first[name]["watch"]) == 3
+            and first[name]["watch"] == second[name]["watch"]
+            and None not in first[name]["watch"]
+        )
 
 
 def test_sharded_training_resumes_exactly(two):
     first, second, _ = two
-    assert first["fsdp_cut"]["loss"] == second["fsdp_cut"]["loss"] == first["fsdp"]["loss"] and first["fsdp_cut"]["norm"] == first["fsdp"]["norm"]
+    assert (
+        first["fsdp_cut"]["loss"] == second["fsdp_cut"]["loss"] == first["fsdp"]["loss"]
+        and first["fsdp_cut"]["norm"] == first["fsdp"]["norm"]
+    )
 
 
 @pytest.mark.parametrize("name", ["odd", "fsdp", "fsdp_adamw"])
@@ -409,26 +574,49 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name, two, monkeypatch):
     monkeypatch.chdir(folder)
     path, changes = folder / f"checkpoints/{name}.pt", ALONE[name][1]
     assert t.load(path)["step"] == CFG.steps
-    class Cut(Exception): pass
+
+    class Cut(Exception):
+        pass
+
     def cut(i):
-        if i == 7: raise Cut
+        if i == 7:
+            raise Cut
         return odd(i)
-    with pytest.raises(Cut): train(fresh(), cut, dataclasses.replace(CFG, save_every=6, **changes), "half")
+
+    with pytest.raises(Cut):
+        train(fresh(), cut, dataclasses.replace(CFG, save_every=6, **changes), "half")
     half, state = t.load("checkpoints/half.pt"), t.load(path)
     assert jsonable(half["optimizers"]) == jsonable(state["optimizers"])  # whole tensors of the same shapes
     model = fresh(seed=9)
     history = train(model, odd, dataclasses.replace(CFG, resume=True, save_every=6, **changes), name)
-    assert history["loss"] == first[name]["loss"] and sum(p.norm().item() for p in model.parameters()) == pytest.approx(first[name]["norm"], rel=1e-6)
+    assert history["loss"] == first[name]["loss"] and sum(p.norm().item() for p in model.parameters()) == pytest.approx(
+        first[name]["norm"], rel=1e-6
+    )
 
 
-def jsonable(optimizers: list[dict]) -> list: return [{i: {key: list(x.shape) if isinstance(x, t.Tensor) else type(x).__name__ for key, x in state.items()} for i, state in o["state"].items()} for o in optimizers]
+def jsonable(optimizers: list[dict]) -> list:
+    return [
+        {
+            i: {key: list(x.shape) if isinstance(x, t.Tensor) else type(x).__name__ for key, x in state.items()}
+            for i, state in o["state"].items()
+        }
+        for o in optimizers
+    ]
 
 
 def test_wandb_without_a_key_writes_an_offline_run(run, tmp_path):
-    if secret("WANDB_API_KEY"): pytest.skip("a key stands in .env: the run would go online")
+    if secret("WANDB_API_KEY"):
+        pytest.skip("a key stands in .env: the run would go online")
     (tmp_path / "story.txt").write_text(story(12000))
-    done = run("attn_only.py", *"--data story.txt --vocab 300 --steps 4 --tokens-per-step 512 --contexts 32 --n-layers 1 --save-every 0 --wandb".split(), cwd=tmp_path, fresh=True)
+    done = run(
+        "attn_only.py",
+        *"--data story.txt --vocab 300 --steps 4 --tokens-per-step 512 --contexts 32 --n-layers 1 --save-every 0 --wandb".split(),
+        cwd=tmp_path,
+        fresh=True,
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     assert "wandb writes an offline run" in done.stdout
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert sum(file.stat().st_size for file in folder.glob("*.wandb")) > 2000 and list(folder.rglob("media/plotly/**/*.json"))
+    assert sum(file.stat().st_size for file in folder.glob("*.wandb")) > 2000 and list(
+        folder.rglob("media/plotly/**/*.json")
+    )

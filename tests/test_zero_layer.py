@@ -6,7 +6,22 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from zero_layer import Config, ZeroLayer, add_alpha_loss, bigram_counts, choose_alpha, count_loss, dense, draw_rows, drawn_loss, fit, measure, neighbours, svd_table, truncated
+from zero_layer import (
+    Config,
+    ZeroLayer,
+    add_alpha_loss,
+    bigram_counts,
+    choose_alpha,
+    count_loss,
+    dense,
+    draw_rows,
+    drawn_loss,
+    fit,
+    measure,
+    neighbours,
+    svd_table,
+    truncated,
+)
 from anatomy import entropy_floor, mutual_information, row_totals
 from data import kind_of
 
@@ -37,11 +52,18 @@ def story(n: int, seed: int = 0) -> str:
     for _ in range(n):
         word = (3 * word + int(rng.geometric(0.4))) % len(WORDS)
         out.append(WORDS[word])
-    return "\n\n".join(" ".join(out[i:i + 60]) for i in range(0, n, 60))
+    return "\n\n".join(" ".join(out[i : i + 60]) for i in range(0, n, 60))
 
 
 def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "zero_layer.py"), *flags], cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run(
+        [sys.executable, str(ROOT / "zero_layer.py"), *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def test_counts_are_the_pairs_of_each_stream(streams, counts):
@@ -61,9 +83,14 @@ def test_floor_and_mutual_information_by_hand():
 def test_loss_on_counts_is_the_loss_on_tokens(streams, counts):
     t.manual_seed(1)
     model = ZeroLayer(12, 4)
-    losses = [F.cross_entropy(model(t.from_numpy(s[:-1].astype(int))), t.from_numpy(s[1:].astype(int)), reduction="sum") for s in streams]
+    losses = [
+        F.cross_entropy(model(t.from_numpy(s[:-1].astype(int))), t.from_numpy(s[1:].astype(int)), reduction="sum")
+        for s in streams
+    ]
     assert measure(model, counts) == pytest.approx(sum(losses).item() / counts.sum(), abs=1e-5)
-    assert count_loss(model, t.arange(12), dense(counts, np.arange(12))).item() == pytest.approx(sum(losses).item() / counts.sum(), abs=1e-5)
+    assert count_loss(model, t.arange(12), dense(counts, np.arange(12))).item() == pytest.approx(
+        sum(losses).item() / counts.sum(), abs=1e-5
+    )
 
 
 def test_kl_is_the_loss_less_the_floor(counts):
@@ -71,7 +98,13 @@ def test_kl_is_the_loss_less_the_floor(counts):
     model = ZeroLayer(12, 4)
     p = counts.toarray() / np.maximum(1, row_totals(counts))[:, None]
     q = (model.W_E @ model.W_U).softmax(-1).detach().numpy()
-    kl = sum(n * (row_p[row_p > 0] * np.log(row_p[row_p > 0] / row_q[row_p > 0])).sum() for n, row_p, row_q in zip(row_totals(counts), p, q)) / counts.sum()
+    kl = (
+        sum(
+            n * (row_p[row_p > 0] * np.log(row_p[row_p > 0] / row_q[row_p > 0])).sum()
+            for n, row_p, row_q in zip(row_totals(counts), p, q)
+        )
+        / counts.sum()
+    )
     assert kl > 0.1
     assert measure(model, counts) - entropy_floor(counts) == pytest.approx(kl, abs=1e-5)
 
@@ -81,7 +114,11 @@ def test_add_alpha_by_hand_and_its_choice(streams, counts):
     hand = -(math.log(2.5 / 4.5) + math.log(0.5 / 3.5) + math.log(0.5 / 1.5)) / 3
     assert add_alpha_loss(counts_2, text, 0.5) == pytest.approx(hand)
     assert add_alpha_loss(counts, counts, 1e-9) == pytest.approx(entropy_floor(counts), abs=1e-6)
-    assert choose_alpha([np.arange(20000) % 12], 12) < 1e-3 < choose_alpha([np.random.default_rng(0).integers(0, 12, 400)], 12)
+    assert (
+        choose_alpha([np.arange(20000) % 12], 12)
+        < 1e-3
+        < choose_alpha([np.random.default_rng(0).integers(0, 12, 400)], 12)
+    )
 
 
 def test_chunks_and_draws_have_the_dense_gradient(counts):
@@ -89,9 +126,14 @@ def test_chunks_and_draws_have_the_dense_gradient(counts):
     model, rows, totals = ZeroLayer(12, 4), np.arange(11), row_totals(counts)
     whole = t.autograd.grad(count_loss(model, t.arange(12), dense(counts, np.arange(12))), model.W_E)[0]
     parts = [t.from_numpy(np.stack([part, totals[part]], 1)).long() for part in np.array_split(rows, 4)]
-    summed = sum(t.autograd.grad(drawn_loss(model, part, counts), model.W_E)[0] * part[:, 1].sum() / totals.sum() for part in parts)
+    summed = sum(
+        t.autograd.grad(drawn_loss(model, part, counts), model.W_E)[0] * part[:, 1].sum() / totals.sum()
+        for part in parts
+    )
     assert t.allclose(whole, summed, atol=1e-6)
-    drawn = [t.autograd.grad(drawn_loss(model, draw_rows(totals, 50, (0, i)), counts), model.W_E)[0] for i in range(400)]
+    drawn = [
+        t.autograd.grad(drawn_loss(model, draw_rows(totals, 50, (0, i)), counts), model.W_E)[0] for i in range(400)
+    ]
     error = (t.stack(drawn).mean(0) - whole).norm() / whole.norm()
     alone = t.stack([(g - whole).norm() / whole.norm() for g in drawn]).mean()
     assert error < 3 * alone / math.sqrt(400), "the mean of the drawn gradients is not the gradient"
@@ -100,7 +142,10 @@ def test_chunks_and_draws_have_the_dense_gradient(counts):
 
 def test_full_rank_reaches_the_table_and_low_rank_does_not(streams, counts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    losses = {d: measure(fit(Config(d_model=d, steps=300, device="cpu"), streams, counts)[0], counts) - entropy_floor(counts) for d in (1, 12)}
+    losses = {
+        d: measure(fit(Config(d_model=d, steps=300, device="cpu"), streams, counts)[0], counts) - entropy_floor(counts)
+        for d in (1, 12)
+    }
     assert 0 <= losses[12] / math.log(2) < 0.002 < 0.02 < losses[1] / math.log(2)
 
 
@@ -108,7 +153,9 @@ def test_tokens_and_draws_learn_too(streams, counts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("zero_layer.DENSE", 4)
     for how in ("tokens", "counts"):
-        model, history = fit(Config(d_model=12, steps=300, tokens_per_step=256, lr=0.03, device="cpu", fit=how), streams, counts)
+        model, history = fit(
+            Config(d_model=12, steps=300, tokens_per_step=256, lr=0.03, device="cpu", fit=how), streams, counts
+        )
         assert measure(model, counts) - entropy_floor(counts) < 0.03
         assert history["tokens"][-1] == 300 * 256
 
@@ -117,7 +164,12 @@ def test_a_run_resumes_from_its_checkpoint_whatever_is_asked_of_it(streams, coun
     monkeypatch.chdir(tmp_path)
     watching = dict(watch=lambda model: dict(loss=measure(model, counts)), watch_every=5)
     first, history = fit(Config(d_model=4, steps=20, save_every=10, device="cpu"), streams, counts, **watching)
-    again, same = fit(Config(d_model=4, steps=20, save_every=10, device="cpu", resume=True, token="x", ranks=(2,)), streams, counts, **watching)
+    again, same = fit(
+        Config(d_model=4, steps=20, save_every=10, device="cpu", resume=True, token="x", ranks=(2,)),
+        streams,
+        counts,
+        **watching,
+    )
     assert "resumed" in capsys.readouterr().out and same["watch"] == history["watch"] and t.equal(first.W_E, again.W_E)
 
 
@@ -142,15 +194,34 @@ def test_neighbours_read_rows_and_columns(counts):
 
 
 def test_kinds_of_tokens():
-    kinds = {" return": "Python keyword", "\n    ": "white space", "42": "number", " (": "punctuation", "Value": "capitalised", " dog": "word after a space", "ing": "word or piece", "\ufffd": "byte or special", "<|endoftext|>": "byte or special"}
+    kinds = {
+        " return": "Python keyword",
+        "\n    ": "white space",
+        "42": "number",
+        " (": "punctuation",
+        "Value": "capitalised",
+        " dog": "word after a space",
+        "ing": "word or piece",
+        "\ufffd": "byte or special",
+        "<|endoftext|>": "byte or special",
+    }
     assert {token: kind_of(token) for token in kinds} == kinds
 
 
-@pytest.mark.parametrize("flags, says", [(("--data", "missing.txt"), "missing.txt"), (("--data", "story.txt", "--vocab", "300", "--token", "zebra"), "zebra"), (("--data", "tiny.txt"), "too little text"), (("--steps", "0"), "--steps")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--data", "missing.txt"), "missing.txt"),
+        (("--data", "story.txt", "--vocab", "300", "--token", "zebra"), "zebra"),
+        (("--data", "tiny.txt"), "too little text"),
+        (("--steps", "0"), "--steps"),
+    ],
+)
 def test_bad_input_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.txt").write_text("hi there")
     (tmp_path / "story.txt").write_text(story(600))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["zero_layer.py", *flags])
-    with pytest.raises(SystemExit) as end: runpy.run_path(str(ROOT / "zero_layer.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "zero_layer.py"), run_name="__main__")
     assert says in end.value.code and len(end.value.code.splitlines()) == 1
