@@ -84,7 +84,9 @@ def head_writes(model: nn.Module, layer: int, z: Tensor) -> Tensor:
 def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str) -> tuple[Tensor, Cache, Tensor]:
     """A plain run: (logits, cache, writes (pair, pos, writer, d_model))."""
     names = [act_name(site, l) for l in range(graph.n_layers) for site in ("resid_pre", "z", "mlp_out")]
-    logits, cache = cache_from_resid(model, inputs(model, pairs, which), pairs.at, [*names, "ln_final.hook_scale"])
+    logits, cache = cache_from_resid(
+        model, inputs(model, pairs, which), pairs.answer_pos, [*names, "ln_final.hook_scale"]
+    )
     written = [
         x
         for l in range(graph.n_layers)
@@ -185,9 +187,12 @@ def edge_patch(
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the corrupt run's writes; what lies behind a receiver
     is computed anew, all else stays (path patching, Wang et al. 2023). A circuit is the run in which all other edges are swapped.
     """
-    swaps, n_pairs = (swaps & graph.upstream).to(pairs.at.device), pairs_that_fit(model, graph, pairs, memory_gb)
+    swaps, n_pairs = (
+        (swaps & graph.upstream).to(pairs.answer_pos.device),
+        pairs_that_fit(model, graph, pairs, memory_gb),
+    )
     begins = t.stack([graph.layer_of[row].min() if row.any() else graph.layer_of[-1] for row in swaps.any(1).cpu()]).to(
-        pairs.at.device
+        pairs.answer_pos.device
     )
 
     def patch(group: Pairs) -> Tensor:
@@ -196,9 +201,9 @@ def edge_patch(
         for begin in begins.unique().tolist():
             cells = t.cartesian_prod((begins == begin).nonzero()[:, 0], group.index)  # (swap, pair)
             run = lambda w, p: metric(
-                edge_run(model, graph, cache["resid_pre", begin][p], group.at[p], begin, swaps[w], other[p], live[p])[
-                    0
-                ],
+                edge_run(
+                    model, graph, cache["resid_pre", begin][p], group.answer_pos[p], begin, swaps[w], other[p], live[p]
+                )[0],
                 p,
             )
             values[cells.unbind(1)] = t.cat(
@@ -218,7 +223,7 @@ def edge_attribution(
     """
 
     def attribute(group: Pairs) -> Tensor:
-        total = t.zeros(graph.upstream.shape, device=pairs.at.device)
+        total = t.zeros(graph.upstream.shape, device=pairs.answer_pos.device)
         with t.no_grad():
             (logits, cache, own), (_, source, other) = (
                 run_graph(model, graph, group, which) for which in ("clean", "corrupt")
@@ -228,7 +233,7 @@ def edge_attribution(
             nudge = resid.new_zeros(*resid.shape[:2], len(graph.receivers), resid.shape[-1]).requires_grad_()
             with t.enable_grad():
                 values = make_metric(group, kind, logits)(
-                    edge_run(model, graph, resid, group.at, nudge=nudge)[0], group.index
+                    edge_run(model, graph, resid, group.answer_pos, nudge=nudge)[0], group.index
                 )
             (gradient,) = t.autograd.grad(values.sum(), nudge)
             total += einsum(
@@ -349,7 +354,7 @@ def self_repair(
     def written(group: Pairs) -> tuple[Tensor, int]:
         own, real = (
             run_graph(model, graph, group, "clean")[2][:, :, writer],
-            t.arange(group.clean.shape[1], device=group.at.device) <= group.at[:, None],
+            t.arange(group.clean.shape[1], device=group.answer_pos.device) <= group.answer_pos[:, None],
         )
         return own[real].sum(0), int(real.sum())
 
@@ -359,10 +364,10 @@ def self_repair(
         other[:, :, writer] = mean
         for receivers in (["logits"], None):
             swap = graph.edges([head], receivers).to(own.device).expand(len(group), -1, -1)
-            patched, gaps = edge_run(model, graph, cache["resid_pre", 0], group.at, 0, swap, other)
+            patched, gaps = edge_run(model, graph, cache["resid_pre", 0], group.answer_pos, 0, swap, other)
             lost.append((metric(logits, group.index) - metric(patched, group.index)).sum())
-        change = (other - t.cat(gaps, 2) - own)[group.index, group.at].float() / cache["ln_final.hook_scale"][
-            group.index, group.at
+        change = (other - t.cat(gaps, 2) - own)[group.index, group.answer_pos].float() / cache["ln_final.hook_scale"][
+            group.index, group.answer_pos
         ][:, None]
         return t.stack(lost) / len(pairs), einsum(
             change,
@@ -403,7 +408,7 @@ def find_roles(
 
     def look_from(group: Pairs) -> dict[str, Tensor]:
         """{query: (pair, layer, head, key)}"""
-        _, cache = cache_from_resid(model, inputs(model, group, "clean"), group.at, names)
+        _, cache = cache_from_resid(model, inputs(model, group, "clean"), group.answer_pos, names)
         rows = {query: group.places[query].float().argmax(1) for query, _ in ROLES.values()}
         return {
             query: F.pad(

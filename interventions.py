@@ -40,7 +40,7 @@ class Pairs:
     corrupt: Tensor
     answer: Tensor
     wrong: Tensor
-    at: Tensor
+    answer_pos: Tensor
     places: dict[str, Tensor] = field(default_factory=dict)
     corrupt_resid: Tensor | None = None  # (pair, pos, d_model) enters layer 0 in place of corrupt's embeddings
 
@@ -49,17 +49,17 @@ class Pairs:
 
     @property
     def index(self) -> Tensor:
-        return t.arange(len(self), device=self.at.device)
+        return t.arange(len(self), device=self.answer_pos.device)
 
     def take(self, index: Tensor | slice) -> "Pairs":
         """Some of the pairs, cut behind the last answer."""
-        cut = lambda x: None if x is None else x[index, : int(self.at[index].max()) + 1]
+        cut = lambda x: None if x is None else x[index, : int(self.answer_pos[index].max()) + 1]
         return Pairs(
             cut(self.clean),
             cut(self.corrupt),
             self.answer[index],
             self.wrong[index],
-            self.at[index],
+            self.answer_pos[index],
             {name: cut(mask) for name, mask in self.places.items()},
             cut(self.corrupt_resid),
         )
@@ -106,9 +106,9 @@ def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs
 def find_places(pairs: Pairs) -> dict[str, Tensor]:
     """Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and corrupt has the answer's there; else by what changed."""
     position, changed, end = (
-        t.arange(pairs.clean.shape[1], device=pairs.at.device),
+        t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device),
         pairs.clean != pairs.corrupt,
-        pairs.at[:, None],
+        pairs.answer_pos[:, None],
     )
     begin = changed.float().argmax(1, keepdim=True)
     io, s1 = (
@@ -148,7 +148,9 @@ def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Ten
     T = pairs.clean.shape[1]
     if outside := [p for p in positions if not 0 <= p < T]:
         fail(f"position {outside[0]} is outside the sequence, whose positions are 0 to {T - 1}")
-    return {str(p): (t.arange(T, device=pairs.at.device) == p).expand(len(pairs), T) for p in positions or range(T)}
+    return {
+        str(p): (t.arange(T, device=pairs.answer_pos.device) == p).expand(len(pairs), T) for p in positions or range(T)
+    }
 
 
 def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
@@ -237,7 +239,9 @@ def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0)
     """Metric (pair) of the clean and of the corrupt run."""
 
     def ends(group: Pairs) -> Tensor:
-        clean, corrupt = (run_from(model, inputs(model, group, which), group.at) for which in ("clean", "corrupt"))
+        clean, corrupt = (
+            run_from(model, inputs(model, group, which), group.answer_pos) for which in ("clean", "corrupt")
+        )
         return t.stack([make_metric(group, kind, clean)(logits, group.index) for logits in (clean, corrupt)])
 
     return tuple(t.cat(by_groups(ends, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb)), -1))
@@ -281,7 +285,7 @@ def sweep(
     B, n_layers, position, masks = (
         len(pairs),
         model.cfg.n_layers,
-        t.arange(pairs.clean.shape[1], device=pairs.at.device),
+        t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device),
         t.stack(list(places.values())),
     )
     resid = t.cat(
@@ -298,7 +302,7 @@ def sweep(
         )
     )
     reach = ((resid[:B] != resid[B:]).any(-1).cumsum(1) > 0) & (
-        position <= pairs.at[:, None]
+        position <= pairs.answer_pos[:, None]
     )  # behind the answer nothing matters either
     touched = masks & reach if skip else masks
     first, needed = touched.float().argmax(-1)[place, pair], (touched.any(-1)[place, pair] | (not skip)).nonzero()[:, 0]
@@ -319,7 +323,7 @@ def sweep(
             if l in joins:
                 who, changed = (
                     t.cat([who, new]),
-                    t.cat([changed, (position >= first[joins[l], None]) & (position <= pairs.at[new, None])]),
+                    t.cat([changed, (position >= first[joins[l], None]) & (position <= pairs.answer_pos[new, None])]),
                 )
             return t.cat([x, x[new]])
 
@@ -344,7 +348,7 @@ def sweep(
             l: int, x: Tensor
         ) -> Tensor:  # the MLP sees the positions that may differ, in the last layer the answer's; the others keep the plain run's output
             nonlocal seen
-            seen = (changed if l < n_layers - 1 else position == pairs.at[who, None]).nonzero(as_tuple=True)
+            seen = (changed if l < n_layers - 1 else position == pairs.answer_pos[who, None]).nonzero(as_tuple=True)
             return x[seen][None]
 
         def back(l: int, out: Tensor) -> Tensor:
@@ -363,7 +367,7 @@ def sweep(
         logits = run_from(
             model,
             resid,
-            lambda: pairs.at[who],
+            lambda: pairs.answer_pos[who],
             0,
             [([act_name(site, l) for l in joins], patch)] if joins else [],
             inner,
@@ -455,7 +459,7 @@ def ablation_effects(
         group, both = pairs.take(index), pairs.take(t.cat([index, index - 1]))
         return scores(
             both.clean,
-            both.at,
+            both.answer_pos,
             False,
             lambda answers, plain: make_metric(group, kind, plain)(answers, group.index).sum(),
         ) / len(pairs)
@@ -495,12 +499,15 @@ def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.
     def differ(group: Pairs) -> tuple[Tensor, Tensor]:
         (_, clean), (_, corrupt) = (
             cache_from_resid(
-                model, inputs(model, group, which), group.at, [act_name(x, layer) for x in ("post", "resid_pre")]
+                model,
+                inputs(model, group, which),
+                group.answer_pos,
+                [act_name(x, layer) for x in ("post", "resid_pre")],
             )
             for which in ("clean", "corrupt")
         )
         return tuple(
-            (clean[x, layer] - corrupt[x, layer])[group.index, group.at].float() for x in ("post", "resid_pre")
+            (clean[x, layer] - corrupt[x, layer])[group.index, group.answer_pos].float() for x in ("post", "resid_pre")
         )
 
     neurons, stream = map(t.cat, zip(*by_groups(differ, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))))
@@ -529,15 +536,16 @@ def knock_out(
 
     def blind(group: Pairs) -> Tensor:
         query, resid = (
-            t.arange(group.clean.shape[1], device=mask.device) == group.at[:, None],
+            t.arange(group.clean.shape[1], device=mask.device) == group.answer_pos[:, None],
             inputs(model, group, "clean"),
         )
 
         def hide(scores: Tensor, hook: nn.Module) -> Tensor:
             return scores.masked_fill((query[:, :, None] & group.places["hidden"][:, None])[:, None], -1e9)
 
-        return make_metric(group, kind, run_from(model, resid, group.at))(
-            run_from(model, resid, group.at, 0, [([act_name("attn_scores", l) for l in layers], hide)]), group.index
+        return make_metric(group, kind, run_from(model, resid, group.answer_pos))(
+            run_from(model, resid, group.answer_pos, 0, [([act_name("attn_scores", l) for l in layers], hide)]),
+            group.index,
         )
 
     return t.cat(

@@ -11,6 +11,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+#%% The loss
+def next_token_loss(logits: Tensor, tokens: Tensor, reduction: str = "mean") -> Tensor:
+    """
+    Cross-entropy in nats of logits (row, pos, d_vocab) against the token that follows each position of tokens (row, pos).
+    reduction: mean, sum, or none, which gives (row, pos - 1).
+    """
+    rows, positions = tokens.shape
+    said = logits[:, :-1].flatten(0, 1).float()
+    loss = F.cross_entropy(said, tokens[:, 1:].flatten(), reduction=reduction)
+    return loss.view(rows, positions - 1) if reduction == "none" else loss
+
+
 #%% RMSNorm without gain, and rotary positions
 class RMSNorm(nn.Module):
     """x / rms(x), without gain."""

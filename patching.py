@@ -186,7 +186,7 @@ if __name__ == "__main__" and cfg.bench:
     }
     pool = draw_pairs(world, "ioi", 1000, cfg.seed)
     for name, n in product(models, (1, 32)):
-        (ours, bridge), pairs = models[name], pool.take((pool.at == 14).nonzero()[:n, 0])
+        (ours, bridge), pairs = models[name], pool.take((pool.answer_pos == 14).nonzero()[:n, 0])
         for title, site, by, other in (
             ("resid_pre", "resid_pre", "pos", theirs.get_act_patch_resid_pre),
             ("head", "z", "head", theirs.get_act_patch_attn_head_out_all_pos),
@@ -266,7 +266,7 @@ if __name__ == "__main__":
     share(clean)  # refuses equal metrics
     few_clean, few_corrupt = baselines(model, few, kind, cfg.memory_gb)
     with t.no_grad():
-        logits = model(few.clean)[few.index, few.at]
+        logits = model(few.clean)[few.index, few.answer_pos]
     nothing, whole = (
         sweep(
             model,

@@ -155,6 +155,27 @@ def line(
     return fig
 
 
+def bar(
+    bars: dict[str, Tensor | np.ndarray | list],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    x: list,
+    errors: dict[str, tuple[np.ndarray | list, np.ndarray | list]] | None = None,
+    hover: str = "%{x}<br>%{y:.3f}<extra></extra>",
+) -> go.Figure:
+    """One group of bars per entry of bars, each over the names x. errors: how far the interval of a group reaches (above, below) each bar."""
+    fig = go.Figure()
+    for name, heights in bars.items():
+        error = None
+        if errors and name in errors:
+            above, below = errors[name]
+            error = {"array": array(above), "arrayminus": array(below)}
+        fig.add_trace(go.Bar(x=x, y=array(heights), name=name, error_y=error, hovertemplate=hover))
+    fig.update_layout(title=title, xaxis_title=xlabel, yaxis_title=ylabel)
+    return fig
+
+
 def visible(token: str) -> str:
     """A token as a figure can print it: spaces and newlines made visible."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "∅"

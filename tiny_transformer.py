@@ -32,7 +32,7 @@ from train import (
     bench_against_hf,
     first_goes_on,
     keep_freed_memory,
-    next_token_loss,
+    language_loss,
     repeat_batches,
     train,
 )
@@ -484,7 +484,7 @@ if __name__ == "__main__":
     )
     ctx = min(256, model.cfg.n_ctx)
     natural = t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 64, ctx, "heldout")).to(device)
-    loss = next_token_loss(model, natural[:16])
+    loss = language_loss(model, natural[:16])
     loss.backward()
     grads = {name: p.grad.norm().item() for name, p in model.named_parameters() if name.endswith(("weight", "W_pos"))}
     model.zero_grad()

@@ -290,7 +290,7 @@ def expected_memory(
         try:  # autocast() itself refuses a device that is not there
             t.set_autocast_enabled(device, low), t.set_autocast_dtype(device, t.bfloat16)
             with t.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                next_token_loss(model, t.zeros(cfg.tokens_per_step // cfg.accumulate // ctx, ctx, dtype=t.long))
+                language_loss(model, t.zeros(cfg.tokens_per_step // cfg.accumulate // ctx, ctx, dtype=t.long))
         finally:
             t.set_autocast_enabled(device, before[0]), t.set_autocast_dtype(device, before[1])
         for p in model.parameters():
@@ -378,7 +378,7 @@ def give_way(number: int, rank: int, at: str) -> NoReturn:
 
 
 #%% The loop
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over all positions but the first."""
     logits = model(tokens)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
@@ -389,7 +389,7 @@ def train(
     batch: Callable[[int], Tensor],
     cfg: TrainConfig,
     name: str,
-    loss_fn: Callable = next_token_loss,
+    loss_fn: Callable = language_loss,
     watch: Callable[[int], dict] | None = None,
     watch_every: int = 50,
     tokens_per_batch: int | None = None,
@@ -531,7 +531,7 @@ def bench_against_hf(ours: nn.Module, hf_model: nn.Module, tokens: Tensor, pairs
         if tokens.is_cuda:
             t.cuda.synchronize()
         start = time.perf_counter()
-        next_token_loss(forward, tokens).backward()
+        language_loss(forward, tokens).backward()
         if tokens.is_cuda:
             t.cuda.synchronize()
         model.zero_grad()

@@ -78,7 +78,7 @@ def models() -> dict[str, nn.Module]:
 def naive(model: nn.Module, pairs: Pairs, site: str, by: str, direction: str, kind: str = "logit_diff") -> t.Tensor:
     """One forward of the whole model per cell."""
     base, source = (pairs.corrupt, pairs.clean) if direction == "denoise" else (pairs.clean, pairs.corrupt)
-    clean_logits = model(pairs.clean)[range(3), pairs.at]
+    clean_logits = model(pairs.clean)[range(3), pairs.answer_pos]
     _, cache = run_with_cache(model, source, [act_name(site, layer) for layer in range(L)])
     n_heads = cache[site, 0].shape[1 if site == "pattern" else 2] if site in HEADS else 1
     cells = {
@@ -107,7 +107,7 @@ def naive(model: nn.Module, pairs: Pairs, site: str, by: str, direction: str, ki
                 x[where] = new[where]
                 return x
 
-            logits = run_with_hooks(model, base, [(act_name(site, layer), patch)])[range(3), pairs.at]
+            logits = run_with_hooks(model, base, [(act_name(site, layer), patch)])[range(3), pairs.answer_pos]
             out.append(make_metric(pairs, kind, clean_logits)(logits, pairs.index))
     return t.stack(out).view(L, *((n_heads, 8) if by == "head pos" else (len(cells),)), 3)
 
@@ -171,8 +171,8 @@ def test_a_run_from_any_layer_equals_the_whole_run(models, pairs):
         logits, cache = run_with_cache(model, pairs.clean, ["blocks.*.hook_resid_pre"])
         for layer in range(L):
             t.testing.assert_close(
-                run_from(model, cache["resid_pre", layer], pairs.at, layer),
-                logits[range(3), pairs.at],
+                run_from(model, cache["resid_pre", layer], pairs.answer_pos, layer),
+                logits[range(3), pairs.answer_pos],
                 atol=1e-5,
                 rtol=1e-5,
             )
@@ -192,7 +192,7 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
         "S1": place(1),
         "S1+1": place(2),
         "S2": place(3),
-        "end": t.arange(8) == many.at[:, None],
+        "end": t.arange(8) == many.answer_pos[:, None],
     }
     rows, swaps = (
         t.randint(1, 250, (40, 12), generator=t.Generator().manual_seed(0)),
@@ -338,7 +338,7 @@ def test_all_paths_are_activation_patching_of_the_sender_and_all_edges_the_corru
 @t.no_grad()
 def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
     """The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or MLP output."""
-    model, at = models["ours"], pairs.at
+    model, at = models["ours"], pairs.answer_pos
     graph, logits = Graph(model), lambda x: x[range(3), at]
     names = [act_name(site, layer) for layer in range(L) for site in ("resid_pre", "resid_mid", "resid_post", "z")]
     (_, clean), (_, corrupt) = (run_with_cache(model, x, names) for x in (pairs.clean, pairs.corrupt))
@@ -479,7 +479,7 @@ def test_ablations_equal_hooks_written_out(models, pairs):
     ):
         entry = [(act_name(part.site, part.layer), fn)]
         value = make_metric(pairs, "logit_diff")(
-            run_with_hooks(model, pairs.clean, entry)[range(3), pairs.at], pairs.index
+            run_with_hooks(model, pairs.clean, entry)[range(3), pairs.answer_pos], pairs.index
         ).mean()
         assert (
             abs(lost - (1 - value / clean)) < 1e-3
@@ -502,10 +502,10 @@ def test_knock_out_removes_the_attention_from_the_answer_and_no_other(models, pa
 
         def cut(pattern, hook):
             pattern = pattern.clone()
-            pattern[range(3), :, pairs.at, 2] = 0
+            pattern[range(3), :, pairs.answer_pos, 2] = 0
             return pattern / pattern.sum(-1, keepdim=True)
 
-        expected = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_pattern", cut)])[range(3), pairs.at]
+        expected = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_pattern", cut)])[range(3), pairs.answer_pos]
         t.testing.assert_close(
             knock_out(model, pairs, [1], mask, "logit_diff"),
             make_metric(pairs, "logit_diff")(expected, pairs.index),
@@ -524,7 +524,7 @@ def test_places_share_out_the_positions_and_name_the_names(world):
         pairs = draw_pairs(world, task, 8, 0)
         count, behind = (
             sum(mask.int() for mask in pairs.places.values()),
-            t.arange(pairs.clean.shape[1]) > pairs.at[:, None],
+            t.arange(pairs.clean.shape[1]) > pairs.answer_pos[:, None],
         )
         assert (count == (~behind).int()).all() and (pairs.clean != pairs.corrupt).any(1).all(), task
         if task == "ioi":

@@ -24,7 +24,7 @@ from anatomy import (
 from data import train_bpe
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer, sinusoids
-from train import bench_against_hf, next_token_loss
+from train import bench_against_hf, language_loss
 from hooks import hook_points, run_with_cache
 from utils import load_model
 from weights import tensor_table
@@ -116,8 +116,8 @@ def test_logits_equal_hugging_face(tied, more, tokens, parity):
 def test_gradients_equal_hugging_face(tokens):
     hf = hf_gpt2()
     ours = TinyTransformer.from_hf(copy.deepcopy(hf))
-    next_token_loss(ours, tokens).backward()
-    next_token_loss(lambda x: hf(x).logits, tokens).backward()
+    language_loss(ours, tokens).backward()
+    language_loss(lambda x: hf(x).logits, tokens).backward()
     mine, found = dict(ours.named_parameters()), 0
     for name, p in hf.named_parameters():
         for place, grad in ours.place(name, p.grad).items():

@@ -25,7 +25,7 @@ from train import (
     context_at,
     expected_memory,
     make_optimizers,
-    next_token_loss,
+    language_loss,
     recompute_blocks,
     schedule,
     train,
@@ -128,7 +128,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
 
 def test_a_diverging_run_says_which_flag_to_lower():
     with pytest.raises(SystemExit, match="lower --lr"):
-        train(fresh(), batch, CFG, "x", loss_fn=lambda model, tokens: next_token_loss(model, tokens) * t.nan)
+        train(fresh(), batch, CFG, "x", loss_fn=lambda model, tokens: language_loss(model, tokens) * t.nan)
 
 
 def test_muon_takes_the_matrices_inside_blocks_only():
@@ -166,7 +166,7 @@ def test_uniform_logits_lose_log_vocab():
         def forward(self, tokens):
             return t.zeros(*tokens.shape, 20)
 
-    assert next_token_loss(Uniform(), batch(0)).item() == pytest.approx(math.log(20))
+    assert language_loss(Uniform(), batch(0)).item() == pytest.approx(math.log(20))
 
 
 def test_probe_answers():
@@ -280,7 +280,7 @@ def test_expected_memory_is_what_torch_tracks(changes):
             recompute_blocks(model)
         tracker.track_external(model)
         with tracker, t.autocast("cpu", t.bfloat16, enabled=cfg.autocast == "on"):
-            next_token_loss(model, t.zeros(64 // cfg.accumulate, 256, dtype=t.long)).backward()
+            language_loss(model, t.zeros(64 // cfg.accumulate, 256, dtype=t.long)).backward()
     tracked = tracker.get_tracker_snapshot("peak")[t.device("cpu")]["Total"] / 1e9 + expected["optimizer"]
     assert expected["total"] == pytest.approx(tracked, rel=0.1) and expected["total"] == pytest.approx(
         sum(expected[name] for name in ("parameters", "gradients", "optimizer", "activations"))
@@ -427,13 +427,13 @@ TWO = """
 import dataclasses, json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_train import CFG, Halves, batch, fresh, odd
-from train import first_goes_on, next_token_loss, processes, train
+from train import first_goes_on, language_loss, processes, train
 import torch as t
 rank, size = processes()
 found = {{}}
 def go(name, batch, watch=None, model=None, **changes):
     model = model or fresh(seed=rank)  # the first one's weights count
-    h = train(model, batch, dataclasses.replace(CFG, save_every=6, **changes), name, watch=watch and (lambda step: {{"loss": next_token_loss(model, batch(0)).item()}}), watch_every=5)
+    h = train(model, batch, dataclasses.replace(CFG, save_every=6, **changes), name, watch=watch and (lambda step: {{"loss": language_loss(model, batch(0)).item()}}), watch_every=5)
     found[name] = {{"loss": h["loss"], "tokens": h["tokens"][-1], "watch": [w.get("loss") for w in h["watch"]], "norm": sum(p.norm().item() for p in model.parameters())}}
 go("even", batch, watch=True)
 go("odd", odd)
