@@ -420,9 +420,9 @@ def test_the_committed_model_learned_induction_from_natural_text_alone():
     model, tokenizer, scores = open_own(folder, "cpu")
     assert "--repeats 0" in scores["command"]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 3e6
-    words = "the self return of and is in to not for if def import None True class name value type file".split()
+    words = "the self return of and is in to not for if def import None True class name value type file"
     common = set()
-    for word in words:
+    for word in words.split():
         common.update(tokenizer.encode(word + " " + word, add_special_tokens=False).ids)
     rows = repeated_tokens(32, 12, t.tensor(sorted(common)), bos=0)
     prefix = head_scores(model, 2, rows, 12)["prefix_matching"]
@@ -479,7 +479,6 @@ def test_the_control_is_named_where_it_is_trained(run, workdir):
         ("--n-layers", "1", "--n-heads", "1"),
         ("--n-layers", "1", "--no-control"),
         ("--positions", "rotary", "--repeats", "0", "--no-control", "--optimizer", "adamw"),
-        ("--model", str(ROOT / "models/attn_only_2l")),
     ],
 )
 def test_nothing_is_said_of_a_control_that_was_not_trained(run, workdir, flags):
@@ -489,6 +488,21 @@ def test_nothing_is_said_of_a_control_that_was_not_trained(run, workdir, flags):
     assert not not_numbers(numbers)
     assert not [key for key in numbers if "_1_layer" in key]
     assert {"best_prefix_matching", "heldout_loss", "icl_score", "train_seconds"} <= set(numbers)
+
+
+def test_a_model_that_is_opened_has_no_control(run, workdir):
+    text = (
+        "--data",
+        str(ROOT / "README.md"),
+        "--vocab",
+        "300",
+    )  # a tokenizer of its own reads the text again: a short one
+    numbers_of(run, workdir, "--no-control", *text)
+    numbers, said = numbers_of(run, workdir, "--model", "checkpoints/attn_only/2_layers", *text)
+    assert not any(words in said for words in CONTROL_SAID)
+    assert " nan" not in said
+    assert not not_numbers(numbers)
+    assert not [key for key in numbers if "_1_layer" in key]
 
 
 def test_one_head_a_layer_has_no_other_heads_to_compare(run, workdir):
