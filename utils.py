@@ -2,15 +2,13 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # read when torch loads: threads that spin while they wait are ten times slower
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # beside a busy neighbour; a short spin (GNU OpenMP) keeps the idle machine fast
+# Read when torch loads. Threads that spin while they wait are ten times slower beside a busy neighbour; a short spin
+# (GNU OpenMP) keeps the idle machine fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import random
 import sys
@@ -18,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from dotenv import dotenv_values
 import numpy as np
 import torch as t
 import torch.nn as nn
+from dotenv import dotenv_values
 
 purple = "\x1b[38;2;255;0;255m"
 blue = "\x1b[38;2;0;0;255m"
@@ -34,14 +32,17 @@ orange = "\x1b[38;2;255;165;0m"
 bold = "\033[1m"
 underline = "\033[4m"
 endc = "\033[0m"
+
 ROOT = Path(__file__).parent
 WORLD = ROOT / "models/world"
-BAR = dict(
-    ascii=" >=",
-    bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
-    mininterval=0.2 if sys.stderr.isatty() else 10,
-)  # tqdm: information on the left
-BRIEF = BAR | dict(delay=2, leave=False)  # for what is often done in a moment
+
+# tqdm's settings: information on the left
+BAR = {
+    "ascii": " >=",
+    "bar_format": "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    "mininterval": 0.2 if sys.stderr.isatty() else 10,
+}
+BRIEF = BAR | {"delay": 2, "leave": False}  # for what is often done in a moment
 
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
@@ -100,27 +101,24 @@ def wandb_run():
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def save_results(script: str, config: object, **numbers) -> None:
-    """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
-    versions = {
+def versions() -> dict[str, str]:
+    packages = ("transformers", "transformer-lens", "sae-lens")
+    return {
         "python": sys.version.split()[0],
         "torch": t.__version__,
-        **{p: importlib.metadata.version(p) for p in ("transformers", "transformer-lens", "sae-lens")},
+        **{package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def save_results(script: str, config: object, **numbers) -> None:
+    """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
     path = Path("results") / f"{script}.json"
     path.parent.mkdir(exist_ok=True)
-    write_aside(
-        path,
-        lambda p: p.write_text(
-            json.dumps(
-                {**numbers, "config": dataclasses.asdict(config), "versions": versions},
-                indent=1,
-                default=lambda x: x.tolist(),
-            )
-            + "\n"
-        ),
-    )
-    if board := wandb_run():
+    everything = {**numbers, "config": dataclasses.asdict(config), "versions": versions()}
+    text = json.dumps(everything, indent=1, default=lambda x: x.tolist())
+    write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    board = wandb_run()
+    if board:
         board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
     print(f"{gray}numbers: {path}{endc}")
 
@@ -136,7 +134,12 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 #%% Names of models: a hub name, a short name, a folder
-SHORT_NAMES = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
+SHORT_NAMES = {
+    "gpt2-small": "gpt2",
+    "gpt2-medium": "gpt2-medium",
+    "gpt2-large": "gpt2-large",
+    "gpt2-xl": "gpt2-xl",
+}
 SHORT_OWNERS = {
     "pythia-": "EleutherAI/",
     "gemma-": "google/",
@@ -154,32 +157,49 @@ HINTS = {
 
 def full_name(name: str) -> str:
     """The hub name behind a short name: gpt2-small, pythia-70m, gemma-2b ..."""
-    if name in SHORT_NAMES or "/" in name:
-        return SHORT_NAMES.get(name, name)
-    return next((owner + name for prefix, owner in SHORT_OWNERS.items() if name.startswith(prefix)), name)
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if "/" in name:
+        return name
+    for prefix, owner in SHORT_OWNERS.items():
+        if name.startswith(prefix):
+            return owner + name
+    return name
 
 
 def find_folder(name: str) -> str:
     """A folder as given, or beside the scripts; else a hub name."""
-    folders = [folder.resolve() for folder in (Path(name), ROOT / name) if folder.is_dir()]
-    return str(folders[0]) if folders else full_name(name)
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return full_name(name)
 
 
 def find_model(name: str) -> str:
-    """The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot be read gets one line."""
+    """
+    The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot
+    be read gets one line.
+    """
     name = find_folder(name)
-    has = lambda kind: any(Path(name).glob(kind))
-    if name.endswith(".gguf") or (has("*.gguf") and not has("*.safetensors")):
+    has_safetensors = any(Path(name).glob("*.safetensors"))
+    has_gguf = any(Path(name).glob("*.gguf"))
+    if name.endswith(".gguf") or (has_gguf and not has_safetensors):
         fail(
-            f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder that it was made from"
+            f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder "
+            "that it was made from"
         )
     try:
         read_config(name)
     except SystemExit as error:
-        fail(f"{error}{''.join(f' ({hint})' for word, hint in HINTS.items() if word in str(error).lower())}")
-    if Path(name).is_dir() and not has("*.safetensors"):
+        hints = [f" ({hint})" for word, hint in HINTS.items() if word in str(error).lower()]
+        fail(f"{error}{''.join(hints)}")
+    if Path(name).is_dir() and not has_safetensors:
         fail(f"no *.safetensors in {name}: save the weights there with model.save_pretrained")
     return name
+
+
+def said_by_the_hub(error: Exception) -> str:
+    return f"no such folder, and the hub said: {str(error).splitlines()[0]}"
 
 
 def model_folder(name: str) -> Path:
@@ -188,20 +208,18 @@ def model_folder(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "model*.safetensors"]
     try:
-        return Path(
-            snapshot_download(
-                full_name(name), allow_patterns=["*.json", "model*.safetensors"], token=secret("HF_TOKEN")
-            )
-        )
+        return Path(snapshot_download(full_name(name), allow_patterns=wanted, token=secret("HF_TOKEN")))
     except (OSError, ValueError) as error:
-        fail(f"cannot read model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+        fail(f"cannot read model {name!r}: {said_by_the_hub(error)}")
 
 
 def read_config(name: str) -> dict:
     """config.json of a folder or a hub model."""
     if Path(name).is_dir():
-        if not (path := Path(name) / "config.json").exists():
+        path = Path(name) / "config.json"
+        if not path.exists():
             fail(f"no config.json in {name}: not a model folder")
         return json.loads(path.read_text())
     if name.startswith((".", "/", "~")):
@@ -211,7 +229,7 @@ def read_config(name: str) -> dict:
     try:
         return PretrainedConfig.get_config_dict(name, token=secret("HF_TOKEN"))[0]
     except OSError as error:
-        fail(f"cannot load model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+        fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
 
 
 #%% The loader: one of our classes where it takes the architecture, else a TransformerBridge
@@ -225,30 +243,40 @@ def load_model(
 ) -> nn.Module:
     """
     A hooked model in eval mode with .cfg and .tokenizer, from a hub name, a short name or a folder.
-    ours: classes with `architectures` and `from_folder(folder, device, dtype)`; one that takes the architecture is used (torch only, seconds),
-    else TransformerBridge (imports transformer_lens, 10 s). base: architecture and tokenizer to put the weights of name (or hf_model) on.
+    ours: classes with `architectures` and `from_folder(folder, device, dtype)`; one that takes the architecture is used
+    (torch only, seconds), else TransformerBridge (imports transformer_lens, 10 s).
+    base: architecture and tokenizer to put the weights of name (or hf_model) on.
     """
-    device, name = pick_device(device), full_name(name)
+    device = pick_device(device)
+    name = full_name(name)
     torch_dtype = pick_dtype(device, dtype)
     architecture = (read_config(name).get("architectures") or ["unknown"])[0]
     if Path(name).is_dir() and base is None and hf_model is None:
         for own in ours:
             if architecture in own.architectures:
                 return own.from_folder(name, device=device, dtype=torch_dtype).eval()
-    print(
-        f"{gray}loading {name} ({architecture}, {str(torch_dtype)[6:]}, {device}) through TransformerBridge ...{endc}"
-    )
+    dtype_name = str(torch_dtype).removeprefix("torch.")
+    print(f"{gray}loading {name} ({architecture}, {dtype_name}, {device}) through TransformerBridge ...{endc}")
+    return open_bridge(name, base, hf_model, device, torch_dtype)
+
+
+def open_bridge(
+    name: str,
+    base: str | None,
+    hf_model: nn.Module | None,
+    device: str,
+    dtype: t.dtype,
+) -> nn.Module:
+    """A TransformerBridge in eval mode: of name, or of base with the weights of name or hf_model."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
 
-    token = secret("HF_TOKEN")
     if base and hf_model is None:
-        hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, token=token)
+        hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, token=secret("HF_TOKEN"))
     if hf_model is not None:
         hf_model.config.architectures = [type(hf_model).__name__]
-    model = TransformerBridge.boot_transformers(
-        full_name(base) if base else name, device=device, dtype=torch_dtype, hf_model=hf_model
-    )
+    source = full_name(base) if base else name
+    model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, hf_model=hf_model)
     del hf_model
     tec()
     return model.eval()
