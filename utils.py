@@ -11,8 +11,9 @@ import dataclasses
 import importlib.metadata
 import json
 import random
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -168,8 +169,8 @@ def full_name(name: str) -> str:
 
 
 def find_folder(name: str) -> str:
-    """A folder as given, or beside the scripts; else a hub name."""
-    for folder in (Path(name), ROOT / name):
+    """A folder as given (also ~), or beside the scripts; else a hub name."""
+    for folder in (Path(name).expanduser(), ROOT / name):
         if folder.is_dir():
             return str(folder.resolve())
     return full_name(name)
@@ -202,21 +203,27 @@ def said_by_the_hub(error: Exception) -> str:
     return f"no such folder, and the hub said: {str(error).splitlines()[0]}"
 
 
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+
+
 def model_folder(name: str) -> Path:
-    """A local folder, or the hub model's files in the hub's cache."""
+    """The one folder of files behind a name: local, beside the scripts, or the hub model's in the hub's cache."""
+    name = find_folder(str(name))
     if Path(name).is_dir():
         return Path(name)
+    if name.startswith((".", "/", "~")):
+        fail(f"no such model folder: {name}")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "model*.safetensors"]
     try:
-        return Path(snapshot_download(full_name(name), allow_patterns=wanted, token=secret("HF_TOKEN")))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, token=secret("HF_TOKEN")))
     except (OSError, ValueError) as error:
-        fail(f"cannot read model {name!r}: {said_by_the_hub(error)}")
+        fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
 
 
 def read_config(name: str) -> dict:
-    """config.json of a folder or a hub model."""
+    """config.json of a folder or a hub model; of the latter nothing else is fetched."""
+    name = find_folder(name)
     if Path(name).is_dir():
         path = Path(name) / "config.json"
         if not path.exists():
@@ -232,7 +239,12 @@ def read_config(name: str) -> dict:
         fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
 
 
-#%% The loader: one of our classes where it takes the architecture, else a TransformerBridge
+#%% The loader: one of our classes where it takes the architecture, else a TransformerBridge held against transformers
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")  # buffers
+LARGEST_MISS = {t.float32: 1e-4, t.bfloat16: 5e-2, t.float16: 1e-2}  # of the largest logit, against transformers
+LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a file that was not fetched
+
+
 def load_model(
     name: str,
     ours: tuple[type, ...] = (),
@@ -248,35 +260,153 @@ def load_model(
     base: architecture and tokenizer to put the weights of name (or hf_model) on.
     """
     device = pick_device(device)
-    name = full_name(name)
     torch_dtype = pick_dtype(device, dtype)
-    architecture = (read_config(name).get("architectures") or ["unknown"])[0]
-    if Path(name).is_dir() and base is None and hf_model is None:
+    folder = model_folder(name)
+    config = read_config(str(folder))
+    refuse_foreign(folder, config)
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    if base is None and hf_model is None:
         for own in ours:
-            if architecture in own.architectures:
-                return own.from_folder(name, device=device, dtype=torch_dtype).eval()
+            if architecture in own.architectures and builds(own, config):
+                model = own.from_folder(str(folder), device=device, dtype=torch_dtype).eval()
+                with t.no_grad():
+                    refuse_not_finite(model(a_row_of_tokens(model.cfg.d_vocab, device)), model)
+                return model
     dtype_name = str(torch_dtype).removeprefix("torch.")
     print(f"{gray}loading {name} ({architecture}, {dtype_name}, {device}) through TransformerBridge ...{endc}")
-    return open_bridge(name, base, hf_model, device, torch_dtype)
+    if hf_model is None:
+        hf_model = read_hf_model(folder, torch_dtype)
+    elif "peft" in type(hf_model).__module__ or hasattr(hf_model, "peft_config"):
+        fail("hf_model holds an adapter, which would be ignored: hand over hf_model.merge_and_unload()")
+    return open_bridge(str(model_folder(base) if base else folder), hf_model, device, torch_dtype)
 
 
-def open_bridge(
-    name: str,
-    base: str | None,
-    hf_model: nn.Module | None,
-    device: str,
-    dtype: t.dtype,
-) -> nn.Module:
-    """A TransformerBridge in eval mode: of name, or of base with the weights of name or hf_model."""
-    from transformer_lens.model_bridge import TransformerBridge
+def builds(own: type, config: dict) -> bool:
+    """Whether a class of ours computes all that this config asks for; else transformers can, and the bridge is taken."""
+    if not hasattr(own, "read_config"):
+        return True
+    try:
+        own.read_config(config)
+    except SystemExit as refusal:
+        reason = str(refusal).removeprefix(red).removesuffix(endc)
+        print(f"{gray}{own.__name__}: {reason}: it goes through TransformerBridge instead{endc}")
+        return False
+    return True
+
+
+def refuse_foreign(folder: Path, config: dict) -> None:
+    """What would be opened in part or as something else is refused in a line that says what to do."""
+    if (folder / "adapter_config.json").exists():
+        fail(f"{folder} holds a PEFT adapter, which would be ignored: merge it first (model.merge_and_unload())")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        kind = quantisation.get("quant_method", "unknown kind")
+        fail(f"{folder} is quantised ({kind}): its weights are not read here; give the model it was made from")
+    if "vision_config" in config or "audio_config" in config:
+        fail(
+            f"{folder} is a multimodal wrapper: save its language model alone (model.language_model) and give that folder"
+        )
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                fail(f"{path} is a git-lfs pointer, not weights: fetch them with git lfs pull")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(shard for shard in shards if not (folder / shard).exists())
+        if absent:
+            fail(f"{len(absent)} of {len(shards)} shards are missing from {folder}, first {absent[0]}: fetch it anew")
+
+
+def read_hf_model(folder: Path, dtype: t.dtype) -> nn.Module:
+    """The plain transformers model, every tensor of which was in the files; its own code (auto_map) is never run."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    if base and hf_model is None:
-        hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, token=secret("HF_TOKEN"))
-    if hf_model is not None:
-        hf_model.config.architectures = [type(hf_model).__name__]
-    source = full_name(base) if base else name
-    model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, hf_model=hf_model)
+    logging.set_verbosity_error()  # its report on missing tensors becomes the one line below
+    try:
+        hf_model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",  # what the bridge computes by
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"transformers cannot open {folder} as a causal language model: {str(error).strip().splitlines()[0]}")
+    refuse_incomplete(str(folder), info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return hf_model.eval()
+
+
+def refuse_incomplete(name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable = ()) -> None:
+    """End the program where tensors would be drawn at random or left out, with the names of the files and the cause."""
+    missing = sorted(missing)
+    unexpected = sorted(key for key in unexpected if not HARMLESS.search(key))
+    mismatched = sorted(str(key) for key in mismatched)
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors that the model needs are missing (first {missing[0]})")
+    if unexpected:
+        found.append(f"{len(unexpected)} tensors have no place in it (first {unexpected[0]})")
+    if mismatched:
+        found.append(f"{len(mismatched)} have another shape (first {mismatched[0]})")
+    if found:
+        fail(f"{name}: {', '.join(found)}: {likely_cause(unexpected)}")
+
+
+def likely_cause(unexpected: list[str]) -> str:
+    said = " ".join(unexpected)
+    if "_orig_mod." in said:
+        return "it was saved from torch.compile; save model._orig_mod instead, or strip '_orig_mod.' from the names"
+    if any(key.startswith("module.") for key in unexpected):
+        return "it was saved from DistributedDataParallel; save model.module instead, or strip 'module.' from the names"
+    if "lora_" in said or "base_model." in said:
+        return "it holds an adapter; merge it first (model.merge_and_unload())"
+    if any(key.startswith(("score.", "classifier.")) for key in unexpected):
+        return "it is a classifier, not a language model"
+    return "the files are not this model's, or not all of it was fetched"
+
+
+@t.no_grad()
+def open_bridge(source: str, hf_model: nn.Module, device: str, dtype: t.dtype) -> nn.Module:
+    """
+    hf_model as a TransformerBridge in eval mode, with the tokenizer of the folder source; it answers one row of tokens
+    as plain transformers does, or the program ends.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf_model.config.architectures = [type(hf_model).__name__]
+    hf_model = hf_model.to(device=device, dtype=dtype)
+    row = a_row_of_tokens(hf_model.config.get_text_config().vocab_size, device)
+    reference = hf_model(row, use_cache=False).logits.float()
+    refuse_not_finite(reference, hf_model)
+    model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, hf_model=hf_model).eval()
+    miss = ((model(row, use_cache=False).float() - reference).abs().max() / reference.abs().max()).item()
+    if not miss <= LARGEST_MISS[dtype]:
+        fail(
+            f"the bridge of {type(hf_model).__name__} misses transformers' logits by {miss:.1e} of the largest: not used"
+        )
+    print(f"{gray}checked: its logits miss plain transformers' by {miss:.0e} of the largest{endc}")
     del hf_model
     tec()
-    return model.eval()
+    return model
+
+
+def a_row_of_tokens(d_vocab: int, device: str) -> t.Tensor:
+    """16 tokens (1, pos), by which a model is judged at the door."""
+    return t.arange(1, 17, device=device)[None] % d_vocab
+
+
+def refuse_not_finite(logits: t.Tensor, model: nn.Module) -> None:
+    """End the program where a model answers NaN or infinity, with the cause."""
+    if logits.isfinite().all():
+        return
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            fail(f"the weights are broken: {name} holds NaN or infinity")
+    if next(model.parameters()).dtype == t.float16:
+        fail(
+            "the model's activations are too large for float16 (NaN or infinite logits): use --dtype bfloat16 or float32"
+        )
+    fail(
+        "the model answers NaN or infinity to plain tokens, though its weights are finite: its config is not its weights'"
+    )

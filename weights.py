@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    HARMLESS,
     endc,
     fail,
     find_model,
@@ -39,6 +40,8 @@ def take_tensors[Model: nn.Module](model: Model, tensors: Iterable[tuple[str, Te
     wanted = model.state_dict()
     state: dict[str, Tensor] = {}
     for name, x in tensors:
+        if HARMLESS.search(name):
+            continue
         for ours, part in model.place(name, x).items():
             if ours not in wanted:
                 fail(f"tensor {name} has no place in {type(model).__name__} (it would be {ours})")
@@ -60,9 +63,9 @@ def take_tensors[Model: nn.Module](model: Model, tensors: Iterable[tuple[str, Te
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a folder's safetensors files: one, or the shards of its index."""
+    """The names of a folder's safetensors files: model.safetensors, or else the shards of its index."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if (folder / "model.safetensors").is_file() or not index.is_file():
         return ["model.safetensors"]
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
