@@ -218,13 +218,15 @@ def path_patch(
     return make_metric(pairs, kind, clean.logits)(logits, pairs.index)
 
 
-def input_gradient(model: nn.Module, read: Read, resid: Tensor, pairs: Pairs, kind: str, clean_logits: Tensor) -> Tensor:
+def input_gradient(
+    model: nn.Module, read: Read, resid: Tensor, pairs: Pairs, kind: str, clean_logits: Tensor
+) -> Tensor:
     """Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0."""
     change = t.zeros_like(resid).requires_grad_()
     with t.enable_grad():
         logits = InputChange(model, read, change).run(resid, pairs.answer_pos)
-        metric = make_metric(pairs, kind, clean_logits)(logits, pairs.index)
-    (gradient,) = t.autograd.grad(metric.sum(), change)
+        metric = make_metric(pairs, kind, clean_logits)(logits, pairs.index).sum()
+    (gradient,) = t.autograd.grad(metric, change)
     return gradient
 
 
@@ -285,7 +287,9 @@ class EdgeRun:
         self.nudge = nudge
         self.gaps: list[Tensor] = []
         # of the layer that the pass is in
-        self.normed_change: Tensor | None = None  # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
+        self.normed_change: Tensor | None = (
+            None  # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
+        )
         self.parallel_mlp_change: Tensor | None = None  # where the MLP reads the same stream as attention
 
     def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
@@ -505,7 +509,9 @@ def area(
     """Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval from resampled pairs."""
     n = len(clean)
     resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
-    index = t.cat([t.arange(n)[None], resampled]).to(clean.device)  # (1 + draws, pair); the first is the pairs themselves
+    index = t.cat([t.arange(n)[None], resampled]).to(
+        clean.device
+    )  # (1 + draws, pair); the first is the pairs themselves
     clean_mean = clean[index].mean(-1)
     corrupt_mean = corrupt[index].mean(-1)
     faithfulness = (values[:, index].mean(-1) - corrupt_mean) / (clean_mean - corrupt_mean)  # (size, 1 + draws)
