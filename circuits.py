@@ -385,11 +385,9 @@ if __name__ == "__main__":
         lack = ", ".join(role for role, names in roles.items() if not names) or "missing"
         print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
     worse, better = sorted(("EAP", "EAP-IG"), key=lambda method: areas[method][0])
-    apart = areas[better][1] > areas[worse][2]  # the intervals do not overlap
-    if apart:
+    ranked = "EAP and EAP-IG rank edges alike, within their intervals"
+    if areas[better][1] > areas[worse][2]:
         ranked = f"{better} ranks edges best"
-    else:
-        ranked = "EAP and EAP-IG rank edges alike, within their intervals"
     inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
     print(
         f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of the metric on {len(test_pairs)} held-out pairs, as many random edges {np.mean(by_chance):.0%}, all the others {complement:.0%}; {ranked} (areas {areas['EAP-IG'][0]:.3f} by EAP-IG, {areas['EAP'][0]:.3f} by EAP). Gates: the worst misses by {max(gates.values()):.0e}.{endc}"

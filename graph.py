@@ -354,10 +354,9 @@ class EdgeRun:
         self.gaps.append(self.other[:, :, mlp : mlp + 1] - out[:, :, None])
 
     def change_mlp_input(self, layer: int, x: Tensor) -> Tensor:
+        change = self.parallel_mlp_change
         if self.graph.serial:
             change = self.input_change(self.graph.columns[layer, "MLP"])
-        else:
-            change = self.parallel_mlp_change
         return x if change is None else x + change[:, :, 0]
 
     def change_final_input(self, x: Tensor) -> Tensor:
@@ -409,10 +408,9 @@ def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, kind: str, n_rows
 
 def first_swapped_layers(graph: Graph, swaps: Tensor) -> Tensor:
     """The layer (swap) of the first receiver with a swapped edge; the last one where nothing is swapped."""
-    layers = []
-    for receivers in swaps.any(1).cpu():
-        layers.append(graph.layer_of[receivers].min() if receivers.any() else graph.layer_of[-1])
-    return t.stack(layers).to(swaps.device)
+    swapped = swaps.any(1).cpu()  # (swap, receiver)
+    layers = t.where(swapped, graph.layer_of, graph.layer_of[-1])
+    return layers.min(1).values.to(swaps.device)
 
 
 #%% Edge attribution: what patching each edge would do, by gradient
