@@ -553,7 +553,7 @@ if __name__ == "__main__" and not cfg.model:
 
     def watch_load(step: int) -> dict[str, float]:
         load = load_of(routing(model, rows[::4]), shape.n_experts)
-        return {layers[i] + experts[e]: share for (i, e), share in np.ndenumerate(load)}
+        return {layers[i] + experts[e]: float(share) for (i, e), share in np.ndenumerate(load)}
 
     def loss(forward: nn.Module, tokens: Tensor) -> Tensor:
         return moe_loss(forward, tokens, shape)
