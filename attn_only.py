@@ -8,24 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import cyan, endc, fail, green, pick_device, purple, save_results, set_seed, write_aside, yellow
+# The first half of this file, the model and how it is saved and reopened, uses utils, hooks and layers alone: it can be read by itself.
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    cyan,
+    endc,
+    fail,
+    green,
+    pick_device,
+    purple,
+    save_results,
+    set_seed,
+    write_aside,
+    yellow,
+)
+from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
+from layers import Attention, RMSNorm, next_token_loss, rotate
+
+# The second half, what is measured and the experiment, uses these as well.
 from plots import attention_page, imshow, label_tokens, line, show, show_page, visible
-from hooks import HookPoint, act_name, in_batches, hooks, run_with_cache
-from layers import Attention, RMSNorm, rotate
 from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
 from anatomy import head_scores, random_repeats
 
-from einops import einsum, rearrange
 import numpy as np
+import torch as t
+import torch.nn as nn
+from einops import einsum, rearrange
 from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
-import torch as t
 from torch import Tensor
-import torch.nn as nn
-import torch.nn.functional as F
 
 
 #%% The model: embed, attention layers that only read and write the residual stream, unembed
@@ -49,32 +62,36 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.ln1 = RMSNorm() if cfg.norm == "rms" else nn.Identity()
         self.attn = Attention(cfg)
-        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_post = HookPoint()
 
     def forward(self, x: Tensor, positional: Tensor | None) -> Tensor:
+        """x (batch, pos, d_model)."""
         x = self.hook_resid_pre(x)
-        return self.hook_resid_post(x + self.hook_attn_out(self.attn(self.ln1(x), positional)))
+        attn_out = self.hook_attn_out(self.attn(self.ln1(x), positional))
+        return self.hook_resid_post(x + attn_out)
 
 
 class AttnOnly(nn.Module):
     def __init__(self, cfg: AttnOnlyConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed, self.unembed = (
-            nn.Embedding(cfg.d_vocab, cfg.d_model),
-            nn.Linear(cfg.d_model, cfg.d_vocab, bias=False),
-        )
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.positions in ("learned", "shortformer"):
             self.W_pos = nn.Parameter(0.02 * t.randn(cfg.n_ctx, cfg.d_model))
         self.blocks = nn.ModuleList(AttnBlock(cfg) for _ in range(cfg.n_layers))
         self.ln_final = RMSNorm() if cfg.norm == "rms" else nn.Identity()
-        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
         self.init_weights()
 
     def init_weights(self) -> None:
         """Small query and key weights: attention starts near uniform, which lets heads form soonest."""
         for block in self.blocks:
-            for linear, gain in ((block.attn.q, 0.3), (block.attn.k, 0.3), (block.attn.v, 1.0), (block.attn.o, 1.0)):
+            attn = block.attn
+            for linear, gain in ((attn.q, 0.3), (attn.k, 0.3), (attn.v, 1.0), (attn.o, 1.0)):
                 nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
@@ -83,36 +100,38 @@ class AttnOnly(nn.Module):
 
     @property
     def W_E(self) -> Tensor:
+        """(d_vocab, d_model)"""
         return self.embed.weight
 
     @property
     def W_U(self) -> Tensor:
+        """(d_model, d_vocab)"""
         return self.unembed.weight.T
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.hook_embed(self.embed(tokens))
-        positional = (
-            self.hook_pos_embed(self.W_pos[: tokens.shape[1]])
-            if self.cfg.positions in ("learned", "shortformer")
-            else None
-        )
-        if self.cfg.positions == "learned":
-            x, positional = x + positional, None
+        """Logits (batch, pos, d_vocab) of tokens (batch, pos)."""
+        x = self.hook_embed(self.embed(tokens))  # (batch, pos, d_model)
+        positional = None
+        if self.cfg.positions in ("learned", "shortformer"):
+            positional = self.hook_pos_embed(self.W_pos[: tokens.shape[1]])  # (pos, d_model)
+        if (
+            self.cfg.positions == "learned"
+        ):  # positions enter the stream once; shortformer shows them to every layer's queries and keys instead
+            x = x + positional
+            positional = None
         for block in self.blocks:
             x = block(x, positional)
-        return self.unembed(self.ln_final(x))
+        return self.unembed(self.ln_final(x))  # (batch, pos, d_vocab)
 
 
 #%% Saving and reopening: safetensors, config.json and the tokenizer in one folder
 def save_own(model: AttnOnly, folder: Path, tokenizer: Tokenizer, dtype: t.dtype = t.float32, **scores) -> None:
+    """scores: numbers to keep in config.json beside the architecture."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(
-        folder / "model.safetensors",
-        lambda path: save_file({name: x.to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}, path),
-    )
-    (folder / "config.json").write_text(
-        json.dumps({"architectures": ["AttnOnly"], **dataclasses.asdict(model.cfg), "scores": scores}, indent=1) + "\n"
-    )
+    state = {name: x.to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
+    write_aside(folder / "model.safetensors", lambda path: save_file(state, path))
+    config = {"architectures": ["AttnOnly"], **dataclasses.asdict(model.cfg), "scores": scores}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -128,40 +147,47 @@ def open_own(folder: Path, device: str) -> tuple[AttnOnly, Tokenizer, dict]:
         fail(
             f"--model {folder} is not an attention-only model of attn_only.py; logit_lens.py and patching.py open full models"
         )
-    scores, model = config.pop("scores"), AttnOnly(AttnOnlyConfig(**config))
+    scores = config.pop("scores")
+    model = AttnOnly(AttnOnlyConfig(**config))
+    model.load_state_dict(read_state(folder / "model.safetensors", model))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return model.to(device).eval(), tokenizer, scores
+
+
+def read_state(file: Path, model: AttnOnly) -> dict[str, Tensor]:
+    """The file's tensors in float32, which must be the model's by name and shape."""
     try:
-        state = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}
+        saved = load_file(file)
     except Exception as error:
-        fail(f"{folder}/model.safetensors is corrupt: {error}")
-    differs = [
-        name for name, x in model.state_dict().items() if name not in state or state[name].shape != x.shape
-    ] + sorted(set(state) - set(model.state_dict()))
+        fail(f"{file} is corrupt: {error}")
+    state = {name: x.float() for name, x in saved.items()}
+    wanted = model.state_dict()
+    differs = [name for name, x in wanted.items() if name not in state or state[name].shape != x.shape]
+    differs += sorted(set(state) - set(wanted))
     if differs:
-        fail(f"{folder}/model.safetensors does not fit its config.json: {differs[:3]}")
-    model.load_state_dict(state)
-    return model.to(device).eval(), Tokenizer.from_file(str(folder / "tokenizer.json")), scores
+        fail(f"{file} does not fit its config.json: {differs[:3]}")
+    return state
 
 
 #%% Behaviour: loss by position, in-context learning, copying
+ICL_CONTEXT = 80  # tokens that a row needs before its end can be compared with its early positions
+
+
 @t.no_grad()
 def loss_by_position(model: nn.Module, rows: Tensor, batch: int = 64) -> Tensor:
     """(row, pos - 1) cross-entropy in nats; entry i is the loss on token i + 1."""
-    return t.cat(
-        list(
-            in_batches(
-                lambda part: F.cross_entropy(
-                    model(part)[:, :-1].float().transpose(1, 2), part[:, 1:], reduction="none"
-                ),
-                rows,
-                batch,
-            )
-        )
-    )
+
+    def losses(part: Tensor) -> Tensor:
+        return next_token_loss(model(part), part, "none")
+
+    return t.cat(list(in_batches(losses, rows, batch)))
 
 
 def icl_score(losses: Tensor) -> tuple[float, float]:
     """(mean, 95% half-width over rows) of the loss on the last 16 positions minus that on positions 42-58, in nats (Olsson et al. 2022)."""
-    gain = losses[:, -16:].mean(1) - losses[:, 41:58].mean(1)
+    late = losses[:, -16:].mean(1)
+    early = losses[:, 41:58].mean(1)  # entry i is the loss at position i + 1
+    gain = late - early
     return gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(len(gain))
 
 
@@ -171,117 +197,148 @@ def copying_scores(model: nn.Module, tokens: Tensor) -> Tensor:
     (layer, head) in -1..1: each head's direct write to the logits of the tokens in the row, centred over them; the share of what is raised
     that goes to the tokens attended to, weighted by attention, against the share that is lowered (after Olsson et al. 2022).
     """
-    n_layers, scores = model.cfg.n_layers, []
-    _, cache = run_with_cache(
-        model,
-        tokens,
-        [name for layer in range(n_layers) for name in (act_name("pattern", layer), act_name("z", layer))],
-    )
-    for layer in range(n_layers):
-        out = einsum(
+    layers = range(model.cfg.n_layers)
+    names = [act_name(short, layer) for layer in layers for short in ("pattern", "z")]
+    _, cache = run_with_cache(model, tokens, names)
+    scores = []
+    for layer in layers:
+        written = einsum(
             cache["z", layer],
             model.blocks[layer].attn.W_O,
             model.W_U,
             "batch pos head d_head, head d_head d_model, d_model vocab -> batch head pos vocab",
         )
-        logits = out.gather(
-            -1, tokens[:, None, None].expand(-1, out.shape[1], tokens.shape[1], -1)
-        )  # batch head pos key
-        seen = t.ones_like(logits[0, 0]).tril()
-        centred = (logits - (logits * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)) * seen
-        attended = (cache["pattern", layer] * centred).sum(-1)
-        scores.append(attended.sum((0, 2)) / (cache["pattern", layer] * centred.abs()).sum((0, 2, 3)))
+        n_heads, positions = written.shape[1:3]
+        ids = tokens[:, None, None].expand(-1, n_heads, positions, -1)
+        logits = written.gather(-1, ids)  # (batch, head, query, key): what the query's write adds to the key's token
+        seen = t.ones_like(logits[0, 0]).tril()  # (query, key)
+        mean = (logits * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+        centred = (logits - mean) * seen
+        pattern = cache["pattern", layer]
+        raised = (pattern * centred).sum(-1).sum((0, 2))  # (head)
+        moved = (pattern * centred.abs()).sum((0, 2, 3))  # (head)
+        scores.append(raised / moved)
     return t.stack(scores)
 
 
 #%% Circuits from the weights: factored QK and OV, never vocab x vocab beyond the tokens shown
 def read_embed(model: AttnOnly) -> Tensor:
     """What layer 0 reads of each token: W_E, divided by its own norm where the model has one (exact there, since nothing else is in the stream)."""
-    return model.W_E / (model.W_E.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if model.cfg.norm == "rms" else model.W_E
+    if model.cfg.norm == "none":
+        return model.W_E
+    mean_square = model.W_E.pow(2).mean(-1, keepdim=True)
+    return model.W_E / (mean_square + 1e-6).sqrt()
 
 
 def qk_circuit(model: AttnOnly, layer: int, head: int, query: Tensor, key: Tensor, offset: int) -> Tensor:
     """(query, key) attention scores between tokens `offset` places apart by the direct path: biases, rotation or distance bias included."""
-    cfg, attn, x = model.cfg, model.blocks[layer].attn, read_embed(model)
-    project = lambda linear, ids: rearrange(
-        linear(x[ids]), "token (head d_head) -> token head d_head", head=cfg.n_heads
-    )
-    q, k = project(attn.q, query), project(attn.k, key)
-    if cfg.positions == "rotary":  # only the difference of positions matters
+    cfg = model.cfg
+    attn = model.blocks[layer].attn
+    x = read_embed(model)
+    by_head = "token (head d_head) -> token head d_head"
+    q = rearrange(attn.q(x[query]), by_head, head=cfg.n_heads)
+    k = rearrange(attn.k(x[key]), by_head, head=cfg.n_heads)
+    if (
+        cfg.positions == "rotary"
+    ):  # only the difference of positions matters: the key stays at 0, the query stands at `offset`
         dims = 2 * int(cfg.rotary_share * cfg.d_head / 2)
-        q = rotate(q[:, None].expand(-1, offset + 1, -1, -1), dims, cfg.rotary_base)[:, offset]
+        q_everywhere = q[:, None].expand(-1, offset + 1, -1, -1)  # (query, pos, head, d_head)
+        q = rotate(q_everywhere, dims, cfg.rotary_base)[:, offset]
     scores = einsum(q[:, head], k[:, head], "query d_head, key d_head -> query key") / math.sqrt(cfg.d_head)
-    return scores + attn.score_bias(t.tensor([offset], device=x.device)).expand(cfg.n_heads, 1)[head]
+    by_distance = attn.score_bias(
+        t.tensor([offset], device=x.device)
+    )  # (head, 1), or (1, 1) where distance adds nothing
+    return scores + by_distance.expand(cfg.n_heads, 1)[head]
 
 
 def ov_circuit(model: AttnOnly, layer: int, head: int, source: Tensor, out: Tensor) -> Tensor:
     """(source, out) logits that fully attending to a source token writes to each output token by the direct path, before the final norm."""
     attn = model.blocks[layer].attn
-    return (read_embed(model)[source] @ attn.W_V[head]) @ (attn.W_O[head] @ model.W_U[:, out])
+    values = einsum(read_embed(model)[source], attn.W_V[head], "source d_model, d_model d_head -> source d_head")
+    effects = einsum(attn.W_O[head], model.W_U[:, out], "d_head d_model, d_model out -> d_head out")
+    return einsum(values, effects, "source d_head, d_head out -> source out")
 
 
 def ov_eigenvalues(model: AttnOnly, layer: int, head: int) -> Tensor:
-    """The d_head nonzero eigenvalues of the full OV circuit W_E W_V W_O W_U (vocab x vocab), from its d_head x d_head turn."""
+    """
+    The d_head nonzero eigenvalues of the full OV circuit W_E W_V W_O W_U (vocab x vocab): A B and B A share them, so they are found in the
+    d_head x d_head matrix W_O W_U W_E W_V.
+    """
     attn = model.blocks[layer].attn
-    return t.linalg.eigvals(((attn.W_O[head] @ model.W_U) @ read_embed(model) @ attn.W_V[head]).double())
+    turned = ((attn.W_O[head] @ model.W_U) @ read_embed(model) @ attn.W_V[head]).double()
+    return t.linalg.eigvals(turned)
 
 
 def eigenvalue_copying(model: AttnOnly) -> Tensor:
-    """(layer, head) in -1..1: sum of the OV circuit's eigenvalues over the sum of their absolute values; 1 copies."""
-    values = [
-        [ov_eigenvalues(model, layer, head) for head in range(model.cfg.n_heads)] for layer in range(model.cfg.n_layers)
-    ]
-    return t.tensor([[(e.sum().real / e.abs().sum()).item() for e in row] for row in values])
+    """(layer, head) in -1..1: sum of the OV circuit's eigenvalues over the sum of their absolute values; 1 copies (A Mathematical Framework)."""
+    scores = t.zeros(model.cfg.n_layers, model.cfg.n_heads)
+    for layer in range(model.cfg.n_layers):
+        for head in range(model.cfg.n_heads):
+            values = ov_eigenvalues(model, layer, head)
+            scores[layer, head] = (values.sum().real / values.abs().sum()).item()
+    return scores
+
+
+def product_norm(a: Tensor, b: Tensor) -> Tensor:
+    """||a @ b||, Frobenius, of a (..., large, small) and b (..., small, large); the large product is never formed."""
+    return t.linalg.matrix_norm(t.linalg.qr(a).R @ t.linalg.qr(b.mT).R.mT)
 
 
 def composition(early: tuple[Tensor, Tensor], late: tuple[Tensor, Tensor]) -> Tensor:
     """||A B|| / (||A|| ||B||), Frobenius, of A = early[0] @ early[1] and B = late[0] @ late[1], kept factored (A Mathematical Framework)."""
-    product = t.linalg.matrix_norm(t.linalg.qr(early[0]).R @ (early[1] @ late[0]) @ t.linalg.qr(late[1].mT).R.mT)
-    size = lambda a, b: t.linalg.matrix_norm(t.linalg.qr(a).R @ t.linalg.qr(b.mT).R.mT)
-    return product / (size(*early) * size(*late))
+    between = early[1] @ late[0]  # (d_head, d_head)
+    product = t.linalg.matrix_norm(t.linalg.qr(early[0]).R @ between @ t.linalg.qr(late[1].mT).R.mT)
+    return product / (product_norm(*early) * product_norm(*late))
 
 
 @t.no_grad()
 def composition_scores(model: AttnOnly, draws: int = 100) -> tuple[dict[str, Tensor], float, float]:
     """({'Q' | 'K' | 'V': (layer-0 head, layer-1 head)}, mean, std of the same score for Gaussian factors of the same shape)."""
-    first, second = (model.blocks[layer].attn for layer in (0, 1))
-    ov = lambda attn, head: (attn.W_V[head], attn.W_O[head])
-    heads, scores = range(model.cfg.n_heads), {}
-    for name, late in (
-        ("Q", lambda h: (second.W_Q[h], second.W_K[h].mT)),
-        ("K", lambda h: (second.W_K[h], second.W_Q[h].mT)),
-        ("V", lambda h: ov(second, h)),
-    ):
-        scores[name] = t.stack(
-            [t.stack([composition(ov(first, early), late(h)) for h in heads]) for early in heads]
-        ).cpu()
+    heads = range(model.cfg.n_heads)
+    first = model.blocks[0].attn
+    second = model.blocks[1].attn
+    writes = [(first.W_V[h], first.W_O[h]) for h in heads]
+    reads = {
+        "Q": [(second.W_Q[h], second.W_K[h].mT) for h in heads],
+        "K": [(second.W_K[h], second.W_Q[h].mT) for h in heads],
+        "V": [(second.W_V[h], second.W_O[h]) for h in heads],
+    }
+    scores = {}
+    for name, late in reads.items():
+        scores[name] = t.zeros(len(heads), len(heads))
+        for writer in heads:
+            for reader in heads:
+                scores[name][writer, reader] = composition(writes[writer], late[reader])
+
     d_model, d_head = first.W_Q.shape[1:]
-    noise = [
-        t.randn(draws, *shape, generator=t.Generator().manual_seed(i))
-        for i, shape in enumerate([(d_model, d_head), (d_head, d_model)] * 2)
-    ]
-    random = composition((noise[0], noise[1]), (noise[2], noise[3]))
+    shapes = [(d_model, d_head), (d_head, d_model), (d_model, d_head), (d_head, d_model)]
+    noise = [t.randn(draws, *shape, generator=t.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    random = composition((noise[0], noise[1]), (noise[2], noise[3]))  # (draw)
     return scores, random.mean().item(), random.std().item()
 
 
 def skip_trigrams(model: AttnOnly, tokenizer: Tokenizer, head: int, ids: Tensor, offset: int, n: int = 8) -> list[list]:
     """
-    Rows [source ... destination -> out, QK score above the destination's mean, OV logit]: among the tokens ids and at one offset, the n triples
-    with the largest product of the two, one per source.
+    Rows [source ... destination -> out, QK score above the destination's mean, OV logit above the source's mean, next best outputs]: among the tokens
+    ids and at one offset, the n triples with the largest product of the two, one per source.
     """
-    qk, ov = qk_circuit(model, 0, head, ids, ids, offset), ov_circuit(model, 0, head, ids, ids)
-    qk, ov = qk - qk.mean(1, keepdim=True), ov - ov.mean(1, keepdim=True)
-    best = (qk.amax(0).clamp(min=0) * ov.amax(1).clamp(min=0)).topk(n).indices
-    name = lambda i: visible(tokenizer.decode([int(ids[i])], skip_special_tokens=False))
-    return [
-        [
-            f"{name(s)} ... {name(qk[:, s].argmax())} -> {name(ov[s].argmax())}",
-            qk[:, s].max().item(),
-            ov[s].max().item(),
-            ", ".join(name(i) for i in ov[s].topk(4).indices),
-        ]
-        for s in best
-    ]
+    qk = qk_circuit(model, 0, head, ids, ids, offset)  # (destination, source)
+    qk = qk - qk.mean(1, keepdim=True)
+    ov = ov_circuit(model, 0, head, ids, ids)  # (source, out)
+    ov = ov - ov.mean(1, keepdim=True)
+    strength = qk.amax(0).clamp(min=0) * ov.amax(1).clamp(min=0)  # (source)
+
+    def name(i: Tensor) -> str:
+        return visible(tokenizer.decode([int(ids[i])], skip_special_tokens=False))
+
+    rows = []
+    for source in strength.topk(n).indices:
+        destination = qk[:, source].argmax()
+        out = ov[source].argmax()
+        trigram = f"{name(source)} ... {name(destination)} -> {name(out)}"
+        next_best = ", ".join(name(i) for i in ov[source].topk(4).indices)
+        rows.append([trigram, qk[:, source].max().item(), ov[source].max().item(), next_best])
+    return rows
 
 
 #%% Attribution: the logit as direct path + every head x every source token, exactly
@@ -289,16 +346,19 @@ def skip_trigrams(model: AttnOnly, tokenizer: Tokenizer, head: int, ids: Tensor,
 def logit_attribution(model: AttnOnly, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
     """
     Parts of the logit of `token` at one position of tokens (1, pos): 'direct' (), 'heads' (layer, head, source), 'logit' ().
-    The final norm's scale is frozen at its value there, which makes the parts linear; they sum to the logit.
+    The final norm's scale is frozen at its value there, which makes the parts linear; they sum to the logit (where the output maps have no bias).
+    anatomy.logit_parts is the same for models with MLPs: it reads each block's mlp, the final norm's weight and its scale. Here there is no MLP, the norm
+    has no weight, and without a norm there is no scale, so this one stands by itself.
     """
-    n_layers = model.cfg.n_layers
-    logits, cache = run_with_cache(
-        model, tokens, lambda name: name.endswith(("0.hook_resid_pre", "hook_v", "hook_pattern", "ln_final.hook_scale"))
-    )
-    scale = (
-        cache["ln_final.hook_scale"][0, position] if "ln_final.hook_scale" in cache else t.ones(1, device=tokens.device)
-    )
-    direction = model.W_U[:, token] / scale
+    layers = range(model.cfg.n_layers)
+    names = [act_name("resid_pre", 0)] + [act_name(short, layer) for layer in layers for short in ("v", "pattern")]
+    if model.cfg.norm == "rms":
+        names.append("ln_final.hook_scale")
+    logits, cache = run_with_cache(model, tokens, names)
+
+    direction = model.W_U[:, token]  # (d_model)
+    if model.cfg.norm == "rms":
+        direction = direction / cache["ln_final.hook_scale"][0, position]
     heads = [
         einsum(
             cache["pattern", layer][0, :, position],
@@ -307,10 +367,10 @@ def logit_attribution(model: AttnOnly, tokens: Tensor, token: int, position: int
             direction,
             "head source, source head d_head, head d_head d_model, d_model -> head source",
         )
-        for layer in range(n_layers)
+        for layer in layers
     ]
     return {
-        "direct": cache["resid_pre", 0][0, position] @ direction,
+        "direct": einsum(cache["resid_pre", 0][0, position], direction, "d_model, d_model ->"),
         "heads": t.stack(heads),
         "logit": logits[0, position, token],
     }
@@ -327,37 +387,46 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
     For tokens (1, pos), each (query, key) unless said: 'attention' (head, query, key) alpha; 'weighted' (head, query, key) ||alpha f(x)|| with
     f(x) = v W_O; 'block' ||sum over heads of alpha f(x), + x where key = query||; 'normed' the same after the next norm (its scale frozen);
     'mixing' (query): the share of the block's output norm that comes from other positions, ||sum of the others|| / (that + ||own||).
+    anatomy.ff_maps goes on through the MLP that these models do not have, and needs its norm.
     """
-    after = (
-        act_name("resid_pre", layer + 1)[: -len("hook_resid_pre")] + "ln1.hook_scale"
-        if layer + 1 < model.cfg.n_layers
-        else "ln_final.hook_scale"
-    )
-    names = [act_name(short, layer) for short in ("resid_pre", "v", "pattern")] + [after] * (model.cfg.norm != "none")
+    last = layer + 1 == model.cfg.n_layers
+    next_scale = "ln_final.hook_scale" if last else f"blocks.{layer + 1}.ln1.hook_scale"
+    names = [act_name(short, layer) for short in ("resid_pre", "v", "pattern")]
+    if model.cfg.norm == "rms":
+        names.append(next_scale)
     _, cache = run_with_cache(model, tokens, names)
-    pattern, x = cache["pattern", layer][0], cache["resid_pre", layer][0]
+
+    pattern = cache["pattern", layer][0]  # (head, query, key)
+    x = cache["resid_pre", layer][0]  # (pos, d_model)
     moved = einsum(
         pattern,
         cache["v", layer][0],
         model.blocks[layer].attn.W_O,
         "head query key, key head d_head, head d_head d_model -> head query key d_model",
     )
-    block = moved.sum(0) + t.diag_embed(x.T).permute(1, 2, 0)
-    own = block.diagonal(dim1=0, dim2=1).T
-    others = (block.sum(1) - own).norm(dim=-1)
-    scale = cache[after][0] if after in cache else 1.0
+    stays = t.diag_embed(x.T).permute(1, 2, 0)  # (query, key, d_model): x where key = query
+    block = moved.sum(0) + stays
+    own = block.diagonal(dim1=0, dim2=1).T  # (query, d_model)
+    others_norm = (block.sum(1) - own).norm(dim=-1)  # (query)
+    block_norm = block.norm(dim=-1)  # (query, key)
+    scale = cache[next_scale][0] if model.cfg.norm == "rms" else 1.0  # (query, 1)
     return {
         "attention": pattern,
         "weighted": moved.norm(dim=-1),
-        "block": block.norm(dim=-1),
-        "normed": block.norm(dim=-1) / scale,
-        "mixing": others / (others + own.norm(dim=-1)),
+        "block": block_norm,
+        "normed": block_norm / scale,
+        "mixing": others_norm / (others_norm + own.norm(dim=-1)),
     }
 
 
 #%% Interventions: ablate a head; patch the path from one head into another's query, key or value
 def zero_head(layer: int, head: int) -> tuple[str, Callable]:
-    return act_name("z", layer), lambda z, hook: z.index_fill(2, t.tensor([head], device=z.device), 0)
+    """The hook that makes a head write nothing."""
+
+    def zero(z: Tensor, hook: HookPoint) -> Tensor:
+        return z.index_fill(2, t.tensor([head], device=z.device), 0)
+
+    return act_name("z", layer), zero
 
 
 def ablated_scores(model: nn.Module, tokens: Tensor, half: int, layer: int, head: int) -> dict[str, Tensor]:
@@ -368,39 +437,46 @@ def ablated_scores(model: nn.Module, tokens: Tensor, half: int, layer: int, head
 @t.no_grad()
 def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tuple[dict[str, Tensor], float, float]:
     """
-    Clean rows say random tokens twice; corrupt rows share only their second half, so nothing there can be looked up. For each layer-0 head
-    (sender) and each layer-1 head's q, k or v input (receiver), that input alone is given the sender's corrupt output: {'q' | 'k' | 'v':
-    (sender, receiver) share of the log-probability lost}, 0 = clean, 1 = corrupt. Also the two mean log-probabilities, in nats.
+    Path patching (Wang et al. 2022) in a two-layer model. Clean rows say random tokens twice; corrupt rows share only their second half, so nothing there
+    can be looked up. For each layer-0 head (sender) and each layer-1 head's q, k or v input (receiver), that input alone is given the sender's corrupt output:
+    {'q' | 'k' | 'v': (sender, receiver) share of the log-probability lost}, 0 = clean, 1 = corrupt. Also the two mean log-probabilities, in nats.
     """
-    n_heads, W_O, names = (
-        model.cfg.n_heads,
-        model.blocks[0].attn.W_O,
-        [act_name("z", 0), act_name("result", 1), act_name("resid_post", 1)],
-    )
+    heads = range(model.cfg.n_heads)
+    W_O = model.blocks[0].attn.W_O
+    senders = act_name("z", 0)
+    receivers = act_name("result", 1)
+    final = act_name("resid_post", 1)
+    inputs = {room: act_name(room, 1) for room in "qkv"}
 
     def log_prob(resid: Tensor) -> float:
-        return (
-            model.unembed(model.ln_final(resid[:, -half:-1]))
-            .log_softmax(-1)
-            .gather(-1, clean[:, -half + 1 :, None])
-            .mean()
-            .item()
-        )
+        """Of the second half's tokens, its first apart, from the last layer's output (row, pos, d_model)."""
+        logits = model.unembed(model.ln_final(resid[:, -half:-1]))
+        return logits.log_softmax(-1).gather(-1, clean[:, -half + 1 :, None]).mean().item()
 
-    (_, on), (_, off) = (run_with_cache(model, tokens, names) for tokens in (clean, corrupt))
-    top, bottom = (log_prob(cache["resid_post", 1]) for cache in (on, off))
-    lost = {room: t.zeros(n_heads, n_heads) for room in "qkv"}
-    for sender in range(n_heads):
-        change = (off["z", 0] - on["z", 0])[:, :, sender] @ W_O[sender]
-        with hooks(model, [(act_name("resid_pre", 1), lambda x, hook: x + change)]):
-            _, new = run_with_cache(model, clean, [act_name(room, 1) for room in "qkv"])
-        for room in "qkv":  # heads do not read each other within a layer: one run patches the room in all of them, one head's result is taken at a time
-            with hooks(model, [(act_name(room, 1), lambda x, hook: new[room, 1])]):
-                _, moved = run_with_cache(model, clean, names[1])
-            for receiver in range(n_heads):
-                lost[room][sender, receiver] = (
-                    top - log_prob(on["resid_post", 1] + (moved["result", 1] - on["result", 1])[:, :, receiver])
-                ) / (top - bottom)
+    # Step 1: the clean and the corrupt run
+    _, clean_cache = run_with_cache(model, clean, [senders, receivers, final])
+    _, corrupt_cache = run_with_cache(model, corrupt, [senders, receivers, final])
+    top = log_prob(clean_cache[final])
+    bottom = log_prob(corrupt_cache[final])
+
+    lost = {room: t.zeros(len(heads), len(heads)) for room in inputs}
+    for sender in heads:
+        # Step 2: what layer 1's queries, keys and values are when the sender alone writes its corrupt output
+        z_change = (corrupt_cache[senders] - clean_cache[senders])[:, :, sender]
+        write_change = einsum(z_change, W_O[sender], "row pos d_head, d_head d_model -> row pos d_model")
+        with hooks(model, [(act_name("resid_pre", 1), lambda x, hook: x + write_change)]):
+            _, changed = run_with_cache(model, clean, list(inputs.values()))
+
+        for room, name in inputs.items():
+            # Step 3: a clean run in which layer 1 is given this one input. All its heads at once, since heads of one layer do not read each other
+            with hooks(model, [(name, lambda x, hook: changed[name])]):
+                _, patched = run_with_cache(model, clean, receivers)
+            result_change = patched[receivers] - clean_cache[receivers]  # (row, pos, head, d_model)
+
+            # Step 4: the clean output with one receiver's change at a time; no layer comes after it
+            for receiver in heads:
+                after = log_prob(clean_cache[final] + result_change[:, :, receiver])
+                lost[room][sender, receiver] = (top - after) / (top - bottom)
     return lost, top, bottom
 
 
@@ -426,21 +502,18 @@ class Config(TrainConfig):
 
 
 if __name__ == "__main__":
-    cfg = flags(
-        Config,
-        __doc__,
-        hpc=Config(
-            n_heads=12,
-            d_model=768,
-            vocab=8192,
-            contexts=(256, 1024),
-            tokens_per_step=65536,
-            accumulate=2,
-            steps=8000,
-            autocast="on",
-            compile=True,
-        ),
-    )  # --hpc: an A100 with 40 GB
+    a100 = Config(
+        n_heads=12,
+        d_model=768,
+        vocab=8192,
+        contexts=(256, 1024),
+        tokens_per_step=65536,
+        accumulate=2,
+        steps=8000,
+        autocast="on",
+        compile=True,
+    )
+    cfg = flags(Config, __doc__, hpc=a100)  # --hpc: an A100 with 40 GB
     device = pick_device(cfg.device)
     if cfg.n_layers not in (1, 2):
         fail("--n-layers is 1 or 2: deeper models are tiny_transformer.py's")
@@ -449,37 +522,39 @@ if __name__ == "__main__":
     set_seed(cfg.seed)
     print(f"{purple}=== Attention-only transformers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
 
+
 #%% Train before your eyes: 2 layers, and 1 layer as the control, while the scores of every head are watched
+def counted_layers(n: int) -> str:
+    return "1 layer" if n == 1 else f"{n} layers"
 
 
 def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[AttnOnly, dict]:
-    """A fresh model of n_layers on rows of the corpus, and the history of its training with head scores and ICL score."""
-    model = AttnOnly(
-        AttnOnlyConfig(
-            n_layers,
-            cfg.n_heads,
-            cfg.d_model,
-            cfg.d_model // cfg.n_heads,
-            corpus.d_vocab,
-            max(cfg.contexts),
-            cfg.positions,
-            cfg.rotary_share,
-        )
-    ).to(device)
-    half = min(50, (max(cfg.contexts) - 1) // 2)
-    probe, natural = (
-        random_repeats(corpus, 32, half, seed=10**6 + cfg.seed).to(device),
-        t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 48, max(cfg.contexts), "heldout")).to(device),
+    """A fresh model of n_layers on rows of the corpus, and the history of its training with head scores and, where contexts are long enough, ICL score."""
+    n_ctx = max(cfg.contexts)
+    model_cfg = AttnOnlyConfig(
+        n_layers=n_layers,
+        n_heads=cfg.n_heads,
+        d_model=cfg.d_model,
+        d_head=cfg.d_model // cfg.n_heads,
+        d_vocab=corpus.d_vocab,
+        n_ctx=n_ctx,
+        positions=cfg.positions,
+        rotary_share=cfg.rotary_share,
     )
+    model = AttnOnly(model_cfg).to(device)
+    half = min(50, (n_ctx - 1) // 2)
+    probe = random_repeats(corpus, 32, half, seed=10**6 + cfg.seed).to(device)
+    natural = t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 48, n_ctx, "heldout")).to(device)
 
     def watch(step: int) -> dict:
         scores = head_scores(model, n_layers, probe, half)
-        icl = icl_score(loss_by_position(model, natural))[0] if max(cfg.contexts) >= 80 else float("nan")
-        return {
+        seen = {
             "prefix_matching": scores["prefix_matching"].max().item(),
             "previous_token": scores["previous_token"][0].max().item(),
-            "icl_score": icl,
         }
+        if n_ctx >= ICL_CONTEXT:
+            seen["icl_score"], _ = icl_score(loss_by_position(model, natural))
+        return seen
 
     history = train(
         model,
@@ -497,324 +572,337 @@ def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[
 
 
 if __name__ == "__main__":
-    models, histories = dict[int, AttnOnly](), dict[int, dict]()
+    models: dict[int, AttnOnly] = {}  # by number of layers: the model, and the control where one is trained
+    histories: dict[int, dict] = {}  # of those that are trained here
     if cfg.model:
         model, tokenizer, _ = open_own(Path(cfg.model), device)
         corpus = load_corpus(cfg.data, tokenizer=cfg.model)
         models[model.cfg.n_layers] = model
     else:
         corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-        for n_layers in sorted({cfg.n_layers, 1 if cfg.control else cfg.n_layers}):
+        tokenizer = corpus.tokenizer
+        depths = {1, cfg.n_layers} if cfg.control else {cfg.n_layers}
+        for depth in sorted(depths):
+            role = " (the control)" if depth < cfg.n_layers else ""
             print(
-                f"{purple}=== Training {n_layers} layer{'s' * (n_layers > 1)}{' (the control)' * (n_layers < cfg.n_layers)}: {cfg.repeats:.0%} of rows repeat a snippet of themselves ==={endc}"
+                f"{purple}=== Training {counted_layers(depth)}{role}: {cfg.repeats:.0%} of rows repeat a snippet of themselves ==={endc}"
             )
             set_seed(cfg.seed)
-            models[n_layers], histories[n_layers] = train_own(cfg, n_layers, corpus, device)
-            save_own(
-                models[n_layers],
-                folder := Path(f"checkpoints/attn_only/{n_layers}_layers"),
-                corpus.tokenizer,
-                **histories[n_layers]["watch"][-1],
-            )
+            models[depth], history = train_own(cfg, depth, corpus, device)
+            histories[depth] = history
+            folder = Path(f"checkpoints/attn_only/{depth}_layers")
+            save_own(models[depth], folder, tokenizer, **history["watch"][-1])
+            speed = f"{cyan}{history['tokens_per_second']:,.0f} tokens/s{green}"
             print(
-                f"{green}trained on {histories[n_layers]['tokens'][-1] / 1e6:.2f}M tokens in {histories[n_layers]['seconds']:.1f} s ({cyan}{histories[n_layers]['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder}{endc}"
+                f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({speed}), saved to {folder}{endc}"
             )
         first_goes_on()
         model = models[cfg.n_layers]
-    n_layers, n_heads, n_ctx, tokenizer = model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_ctx, corpus.tokenizer
-    control = models.get(1) if n_layers == 2 else None
+    n_layers = model.cfg.n_layers
+    n_heads = model.cfg.n_heads
+    n_ctx = model.cfg.n_ctx
+    control = models.get(1) if n_layers == 2 else None  # none with --no-control, --n-layers 1 and --model
+    key_ends = {depth: "" if depth == n_layers else "_1_layer" for depth in models}  # of keys in results
+    layer_names = [f"L{layer}" for layer in range(n_layers)]
     head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
-    numbers: dict = {"n_params": sum(p.numel() for p in model.parameters())}
-    about = f"{n_layers}-layer attention-only, {numbers['n_params'] / 1e3:.0f}k parameters"
+    first_layer = head_names[:n_heads]
+    second_layer = head_names[n_heads:]
+    n_params = sum(p.numel() for p in model.parameters())
+    numbers: dict = {"n_params": n_params}
+    about = f"{n_layers}-layer attention-only, {n_params / 1e3:.0f}k parameters"
 
 #%% The gates: hooks change nothing, attention rows sum to one, the parts of a logit sum to the logit
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
     half = min(50, (n_ctx - 1) // 2)
     repeats = random_repeats(corpus, 64, half, seed=cfg.seed).to(device)
+
     with t.no_grad():
-        logits, cache = run_with_cache(model, repeats)
-        gap = (logits - model(repeats)).abs().max().item() / logits.abs().max().item()
-    assert gap < 1e-5, f"listening changes the logits by {gap}"
+        heard, cache = run_with_cache(model, repeats)
+        unheard = model(repeats)
+    listening_gap = (heard - unheard).abs().max().item() / heard.abs().max().item()
+    assert listening_gap < 1e-5, f"listening changes the logits by {listening_gap}"
+
     row_error = max((cache["pattern", layer].sum(-1) - 1).abs().max().item() for layer in range(n_layers))
     assert row_error < 1e-5, f"attention rows sum to 1 +- {row_error}"
-    errors = [
-        attribution_error(logit_attribution(model, repeats[[i]], int(repeats[i, -1]), position))
-        for i in range(16)
-        for position in (-1, half, 1)
-    ]
-    numbers["attribution_max_error"] = max(errors)
-    assert max(errors) < 1e-4, f"the parts miss the logit by {max(errors)}"
+
+    errors = []
+    for i in range(16):
+        for position in (-1, half, 1):
+            parts = logit_attribution(model, repeats[[i]], int(repeats[i, -1]), position)
+            errors.append(attribution_error(parts))
+    attribution_max_error = max(errors)
+    assert attribution_max_error < 1e-4, f"the parts miss the logit by {attribution_max_error}"
+    numbers["attribution_max_error"] = attribution_max_error
     print(
-        f"{cyan}attention rows sum to 1 within {row_error:.1e}; direct path + heads x sources = logit within {max(errors):.1e} ({len(errors)} logits){endc}"
+        f"{cyan}attention rows sum to 1 within {row_error:.1e}; direct path + heads x sources = logit within {attribution_max_error:.1e} ({len(errors)} logits){endc}"
     )
 
 #%% Which heads look where, on random tokens said twice: previous-token heads and induction heads
 if __name__ == "__main__":
     print(f"{purple}=== Heads ==={endc}")
     scores = head_scores(model, n_layers, repeats, half)
-    scores["copying"], scores["OV eigenvalues"] = copying_scores(model, repeats).cpu(), eigenvalue_copying(model)
-    print(
-        tabulate(
-            [[name, *(f"{x.flatten()[i]:.2f}" for x in scores.values())] for i, name in enumerate(head_names)],
-            headers=["head", *scores],
-        )
+    scores["copying"] = copying_scores(model, repeats).cpu()
+    scores["OV eigenvalues"] = eigenvalue_copying(model)
+    prefix = scores["prefix_matching"]  # (layer, head)
+    strongest_first = prefix.flatten().argsort(descending=True).tolist()
+    induction_heads = [head_names[i] for i in strongest_first if prefix.flatten()[i] > 0.3]
+    best_layer, best_head = divmod(int(prefix.argmax()), n_heads)
+    best = f"L{best_layer}H{best_head}"
+    previous = int(scores["previous_token"][0].argmax())  # layer 0's previous-token head
+    numbers["best_prefix_matching"] = prefix.max().item()
+    if control is not None:
+        control_prefix = head_scores(control, 1, repeats, half)["prefix_matching"].max().item()
+        numbers["best_prefix_matching_1_layer"] = control_prefix
+    numbers["induction_heads"] = induction_heads
+    numbers["previous_token_score"] = scores["previous_token"][0, previous].item()
+    numbers["copying_of_best_head"] = scores["copying"][best_layer, best_head].item()
+    numbers["ov_eigenvalue_copying_of_best_head"] = scores["OV eigenvalues"][best_layer, best_head].item()
+
+    rows = [[name, *(f"{x.flatten()[i]:.2f}" for x in scores.values())] for i, name in enumerate(head_names)]
+    print(tabulate(rows, headers=["head", *scores]))
+    beside = "" if control is None else f"; 1-layer control {control_prefix:.3f}"
+    print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}{beside}{endc}")
+
+#%% ... as maps of layers and heads
+if __name__ == "__main__":
+    fig = imshow(
+        t.stack(list(scores.values())),
+        f"Head scores on {len(repeats)} x {half} random tokens said twice ({about})",
+        xlabel="head",
+        ylabel="layer",
+        x=[f"H{head}" for head in range(n_heads)],
+        y=layer_names,
+        panels=list(scores),
+        columns=3,
+        value="score",
     )
-    show(
-        imshow(
-            t.stack(list(scores.values())),
-            f"Head scores on {len(repeats)} x {half} random tokens said twice ({about})",
-            "head",
-            "layer",
-            [f"H{h}" for h in range(n_heads)],
-            [f"L{layer}" for layer in range(n_layers)],
-            list(scores),
-            columns=3,
-            value="score",
-        ),
-        "attn_only/head_scores",
-    )
-    prefix = scores["prefix_matching"]
-    induction_heads = [
-        head_names[i] for i in prefix.flatten().argsort(descending=True).tolist() if prefix.flatten()[i] > 0.3
-    ]
-    best = head_names[int(prefix.argmax())]
-    previous = int(scores["previous_token"][0].argmax())
-    control_prefix = head_scores(control, 1, repeats, half)["prefix_matching"] if control else t.tensor(t.nan)
-    at = divmod(int(prefix.argmax()), n_heads)
-    numbers |= {
-        "best_prefix_matching": prefix.max().item(),
-        "best_prefix_matching_1_layer": control_prefix.max().item(),
-        "induction_heads": induction_heads,
-    }
-    numbers |= {
-        "previous_token_score": scores["previous_token"][0, previous].item(),
-        "copying_of_best_head": scores["copying"][at].item(),
-        "ov_eigenvalue_copying_of_best_head": scores["OV eigenvalues"][at].item(),
-    }
-    print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}; 1-layer control {control_prefix.max():.3f}{endc}")
+    show(fig, "attn_only/head_scores")
 
 #%% Training watched: prefix matching, previous-token attention and in-context learning against tokens seen
 if __name__ == "__main__" and histories:
-    curves = {
-        (key.replace("_", " "), n): [w[key] for w in h["watch"]]
-        for n, h in sorted(histories.items(), reverse=True)
-        for key in ("prefix_matching", "previous_token", "icl_score")
+    curves = {}
+    for depth, history in sorted(histories.items(), reverse=True):
+        for key in ("prefix_matching", "previous_token", "icl_score"):
+            if key in history["watch"][-1]:  # short contexts have no ICL score
+                name = f"{key.replace('_', ' ')}, {counted_layers(depth)}"
+                curves[name] = [seen[key] for seen in history["watch"]]
+    width = min(10, cfg.steps)
+    smooth_loss = {
+        counted_layers(depth): np.convolve(history["loss"], np.ones(width) / width, "valid")
+        for depth, history in histories.items()
     }
-    curves = {f"{key}, {n} layer{'s' * (n > 1)}": curve for (key, n), curve in curves.items()}
+
+    with_icl = ", ICL score on 48 held-out rows" if n_ctx >= ICL_CONTEXT else ""
     fig = line(
         curves,
-        f"Phase change of {about}: best head's scores on 32 rows of random tokens, ICL score on 48 held-out rows (seed {cfg.seed})",
+        f"Phase change of {about}: best head's scores on 32 rows of random tokens{with_icl} (seed {cfg.seed})",
         "tokens seen",
-        "score (ICL: nats)",
-        [w["tokens"] for w in histories[n_layers]["watch"]],
+        "score (ICL: nats)" if with_icl else "score",
+        x=[seen["tokens"] for seen in histories[n_layers]["watch"]],
         markers=True,
         dashed=[name for name in curves if name.endswith("1 layer") and n_layers > 1],
     )
-    for step in (share * cfg.steps for share in cfg.context_steps[: len(cfg.contexts) - 1]):
-        fig.add_vline(step * cfg.tokens_per_step, line_dash="dot", annotation_text="longer context")
+    for share in cfg.context_steps[: len(cfg.contexts) - 1]:
+        longer_from = share * cfg.steps * cfg.tokens_per_step
+        fig.add_vline(longer_from, line_dash="dot", annotation_text="longer context")
     show(fig, "attn_only/phase_change")
-    show(
-        line(
-            {
-                f"{n} layer{'s' * (n > 1)}": np.convolve(
-                    h["loss"], np.ones(min(10, cfg.steps)) / min(10, cfg.steps), "valid"
-                )
-                for n, h in histories.items()
-            },
-            f"Training loss, mean of 10 steps of {cfg.tokens_per_step} tokens, {cfg.repeats:.0%} rows with repeats",
-            "tokens seen",
-            "loss (nats)",
-            histories[n_layers]["tokens"][min(10, cfg.steps) - 1 :],
-        ),
-        "attn_only/loss",
+
+    fig = line(
+        smooth_loss,
+        f"Training loss, mean of {width} steps of {cfg.tokens_per_step} tokens, {cfg.repeats:.0%} rows with repeats",
+        "tokens seen",
+        "loss (nats)",
+        x=histories[n_layers]["tokens"][width - 1 :],
     )
+    show(fig, "attn_only/loss")
 
 #%% Loss by position: on repeated random tokens the second time is cheap; on natural text later tokens are cheaper (in-context learning)
 if __name__ == "__main__":
     natural = t.from_numpy(corpus.rows(np.random.default_rng(10**6), 512, n_ctx, "heldout")).to(device)
-    by_position = {
-        f"{n} layer{'s' * (n > 1)}": (loss_by_position(m, repeats), loss_by_position(m, natural))
-        for n, m in sorted(models.items())
-    }
-    show(
-        line(
-            {name: random.mean(0) for name, (random, _) in by_position.items()},
-            f"Loss on {len(repeats)} rows of {half} random tokens said twice: the second time is predicted by induction",
-            "position",
-            "loss (nats)",
-            list(range(1, 2 * half + 1)),
-        ),
-        "attn_only/loss_repeated",
-    )
-    smooth = lambda x: np.convolve(x.mean(0).cpu(), np.ones(9) / 9, "valid")
-    show(
-        line(
-            {name: smooth(text) for name, (_, text) in by_position.items()},
-            f"Loss on {len(natural)} held-out natural rows, mean of 9 positions",
-            "position",
-            "loss (nats)",
-            list(range(5, n_ctx - 4)),
-        ),
-        "attn_only/loss_natural",
-    )
-    random, text = by_position[f"{n_layers} layer{'s' * (n_layers > 1)}"]
-    numbers |= {
-        "loss_first_copy": random[:, :half].mean().item(),
-        "loss_second_copy": random[:, half + 1 :].mean().item(),
-        "heldout_loss": text.mean().item(),
-    }
+    repeats_losses = {}  # by number of layers: (row, pos - 1)
+    natural_losses = {}
+    for depth, own in sorted(models.items()):
+        repeats_losses[depth] = loss_by_position(own, repeats)
+        natural_losses[depth] = loss_by_position(own, natural)
+
+    first_copy = repeats_losses[n_layers][:, :half].mean().item()
+    second_copy = repeats_losses[n_layers][:, half + 1 :].mean().item()  # its first token cannot be known
+    heldout_loss = natural_losses[n_layers].mean().item()
+    numbers["loss_first_copy"] = first_copy
+    numbers["loss_second_copy"] = second_copy
+    numbers["heldout_loss"] = heldout_loss
     print(
-        f"{cyan}loss on random tokens: first time {numbers['loss_first_copy']:.2f}, second time {numbers['loss_second_copy']:.2f} nats; held-out text {text.mean():.3f} nats{endc}"
+        f"{cyan}loss on random tokens: first time {first_copy:.2f}, second time {second_copy:.2f} nats; held-out text {heldout_loss:.3f} nats{endc}"
     )
-    for n in sorted(models, reverse=True) if n_ctx >= 80 else []:
-        mean, half_width = icl_score(by_position[f"{n} layer{'s' * (n > 1)}"][1])
-        numbers |= {
-            f"icl_score{'' if n == n_layers else '_1_layer'}": mean,
-            f"icl_score{'' if n == n_layers else '_1_layer'}_95": half_width,
-        }
-        print(
-            f"{cyan}in-context-learning score, {n} layer{'s' * (n > 1)}: {mean:.3f} +- {half_width:.3f} nats ({len(natural)} rows, 95%){endc}"
-        )
+    if n_ctx >= ICL_CONTEXT:
+        for depth in sorted(models, reverse=True):
+            mean, half_width = icl_score(natural_losses[depth])
+            numbers[f"icl_score{key_ends[depth]}"] = mean
+            numbers[f"icl_score{key_ends[depth]}_95"] = half_width
+            print(
+                f"{cyan}in-context-learning score, {counted_layers(depth)}: {mean:.3f} +- {half_width:.3f} nats ({len(natural)} rows, 95%){endc}"
+            )
+
+#%% ... as curves
+if __name__ == "__main__":
+    fig = line(
+        {counted_layers(depth): losses.mean(0) for depth, losses in repeats_losses.items()},
+        f"Loss on {len(repeats)} rows of {half} random tokens said twice: the second time is predicted by induction",
+        "position",
+        "loss (nats)",
+        x=list(range(1, 2 * half + 1)),
+    )
+    show(fig, "attn_only/loss_repeated")
+
+    smooth = {}
+    for depth, losses in natural_losses.items():
+        smooth[counted_layers(depth)] = np.convolve(losses.mean(0).cpu(), np.ones(9) / 9, "valid")
+    fig = line(
+        smooth,
+        f"Loss on {len(natural)} held-out natural rows, mean of 9 positions",
+        "position",
+        "loss (nats)",
+        x=list(range(5, n_ctx - 4)),
+    )
+    show(fig, "attn_only/loss_natural")
 
 #%% Ablation: induction needs the previous-token head, and no other head of layer 0
 if __name__ == "__main__" and n_layers == 2:
     print(f"{purple}=== Which layer-0 head does induction need? ==={endc}")
-    without = t.stack([ablated_scores(model, repeats, half, 0, head)["prefix_matching"][1] for head in range(n_heads)])
-    show(
-        imshow(
-            t.cat([prefix[1:], without]),
-            f"Prefix matching of layer-1 heads when one layer-0 head is zeroed ({len(repeats)} rows)",
-            "layer-1 head",
-            "zeroed",
-            [f"L1H{h}" for h in range(n_heads)],
-            ["none", *(f"L0H{h}" for h in range(n_heads))],
-            diverging=False,
-            value="prefix matching",
-        ),
-        "attn_only/ablation",
+    without = []
+    for head in range(n_heads):
+        left = ablated_scores(model, repeats, half, layer=0, head=head)["prefix_matching"][1]  # (layer-1 head)
+        without.append(left)
+        numbers_of_head = f"previous-token score {scores['previous_token'][0, head]:.2f}"
+        print(f"{cyan}without L0H{head} ({numbers_of_head}): best prefix matching {left.max():.3f}{endc}")
+    without = t.stack(without)  # (zeroed layer-0 head, layer-1 head)
+    best_without = without.amax(1).tolist()
+    others = [best_without[head] for head in range(n_heads) if head != previous]
+    numbers["prefix_matching_without_previous_token_head"] = best_without[previous]
+    if others:  # one head alone has no others
+        numbers["prefix_matching_without_another_head_min"] = min(others)
+
+#%% ... as a map of what is zeroed and what is left
+if __name__ == "__main__" and n_layers == 2:
+    fig = imshow(
+        t.cat([prefix[1:], without]),
+        f"Prefix matching of layer-1 heads when one layer-0 head is zeroed ({len(repeats)} rows)",
+        xlabel="layer-1 head",
+        ylabel="zeroed",
+        x=second_layer,
+        y=["none", *first_layer],
+        diverging=False,
+        value="prefix matching",
     )
-    others = [without[h].max().item() for h in range(n_heads) if h != previous]
-    numbers |= {
-        "prefix_matching_without_previous_token_head": without[previous].max().item(),
-        "prefix_matching_without_another_head_min": min(others),
-    }
-    for h in range(n_heads):
-        print(
-            f"{cyan}without L0H{h} (previous-token score {scores['previous_token'][0, h]:.2f}): best prefix matching {without[h].max():.3f}{endc}"
-        )
+    show(fig, "attn_only/ablation")
 
 #%% The path: previous-token head -> key of the induction head, seen by patching one input at a time
 if __name__ == "__main__" and n_layers == 2:
     other = random_repeats(corpus, len(repeats), half, seed=cfg.seed + 1).to(device)
     corrupt = t.cat([repeats[:, :1], other[:, 1 : half + 1], repeats[:, half + 1 :]], 1)
-    lost, top, bottom = path_patch(model, repeats, corrupt, half)
-    show(
-        imshow(
-            t.stack(list(lost.values())),
-            f"Path patching, layer-0 head -> one input of a layer-1 head: share of log-probability lost (n = {len(repeats)}; 0 = clean {top:.2f}, 1 = corrupt {bottom:.2f} nats)",
-            "receiver",
-            "sender",
-            [f"L1H{h}" for h in range(n_heads)],
-            [f"L0H{h}" for h in range(n_heads)],
-            ["query", "key", "value"],
-            value="share lost",
-        ),
-        "attn_only/path_patching",
+    lost, clean_log_prob, corrupt_log_prob = path_patch(model, repeats, corrupt, half)
+    shares = t.stack(list(lost.values()))  # (query key value, sender, receiver)
+    room, sender, receiver = (int(i) for i in t.unravel_index(shares.argmax(), shares.shape))
+    strongest_path = f"L0H{sender} -> {'qkv'[room]} of L1H{receiver}"
+    strongest_share = shares[room, sender, receiver].item()
+    numbers["strongest_path"] = strongest_path
+    numbers["strongest_path_share"] = strongest_share
+    numbers["log_prob_clean"] = clean_log_prob
+    numbers["log_prob_corrupt"] = corrupt_log_prob
+    print(f"{cyan}strongest path: {strongest_path}, which loses {strongest_share:.0%} of what induction gives{endc}")
+
+#%% ... as maps of senders and receivers
+if __name__ == "__main__" and n_layers == 2:
+    ends = f"0 = clean {clean_log_prob:.2f}, 1 = corrupt {corrupt_log_prob:.2f} nats"
+    fig = imshow(
+        shares,
+        f"Path patching, layer-0 head -> one input of a layer-1 head: share of log-probability lost (n = {len(repeats)}; {ends})",
+        xlabel="receiver",
+        ylabel="sender",
+        x=second_layer,
+        y=first_layer,
+        panels=["query", "key", "value"],
+        value="share lost",
     )
-    room, sender, receiver = max(
-        ((room, s, r) for room in "qkv" for s in range(n_heads) for r in range(n_heads)),
-        key=lambda place: lost[place[0]][place[1:]].item(),
-    )
-    numbers |= {
-        "strongest_path": f"L0H{sender} -> {room} of L1H{receiver}",
-        "strongest_path_share": lost[room][sender, receiver].item(),
-        "log_prob_clean": top,
-        "log_prob_corrupt": bottom,
-    }
-    print(
-        f"{cyan}strongest path: {numbers['strongest_path']}, which loses {numbers['strongest_path_share']:.0%} of what induction gives{endc}"
-    )
+    show(fig, "attn_only/path_patching")
 
 #%% Composition: how much more than random matrices do the layers read from each other?
 if __name__ == "__main__" and n_layers == 2:
     composed, random_mean, random_std = composition_scores(model)
-    show(
-        imshow(
-            t.stack([c - random_mean for c in composed.values()]),
-            f"Composition of layer-0 with layer-1 heads, minus random factors ({random_mean:.3f} +- {random_std:.3f}, 100 draws)",
-            "layer-1 head",
-            "layer-0 head",
-            [f"L1H{h}" for h in range(n_heads)],
-            [f"L0H{h}" for h in range(n_heads)],
-            [f"{name}-composition" for name in composed],
-            value="above random",
-        ),
-        "attn_only/composition",
-    )
-    numbers |= {
-        "k_composition": (k := composed["K"][previous, int(prefix[1].argmax())].item()),
-        "k_composition_random": random_mean,
-        "k_composition_random_std": random_std,
-    }
+    k_composition = composed["K"][previous, int(prefix[1].argmax())].item()
+    numbers["k_composition"] = k_composition
+    numbers["k_composition_random"] = random_mean
+    numbers["k_composition_random_std"] = random_std
     print(
-        f"{cyan}K-composition L0H{previous} -> {best}: {k:.3f} against {random_mean:.3f} +- {random_std:.3f} at random{endc}"
+        f"{cyan}K-composition L0H{previous} -> L1H{int(prefix[1].argmax())}: {k_composition:.3f} against {random_mean:.3f} +- {random_std:.3f} at random{endc}"
     )
+
+#%% ... as maps of pairs of heads
+if __name__ == "__main__" and n_layers == 2:
+    fig = imshow(
+        t.stack(list(composed.values())) - random_mean,
+        f"Composition of layer-0 with layer-1 heads, minus random factors ({random_mean:.3f} +- {random_std:.3f}, 100 draws)",
+        xlabel="layer-1 head",
+        ylabel="layer-0 head",
+        x=second_layer,
+        y=first_layer,
+        panels=[f"{name}-composition" for name in composed],
+        value="above random",
+    )
+    show(fig, "attn_only/composition")
 
 #%% The circuits themselves: what a head attends to (QK) and what it then writes (OV), and the skip-trigrams of the 1-layer model
 if __name__ == "__main__":
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
-    frequent = t.from_numpy(np.argsort(-counts)[:60].copy()).to(device)
-    tokens_shown = [visible(token) for token in str_tokens(tokenizer, frequent)]
-    where = f"direct path, {'biases, ' * (model.cfg.bias != 'none')}{'embedding divided by its own RMS' if model.cfg.norm == 'rms' else 'no norm'}"
+    by_frequency = t.from_numpy(np.argsort(-counts)).to(device)
+    frequent = by_frequency[:60]
+    one_layer = models.get(1, model)
     with t.no_grad():
-        for layer, head in sorted({(0, previous), at}):
-            show(
-                imshow(
-                    ov_circuit(model, layer, head, frequent, frequent),
-                    f"OV circuit of L{layer}H{head}: logit written when it attends to the source ({where}; {len(frequent)} most frequent tokens)",
-                    "output",
-                    "source",
-                    tokens_shown,
-                    tokens_shown,
-                    value="logit",
-                ),
-                f"attn_only/ov_L{layer}H{head}",
-            )
-        show(
-            imshow(
-                t.stack([qk_circuit(model, 0, h, frequent, frequent, 1) for h in range(n_heads)]),
-                f"QK circuits of layer 0 at offset 1 ({where}, {model.cfg.positions} positions)",
-                "key",
-                "query",
-                tokens_shown,
-                tokens_shown,
-                [f"L0H{h}" for h in range(n_heads)],
-                columns=2,
-                value="score",
-            ),
-            "attn_only/qk_layer_0",
-        )
-        one_layer = models.get(1, model)
-        common, rows = t.from_numpy(np.argsort(-counts)[:256].copy()).to(device), []
+        ov_circuits = {
+            (layer, head): ov_circuit(model, layer, head, frequent, frequent)
+            for layer, head in sorted({(0, previous), (best_layer, best_head)})
+        }
+        qk_circuits = t.stack([qk_circuit(model, 0, head, frequent, frequent, offset=1) for head in range(n_heads)])
+        trigrams = []
         for head in range(one_layer.cfg.n_heads):
-            rows += [[f"L0H{head}", *row] for row in skip_trigrams(one_layer, tokenizer, head, common, offset=2, n=4)]
+            found = skip_trigrams(one_layer, tokenizer, head, by_frequency[:256], offset=2, n=4)
+            trigrams += [[f"L0H{head}", *row] for row in found]
     print(
         f"{purple}=== Skip-trigrams of layer 0 ({one_layer.cfg.n_layers}-layer model), {one_layer.cfg.positions} positions at offset 2 ==={endc}"
     )
-    print(
-        tabulate(
-            rows,
-            headers=[
-                "head",
-                "source ... destination -> out",
-                "QK above mean",
-                "OV logit above mean",
-                "next best outputs",
-            ],
-            floatfmt=".2f",
+    headers = ["head", "source ... destination -> out", "QK above mean", "OV logit above mean", "next best outputs"]
+    print(tabulate(trigrams, headers=headers, floatfmt=".2f"))
+
+#%% ... as maps of tokens
+if __name__ == "__main__":
+    frequent_tokens = [visible(token) for token in str_tokens(tokenizer, frequent)]
+    with_biases = "" if model.cfg.bias == "none" else "biases, "
+    with_norm = "embedding divided by its own RMS" if model.cfg.norm == "rms" else "no norm"
+    where = f"direct path, {with_biases}{with_norm}"
+    for (layer, head), circuit in ov_circuits.items():
+        fig = imshow(
+            circuit,
+            f"OV circuit of L{layer}H{head}: logit written when it attends to the source ({where}; {len(frequent)} most frequent tokens)",
+            xlabel="output",
+            ylabel="source",
+            x=frequent_tokens,
+            y=frequent_tokens,
+            value="logit",
         )
+        show(fig, f"attn_only/ov_L{layer}H{head}")
+    fig = imshow(
+        qk_circuits,
+        f"QK circuits of layer 0 at offset 1 ({where}, {model.cfg.positions} positions)",
+        xlabel="key",
+        ylabel="query",
+        x=frequent_tokens,
+        y=frequent_tokens,
+        panels=first_layer,
+        columns=2,
+        value="score",
     )
+    show(fig, "attn_only/qk_layer_0")
 
 #%% Attribution for a prompt: which token, through which head, made the model say this?
 if __name__ == "__main__":
@@ -823,124 +911,108 @@ if __name__ == "__main__":
         fail("--prompt is empty: give a few words")
     if prompt.shape[1] > n_ctx:
         fail(f"--prompt has {prompt.shape[1]} tokens, the model sees {n_ctx}: shorten it")
-    labels = label_tokens(str_tokens(tokenizer, prompt[0]))
+    prompt_tokens = str_tokens(tokenizer, prompt[0])
+    labels = label_tokens(prompt_tokens)
     with t.no_grad():
         probs = model(prompt)[0, -1].softmax(-1)
     answer = find_tokens(tokenizer, cfg.answer)[0] if cfg.answer else int(probs.argmax())
     said = visible(str_tokens(tokenizer, [answer])[0])
-    assert attribution_error(parts := logit_attribution(model, prompt, answer)) < 1e-4
-    print(f"{purple}=== Why '{said}' (probability {probs[answer]:.2f}) after {cfg.prompt!r}? ==={endc}")
-    ranked = sorted(
-        [
-            ["direct path", labels[-1], parts["direct"].item()],
-            *(
-                [name, labels[j], x.item()]
-                for name, row in zip(head_names, parts["heads"].flatten(0, 1))
-                for j, x in enumerate(row)
-            ),
-        ],
-        key=lambda part: -abs(part[2]),
-    )
-    print(
-        tabulate(
-            [
-                *ranked[:8],
-                ["the rest", "", sum(part[2] for part in ranked[8:])],
-                ["sum = logit", "", parts["logit"].item()],
-            ],
-            headers=["part", "source", "logit"],
-            floatfmt=".3f",
-        )
-    )
-    show(
-        imshow(
-            parts["heads"].flatten(0, 1),
-            f"Logit of '{said}' = {parts['logit']:.2f}: direct path {parts['direct']:.2f} + heads x sources{', final norm scale frozen' * (model.cfg.norm != 'none')} ({about})",
-            "source token",
-            "head",
-            labels,
-            head_names,
-            value="logit",
-        ),
-        "attn_only/attribution",
-    )
+    parts = logit_attribution(model, prompt, answer)
+    prompt_error = attribution_error(parts)
+    assert prompt_error < 1e-4, f"the parts miss the logit by {prompt_error}"
+    by_head = parts["heads"].flatten(0, 1)  # (head, source)
 
-#%% Attention to hover: patterns of every head on the prompt, then weighted by how far they move the residual stream (norm-based analysis)
+    contributions = [["direct path", labels[-1], parts["direct"].item()]]
+    for name, row in zip(head_names, by_head.tolist()):
+        contributions += [[name, label, logit] for label, logit in zip(labels, row)]
+    contributions.sort(key=lambda contribution: -abs(contribution[2]))
+    rest = sum(logit for _, _, logit in contributions[8:])
+    table = [*contributions[:8], ["the rest", "", rest], ["sum = logit", "", parts["logit"].item()]]
+    print(f"{purple}=== Why '{said}' (probability {probs[answer]:.2f}) after {cfg.prompt!r}? ==={endc}")
+    print(tabulate(table, headers=["part", "source", "logit"], floatfmt=".3f"))
+
+#%% ... as a map of heads and sources
 if __name__ == "__main__":
-    with t.no_grad():
-        _, cache = run_with_cache(model, prompt, [act_name("pattern", layer) for layer in range(n_layers)])
-    patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])
-    show(
-        imshow(
-            patterns,
-            f"Attention of {about} on {cfg.prompt!r}",
-            "key",
-            "query",
-            labels,
-            labels,
-            head_names,
-            diverging=False,
-            value="attention",
-        ),
-        "attn_only/attention",
+    frozen = ", final norm scale frozen" if model.cfg.norm == "rms" else ""
+    fig = imshow(
+        by_head,
+        f"Logit of '{said}' = {parts['logit']:.2f}: direct path {parts['direct']:.2f} + heads x sources{frozen} ({about})",
+        xlabel="source token",
+        ylabel="head",
+        x=labels,
+        y=head_names,
+        value="logit",
     )
-    show_page(
-        attention_page(
-            str_tokens(tokenizer, prompt[0]),
-            patterns,
-            head_names,
-            f"Attention of {about}",
-            start=head_names.index(best),
-        ),
-        "attn_only/attention_text",
+    show(fig, "attn_only/attribution")
+
+#%% Attention on the prompt, raw and weighted by how far it moves the residual stream (norm-based analysis)
+if __name__ == "__main__":
+    norms = [norm_based(model, prompt, layer) for layer in range(n_layers)]
+    patterns = t.cat([of_layer["attention"] for of_layer in norms])  # (head of any layer, query, key)
+    numbers["mixing_ratio"] = [of_layer["mixing"].mean().item() for of_layer in norms]
+    mixed = ", ".join(f"layer {layer} {share:.2f}" for layer, share in enumerate(numbers["mixing_ratio"]))
+    print(f"{cyan}share of a layer's output that comes from other positions: {mixed}{endc}")
+
+#%% Attention to hover: patterns of every head, a page to read the prompt by, and the norms of the best head's layer
+if __name__ == "__main__":
+    fig = imshow(
+        patterns,
+        f"Attention of {about} on {cfg.prompt!r}",
+        xlabel="key",
+        ylabel="query",
+        x=labels,
+        y=labels,
+        panels=head_names,
+        diverging=False,
+        value="attention",
     )
-    norms = norm_based(model, prompt, layer := at[0])
+    show(fig, "attn_only/attention")
+
+    page = attention_page(prompt_tokens, patterns, head_names, f"Attention of {about}", start=head_names.index(best))
+    show_page(page, "attn_only/attention_text")
+
+    best_norms = norms[best_layer]
     panels = {
-        f"{best} attention": norms["attention"][at[1]],
-        f"{best} ||alpha f(x)||": norms["weighted"][at[1]],
-        "layer ||sum alpha f(x) + x||": norms["block"],
-        "the same after the next norm": norms["normed"],
+        f"{best} attention": best_norms["attention"][best_head],
+        f"{best} ||alpha f(x)||": best_norms["weighted"][best_head],
+        "layer ||sum alpha f(x) + x||": best_norms["block"],
+        "the same after the next norm": best_norms["normed"],
     }
-    show(
-        imshow(
-            t.stack(list(panels.values())),
-            f"Norm-based analysis of layer {layer}: raw attention of {best}, then what is really moved (Kobayashi et al.); each panel on its own scale",
-            "key",
-            "query",
-            labels,
-            labels,
-            list(panels),
-            columns=2,
-            diverging=False,
-            value="weight or norm",
-            one_scale=False,
-        ),
-        "attn_only/norm_based",
+    fig = imshow(
+        t.stack(list(panels.values())),
+        f"Norm-based analysis of layer {best_layer}: raw attention of {best}, then what is really moved (Kobayashi et al.); each panel on its own scale",
+        xlabel="key",
+        ylabel="query",
+        x=labels,
+        y=labels,
+        panels=list(panels),
+        columns=2,
+        diverging=False,
+        value="weight or norm",
+        one_scale=False,
     )
-    numbers["mixing_ratio"] = [norm_based(model, prompt, l)["mixing"].mean().item() for l in range(n_layers)]
-    print(
-        f"{cyan}share of a layer's output that comes from other positions: {', '.join(f'layer {l} {x:.2f}' for l, x in enumerate(numbers['mixing_ratio']))}{endc}"
-    )
+    show(fig, "attn_only/norm_based")
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
-    numbers |= {
-        f"{key}{'' if n == n_layers else '_1_layer'}": h[key]
-        for n, h in histories.items()
-        for key in ("seconds", "tokens_per_second")
-    }
-    numbers["train_seconds"] = sum(h["seconds"] for h in histories.values())
+    for depth, history in histories.items():
+        numbers[f"seconds{key_ends[depth]}"] = history["seconds"]
+        numbers[f"tokens_per_second{key_ends[depth]}"] = history["tokens_per_second"]
+    numbers["train_seconds"] = sum(history["seconds"] for history in histories.values())
     save_results("attn_only", cfg, **numbers)
-    found = (
-        f"{', '.join(induction_heads)} {'are induction heads' if len(induction_heads) > 1 else 'is an induction head'} (prefix matching {prefix.max():.2f})"
-        if induction_heads
-        else f"no induction head (best prefix matching {prefix.max():.2f})"
-    )
+
+    if not induction_heads:
+        conclusion = f"no induction head (best prefix matching {prefix.max():.2f})"
+    else:
+        are = "are induction heads" if len(induction_heads) > 1 else "is an induction head"
+        conclusion = f"{', '.join(induction_heads)} {are} (prefix matching {prefix.max():.2f})"
     if n_layers == 2 and induction_heads:
-        found += f", fed by the previous-token head L0H{previous} through {numbers['strongest_path']}: without it {without[previous].max():.2f}, without another layer-0 head at least {min(others):.2f}"
-    if control:
-        found += f"; one layer reaches {control_prefix.max():.2f}"
-    print(f"{green}{found}. Gate: attribution exact to {numbers['attribution_max_error']:.0e}.{endc}")
+        conclusion += f", fed by the previous-token head L0H{previous} through {strongest_path}: without it {best_without[previous]:.2f}"
+        if others:
+            conclusion += f", without another layer-0 head at least {min(others):.2f}"
+    if control is not None:
+        conclusion += f"; one layer reaches {control_prefix:.2f}"
+    print(f"{green}{conclusion}. Gate: attribution exact to {attribution_max_error:.0e}.{endc}")
     if cfg.repeats == 0 and not cfg.model:
         print(
             f"{yellow}trained on natural text alone, without planted repeats: induction comes later and weaker, if at all{endc}"
