@@ -70,10 +70,7 @@ def harvest_labelled(
 def random_twin(model: nn.Module, name: str, ours: tuple[type, ...], device: str, seed: int) -> nn.Module:
     """The same shape with every matrix drawn anew at its own scale (Heap et al. 2025): its SAE shows what is in the text alone. ours: see load_model."""
     generator = t.Generator().manual_seed(seed)
-    if isinstance(model, ours):
-        twin = copy.deepcopy(model)
-    else:
-        twin = load_model(find_folder(name), (), device)
+    twin = copy.deepcopy(model) if isinstance(model, ours) else load_model(find_folder(name), (), device)
     with t.no_grad():
         for p in twin.parameters():
             if p.ndim > 1:

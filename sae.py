@@ -17,7 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from utils import BAR, endc, fail, find_folder, gray, load_model, set_seed, yellow  # first: sets OpenMP's variables before torch is loaded
+from utils import (
+    BAR,
+    endc,
+    fail,
+    find_folder,
+    gray,
+    load_model,
+    set_seed,
+    yellow,
+)  # first: sets OpenMP's variables before torch is loaded
 from plots import array, visible
 from hooks import find_hooks, hook_points, in_batches, run_with_hooks
 from weights import text_tokenizer
@@ -151,8 +160,12 @@ class SAEConfig:
     release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb
     sae_id: str = ""  # and its SAE, as blocks.8.hook_resid_pre
     hook: str = "blocks.2.hook_resid_pre"  # where a SAE is trained
-    architecture: Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"] = "batchtopk"  # own is the objective written out in sae.py
-    sparsity: float | None = None  # k of topk, batchtopk, matryoshka and own, the penalty of the others; default by architecture
+    architecture: Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"] = (
+        "batchtopk"  # own is the objective written out in sae.py
+    )
+    sparsity: float | None = (
+        None  # k of topk, batchtopk, matryoshka and own, the penalty of the others; default by architecture
+    )
     d_sae: int = 512
     steps: int = 500
     batch: int = 1024  # activations per step
@@ -161,7 +174,9 @@ class SAEConfig:
     dead_window: int = 50  # steps without firing after which training counts a feature as dead
     checkpoints: int = 3  # on the way; a run that was cut off goes on from the last
     context: int = 64  # tokens per row, unless the SAE's metadata says otherwise
-    data: str | None = None  # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
+    data: str | None = (
+        None  # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
+    )
     heldout: int = 200_000  # tokens that the SAE is judged and read on
     min_recovered: float = 0.5  # gate: no feature is read below this share of cross-entropy recovered,
     max_fvu: float = 0.5  # or above this fraction of variance unexplained
@@ -630,9 +645,7 @@ def gate(judged: dict[str, float], cfg: SAEConfig, hook: str) -> None:
     fvu = judged["fvu"]
     share = judged["ce_recovered"]
     if not fvu <= cfg.max_fvu:  # nan too
-        fail(
-            f"gate: the SAE leaves {fvu:.2f} of the variance unexplained (at most --max-fvu {cfg.max_fvu}): {reasons}"
-        )
+        fail(f"gate: the SAE leaves {fvu:.2f} of the variance unexplained (at most --max-fvu {cfg.max_fvu}): {reasons}")
     if share < cfg.min_recovered:
         fail(
             f"gate: {share:.2f} of the cross-entropy is recovered (at least --min-recovered {cfg.min_recovered}): {reasons}"
