@@ -99,7 +99,7 @@ def test_a_push_that_puts_another_countrys_stream_there_gives_its_answers(questi
 def test_the_effect_is_measured_over_prompts_about_other_continents():
     """A model whose answers are the push itself: every direction raises its own continent by its length."""
     right = t.tensor([0, 0, 1, 2])
-    pushes = SimpleNamespace(right=right, answers=lambda delta: delta(t.zeros(4, 3)))
+    pushes = SimpleNamespace(right=right, answers=lambda delta: t.zeros(4, 3) + delta(t.zeros(4, 3)))
     plain = t.zeros(4, 3)
     directions = list(2 * t.eye(3)[:, None])  # of any length: only the direction counts
     assert steering_effect(pushes, plain, directions, t.tensor(5.0), any_target=False) == (5.0, 1.0)
