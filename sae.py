@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from utils import (
+from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
     endc,
     fail,
@@ -26,7 +26,7 @@ from utils import (
     load_model,
     set_seed,
     yellow,
-)  # first: sets OpenMP's variables before torch is loaded
+)
 from plots import array, visible
 from hooks import find_hooks, hook_points, in_batches, run_with_hooks
 from weights import text_tokenizer
@@ -149,6 +149,7 @@ SPARSITY = {  # default by architecture: k of the first four, the penalty of the
     "gated": 1.5,
     "jumprelu": 0.6,
 }
+Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"]
 
 
 @dataclass
@@ -160,13 +161,9 @@ class SAEConfig:
     release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb
     sae_id: str = ""  # and its SAE, as blocks.8.hook_resid_pre
     hook: str = "blocks.2.hook_resid_pre"  # where a SAE is trained
-    architecture: Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"] = (
-        "batchtopk"  # own is the objective written out in sae.py
-    )
-    sparsity: float | None = (
-        None  # k of topk, batchtopk, matryoshka and own, the penalty of the others; default by architecture
-    )
-    d_sae: int = 512
+    architecture: Architecture = "batchtopk"  # own is the objective written out in sae.py
+    sparsity: float | None = None  # k of topk, batchtopk, matryoshka, own; penalty of others; default by architecture
+    d_sae: int = 512  # features
     steps: int = 500
     batch: int = 1024  # activations per step
     lr: float = 2e-3
@@ -174,9 +171,8 @@ class SAEConfig:
     dead_window: int = 50  # steps without firing after which training counts a feature as dead
     checkpoints: int = 3  # on the way; a run that was cut off goes on from the last
     context: int = 64  # tokens per row, unless the SAE's metadata says otherwise
-    data: str | None = (
-        None  # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
-    )
+    # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
+    data: str | None = None
     heldout: int = 200_000  # tokens that the SAE is judged and read on
     min_recovered: float = 0.5  # gate: no feature is read below this share of cross-entropy recovered,
     max_fvu: float = 0.5  # or above this fraction of variance unexplained

@@ -47,11 +47,8 @@ from tqdm import tqdm
 #%% Settings: the shell sets them by flags, a notebook edits them here; those of the SAE itself are SAEConfig's, in sae.py
 @dataclass
 class Config(SAEConfig):
-    variants: tuple[str, ...] = (
-        "topk:8",
-        "matryoshka",
-        "batchtopk:14:1024",
-    )  # more SAEs for the Pareto figure, as architecture:sparsity:width:hook; finished ones are not trained again
+    # more SAEs for the Pareto figure, as architecture:sparsity:width:hook; finished ones are not trained again
+    variants: tuple[str, ...] = ("topk:8", "matryoshka", "batchtopk:14:1024")
     sentences: int = 150  # labelled sentences of each kind
     seeds: int = 3  # splits of the entities
     random_baseline: bool = True  # also an SAE of a model with random weights of the same shape
