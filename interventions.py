@@ -764,7 +764,7 @@ def moments_over_text(model: nn.Module, rows: Tensor, names: list[str], at_once:
         _, cache = cache_from_resid(model, resid, part.new_zeros(len(part)), names)
         sums = {}
         for name, x in cache.items():
-            x = x[:, 1:].float()
+            x = x[:, 1:].float().contiguous()
             sums[name] = t.stack([x.mean((0, 1)), x.pow(2).mean((0, 1))]) * len(part) / len(rows)
         return sums
 
