@@ -245,7 +245,7 @@ if head_sites:
         on_test_pairs = test_restored(values).item()
         strongest_heads.append([f"L{layer}H{head}", found[layer, head].item(), on_test_pairs])
     numbers["strongest_heads"] = {site: strongest_heads}
-    the_strongest = f"the heads whose clean {site} restores most are {', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
+    the_strongest = f"those whose clean {site} restores most are {', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
 
 #%% Where the weights come block by block the story ends here: heads and MLPs are not hooked
 if streamed:
@@ -390,7 +390,7 @@ save_results("patching", cfg, **numbers, worst_gate=worst_gate)
 if stream_sites:
     print(f"{green}{where_it_stands} (share of the metric that the clean activation there restores).{endc}")
 if head_sites:
-    print(f"{green}Of {n_layers * found.shape[1]} heads {the_strongest}.{endc}")
+    print(f"{green}Of {n_layers * found.shape[1]} heads, {the_strongest}.{endc}")
 print(
     f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric, and {nats:+.2f} nats per token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
 )
