@@ -371,7 +371,7 @@ def test_bits_and_their_bias():
     )  # two experts for each label: one of four is known to be one of two
     assert bits(pairs.reshape(-1, 2), labels.ravel(), 4) == pytest.approx(1, abs=0.01)
     blind = specialisation(rng.integers(0, 4, (50, 40, 2)), rng.integers(0, 200, (50, 40)), 4)
-    assert 0.05 < blind["mean"] and abs(blind["observed"] - blind["mean"]) < 0.02, (
+    assert blind["mean"] > 0.05 and abs(blind["observed"] - blind["mean"]) < 0.02, (
         "many labels, few tokens: bits out of nothing, and the shuffles say so"
     )
     informed = specialisation(labels[..., None], labels, 4)
