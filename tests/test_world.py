@@ -457,7 +457,7 @@ def test_a_small_model_learns_its_facts_and_not_their_reverse(world, monkeypatch
     from llama_block import Llama, LlamaConfig
     from train import TrainConfig, train
 
-    monkeypatch.setattr(data, "SHARES", {"world": 1.0, "natural": 0.0, "repeated": 0.0, "shuffled": 0.0})
+    monkeypatch.setattr("world.SHARES", {"world": 1.0, "natural": 0.0, "repeated": 0.0, "shuffled": 0.0})
     for kind, (_, n) in KINDS.items():
         monkeypatch.setitem(KINDS, kind, (float(kind == "capital"), n))
     t.manual_seed(0)
