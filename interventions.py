@@ -356,10 +356,8 @@ def activation_patch(
     else:  # (pair, pos, d_model)
         where = (slice(None), position)
 
-    def patch(activation: Tensor, hook: nn.Module) -> Tensor:
-        patched = activation.clone()
-        patched[where] = donor[where]
-        return patched
+    def patch(activation: Tensor, hook: nn.Module) -> None:
+        activation[where] = donor[where]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
 
     logits = run_with_hooks(model, base_tokens, [(hook_name, patch)])
     metric = make_metric(pairs, kind, clean_logits[pairs.index, pairs.answer_pos])

@@ -86,7 +86,7 @@ def test_any_bridge_and_any_pairs(script, tmp_path):
     )
     numbers = script(
         "--model", folder, "--pairs", str(pairs), "--metric", "log_prob", "--data", text_file(tmp_path)
-    )  # fmt: skip
+    )
     assert max(numbers["gates"].values()) < 1e-4
     assert len(numbers["ablation"]["zero"]) == 2 * 3
 
