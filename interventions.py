@@ -357,7 +357,9 @@ def activation_patch(
         where = (slice(None), position)
 
     def patch(activation: Tensor, hook: nn.Module) -> None:
-        activation[where] = donor[where]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
+        activation[where] = donor[
+            where
+        ]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
 
     logits = run_with_hooks(model, base_tokens, [(hook_name, patch)])
     metric = make_metric(pairs, kind, clean_logits[pairs.index, pairs.answer_pos])

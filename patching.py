@@ -130,9 +130,7 @@ if streamed and cfg.site == STREAM + HEADS:
     cfg = replace(cfg, site=("resid_pre", "resid_post"))
 for site in cfg.site:
     if act_name(site, 0) not in hook_points(model):
-        fail(
-            f"unknown hook {site!r}: this model has no {act_name(site, 0)}; use some of {', '.join(STREAM + HEADS)}"
-        )
+        fail(f"unknown hook {site!r}: this model has no {act_name(site, 0)}; use some of {', '.join(STREAM + HEADS)}")
 stream_sites = [site for site in cfg.site if site not in HEADS]
 head_sites = [site for site in cfg.site if site in HEADS]
 
@@ -336,7 +334,9 @@ strongest_head = next(name for name in hurts_most if parts[name].site == "z")
 strongest_mlp = next(name for name in hurts_most if parts[name].site == "mlp_out")
 
 #%% ... as maps of parts and ablations
-where = f"n = {len(few)} prompts, {rows.numel()} held-out tokens of {data}, {about}; means and deviations over that text"
+where = (
+    f"n = {len(few)} prompts, {rows.numel()} held-out tokens of {data}, {about}; means and deviations over that text"
+)
 lost_titles = {"metric": "share of the metric lost", "loss": "nats per token of text lost"}
 for i, (name, title) in enumerate(lost_titles.items()):
     fig = imshow(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from utils import (
     cyan,
     endc,
     fail,
-    full_name,
     gray,
     green,
     model_folder,
@@ -29,9 +27,7 @@ from layers import Attention
 from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
 from train import (
     TrainConfig,
-    bench_against_hf,
     first_goes_on,
-    keep_freed_memory,
     language_loss,
     repeat_batches,
     train,
@@ -154,20 +150,18 @@ class TinyTransformer(nn.Module):
 
     def __init__(self, cfg: TinyConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.embed, self.unembed = (
-            nn.Embedding(cfg.d_vocab, cfg.d_model),
-            nn.Linear(cfg.d_model, cfg.d_vocab, bias=False),
-        )
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.positions == "learned":
             self.W_pos = nn.Parameter(0.02 * t.randn(cfg.n_ctx, cfg.d_model))
         else:
             self.register_buffer("W_pos", sinusoids(cfg.n_ctx, cfg.d_model), persistent=False)
-        self.blocks, self.ln_final = (
-            nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers)),
-            LayerNorm(cfg.d_model, cfg.eps),
-        )
-        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
         self.init_weights()
         if cfg.tied:
             self.unembed.weight = self.embed.weight
@@ -177,12 +171,11 @@ class TinyTransformer(nn.Module):
         for name, linear in self.blocks.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            nn.init.normal_(
-                linear.weight, std=(0.3 if name.endswith((".q", ".k")) else 1.0) / math.sqrt(linear.in_features)
-            )
+            gain = 0.3 if name.endswith((".q", ".k")) else 1.0
+            nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
-        for weight in (self.unembed.weight, self.embed.weight):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.unembed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
 
     @property
     def W_E(self) -> Tensor:
@@ -193,82 +186,83 @@ class TinyTransformer(nn.Module):
         return self.unembed.weight.T
 
     def forward(
-        self, tokens: Tensor, start_at_layer: int = 0, resid: Tensor | None = None, stop_at_layer: int | None = None
+        self,
+        tokens: Tensor,
+        start_at_layer: int = 0,
+        resid: Tensor | None = None,
+        stop_at_layer: int | None = None,
     ) -> Tensor:
-        """Logits (batch, pos, d_vocab). Given resid, the stream enters at start_at_layer; with stop_at_layer the stream before that layer is returned."""
-        if tokens.shape[1] > self.cfg.n_ctx:
-            fail(f"{tokens.shape[1]} tokens are too many: the model has positions for {self.cfg.n_ctx}")
-        x = (
-            self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.W_pos[: tokens.shape[1]][None])
-            if resid is None
-            else resid
-        )
+        """
+        Logits (batch, pos, d_vocab). Given resid, the stream enters at start_at_layer; with stop_at_layer the stream
+        before that layer is returned.
+        """
+        n_pos = tokens.shape[1]
+        if n_pos > self.cfg.n_ctx:
+            fail(f"{n_pos} tokens are too many: the model has positions for {self.cfg.n_ctx}")
+        x = resid
+        if x is None:
+            x = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.W_pos[:n_pos][None])
         for block in self.blocks[start_at_layer:stop_at_layer]:
             x = block(x)
-        return self.unembed(self.ln_final(x)) if stop_at_layer is None else x
+        if stop_at_layer is not None:
+            return x
+        return self.unembed(self.ln_final(x))
+
+    @classmethod
+    def read_config(cls, hf: dict) -> TinyConfig:
+        return read_hf_config(hf)
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Tokenizer | None = None) -> "TinyTransformer":
         """The same model out of a transformers model in memory; every tensor must find its place."""
-        return take_tensors(
-            cls(read_hf_config(hf_model.config.to_dict()), tokenizer),
-            ((name, x.clone()) for name, x in hf_model.state_dict().items()),
-        ).eval()
+        model = cls(cls.read_config(hf_model.config.to_dict()), tokenizer)
+        return take_tensors(model, ((name, x.clone()) for name, x in hf_model.state_dict().items())).eval()
 
     @classmethod
     def from_folder(cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32) -> "TinyTransformer":
         """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json."""
-        if not (file := Path(folder) / "tokenizer.json").is_file():
+        tokenizer = Path(folder) / "tokenizer.json"
+        if not tokenizer.is_file():
             fail(f"no tokenizer.json in {folder}: copy the tokenizer there (tokenizer.save_pretrained)")
         with t.device("meta"):
-            model = cls(read_hf_config(read_config(folder)), Tokenizer.from_file(str(file)))
+            model = cls(cls.read_config(read_config(folder)), Tokenizer.from_file(str(tokenizer)))
         return take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder))).eval()
 
     def to_hf(self, folder: Path, dtype: t.dtype | None = None) -> None:
         """Write an ordinary Hugging Face folder; sinusoidal positions become a table there."""
-        cfg, state = self.cfg, self.state_dict() | {"W_pos": self.W_pos.data}
-        hf = {
-            ROOT * (theirs != "lm_head.weight") + theirs: state[ours]
-            for theirs, ours in TOP_NAMES.items()
-            if not (cfg.tied and ours == "unembed.weight")
-        }
-        for layer, (theirs, ours) in itertools.product(range(cfg.n_layers), BLOCK_NAMES.items()):
-            joined = t.cat([state[f"blocks.{layer}.{name}"] for name in ours])
-            hf[f"{ROOT}h.{layer}.{theirs}"] = joined.mT if joined.ndim == 2 else joined
+        tensors = {name: x.to(dtype or x.dtype) for name, x in self.hf_tensors().items()}
         bos = int(to_tokens(self.tokenizer, "")) if self.tokenizer else None
-        sizes = dict(
-            vocab_size=cfg.d_vocab,
-            n_positions=cfg.n_ctx,
-            n_embd=cfg.d_model,
-            n_layer=cfg.n_layers,
-            n_head=cfg.n_heads,
-            n_inner=cfg.d_mlp,
-            bos_token_id=bos,
-            eos_token_id=bos,
-        )
-        config = dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            **sizes,
-            activation_function=cfg.act,
-            layer_norm_epsilon=cfg.eps,
-            tie_word_embeddings=cfg.tied,
-        )
-        write_folder(folder, {name: x.to(dtype or x.dtype) for name, x in hf.items()}, config, self.tokenizer)
+        write_folder(folder, tensors, write_hf_config(self.cfg, bos), self.tokenizer)
+
+    def hf_tensors(self) -> dict[str, Tensor]:
+        ours = self.state_dict() | {"W_pos": self.W_pos.data}
+        theirs = {}
+        for their_name, our_name in TOP_NAMES.items():
+            if self.cfg.tied and our_name == "unembed.weight":
+                continue
+            prefix = "" if their_name == "lm_head.weight" else ROOT
+            theirs[prefix + their_name] = ours[our_name]
+        for layer in range(self.cfg.n_layers):
+            for their_name, our_names in BLOCK_NAMES.items():
+                joined = t.cat([ours[f"blocks.{layer}.{name}"] for name in our_names])
+                theirs[f"{ROOT}h.{layer}.{their_name}"] = joined.mT if joined.ndim == 2 else joined
+        return theirs
 
     def place(self, name: str, x: Tensor) -> dict[str, Tensor]:
-        """Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as one."""
+        """
+        Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as
+        one.
+        """
         name = name.removeprefix(ROOT)
         if not name.startswith("h."):
             return {TOP_NAMES.get(name, name): x}
         _, layer, rest = name.split(".", 2)
         if rest in ("attn.bias", "attn.masked_bias"):
             return {}  # old files carry the causal mask
-        ours = BLOCK_NAMES.get(rest, [rest])
-        return {
-            f"blocks.{layer}.{y}": part.contiguous()
-            for y, part in zip(ours, (x.mT if x.ndim == 2 else x).chunk(len(ours)))
-        }
+        our_names = BLOCK_NAMES.get(rest, [rest])
+        out_first = x.mT if x.ndim == 2 else x
+        parts = out_first.chunk(len(our_names))
+        return {f"blocks.{layer}.{ours}": part.contiguous() for ours, part in zip(our_names, parts)}
 
 
 #%% Names: where each tensor of GPT-2's files goes, and files read tensor by tensor
@@ -298,28 +292,47 @@ UNBUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
 
 def read_hf_config(hf: dict) -> TinyConfig:
     """From a config.json; whatever is not built here ends the program rather than being left out."""
-    name = (hf.get("architectures") or ["GPT2LMHeadModel" if hf.get("model_type") == "gpt2" else "unknown"])[0]
+    assumed = "GPT2LMHeadModel" if hf.get("model_type") == "gpt2" else "unknown"
+    name = (hf.get("architectures") or [assumed])[0]
     if name not in TinyTransformer.architectures:
+        built = ", ".join(TinyTransformer.architectures)
         fail(
-            f"architecture {name} is not built here (built: {', '.join(TinyTransformer.architectures)}); llama_block.py opens Llama's relatives, load_model anything"
+            f"architecture {name} is not built here (built: {built}); llama_block.py opens Llama's relatives, load_model "
+            "anything"
         )
     for key, built in UNBUILT.items():
         if hf.get(key, built) != built:
             fail(f"{key}={hf[key]} is not built here")
-    sizes = dict(
+    return TinyConfig(
         n_layers=hf["n_layer"],
         n_heads=hf["n_head"],
         d_model=hf["n_embd"],
         d_mlp=hf.get("n_inner") or 4 * hf["n_embd"],
         d_vocab=hf["vocab_size"],
         n_ctx=hf["n_positions"],
-    )
-    return TinyConfig(
-        **sizes,
         tied=hf.get("tie_word_embeddings", True),
         act=hf.get("activation_function", "gelu_new"),
         eps=hf.get("layer_norm_epsilon", 1e-5),
     )
+
+
+def write_hf_config(cfg: TinyConfig, bos: int | None) -> dict:
+    """config.json for transformers."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": cfg.d_vocab,
+        "n_positions": cfg.n_ctx,
+        "n_embd": cfg.d_model,
+        "n_layer": cfg.n_layers,
+        "n_head": cfg.n_heads,
+        "n_inner": cfg.d_mlp,
+        "bos_token_id": bos,
+        "eos_token_id": bos,
+        "activation_function": cfg.act,
+        "layer_norm_epsilon": cfg.eps,
+        "tie_word_embeddings": cfg.tied,
+    }
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
@@ -347,7 +360,6 @@ class Config(TrainConfig):
     )
     prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."
     answer: str | None = None  # token whose logit is taken apart; default the model's own prediction
-    bench: bool = False  # only compare training speed with Hugging Face's GPT-2
 
 
 if __name__ == "__main__":
@@ -382,46 +394,13 @@ if __name__ == "__main__":
     )
     numbers: dict = {}
 
-#%% Speed against Hugging Face's GPT-2 with its default attention (--bench): 6 layers of width 512, and this script's own shape
-if __name__ == "__main__" and cfg.bench:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    keep_freed_memory()
-    for name, rows, more in (
-        (
-            "6 layers, d_model 512, 8 x 128 tokens",
-            (8, 128),
-            dict(n_layers=6, n_heads=8, d_model=512, d_mlp=2048, n_ctx=128),
-        ),
-        ("this script's shape", (cfg.tokens_per_step // cfg.contexts[-1], cfg.contexts[-1]), {}),
-    ):
-        ours = TinyTransformer(TinyConfig(**shape | more, d_vocab=cfg.vocab)).to(device)
-        sizes = dict(
-            n_layer=ours.cfg.n_layers,
-            n_head=ours.cfg.n_heads,
-            n_embd=ours.cfg.d_model,
-            n_inner=ours.cfg.d_mlp,
-            n_positions=ours.cfg.n_ctx,
-            vocab_size=cfg.vocab,
-            tie_word_embeddings=cfg.tied,
-        )
-        hf_model = GPT2LMHeadModel(
-            GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        ).to(device)
-        numbers[name] = bench_against_hf(ours, hf_model, t.randint(cfg.vocab, rows, device=device))
-        print(
-            f"training throughput / Hugging Face's, {name}: {cyan}{numbers[name]:.2f}{endc} (median of 7 pairs, {t.get_num_threads()} threads, {device})"
-        )
-    save_results("tiny_transformer_bench", cfg, throughput_vs_hf=min(numbers.values()), **numbers)
-    raise SystemExit
-
 #%% A model: trained before your eyes, or opened from Hugging Face with every tensor in its place
 if __name__ == "__main__":
     print(
         f"{purple}=== {f'Opening {cfg.model}' if cfg.model else f'Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}'}, {device} ==={endc}"
     )
     if cfg.model:
-        read_hf_config(read_config(full_name(cfg.model)))  # before anything is fetched
+        TinyTransformer.read_config(read_config(cfg.model))  # before anything is fetched
         folder = str(model_folder(cfg.model))
         model = TinyTransformer.from_folder(folder, device)
         table = [
@@ -675,7 +654,8 @@ if __name__ == "__main__":
 #%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
 if __name__ == "__main__":
     words, table, page = [str_tokens(model.tokenizer, row) for row in natural], [], []
-    for layer, found in ((layer, x) for layer in range(n_layers) for x in neuron_catalogue(model, natural, layer)):
+    found_by_layer = [(i, found) for i in range(n_layers) for found in neuron_catalogue(model, natural, i)]
+    for layer, found in found_by_layer:
         near = lambda ids: " ".join(visible(x) for x in str_tokens(model.tokenizer, ids))
         raised, lowered, name = (
             near(found["effect"].topk(6).indices),

@@ -255,8 +255,8 @@ def load_model(
 ) -> nn.Module:
     """
     A hooked model in eval mode with .cfg and .tokenizer, from a hub name, a short name or a folder.
-    ours: classes with `architectures` and `from_folder(folder, device, dtype)`; one that takes the architecture is used
-    (torch only, seconds), else TransformerBridge (imports transformer_lens, 10 s).
+    ours: classes with `architectures`, `read_config(config)` and `from_folder(folder, device, dtype)`; one that takes the
+    architecture is used (torch only, seconds), else TransformerBridge (imports transformer_lens, 10 s).
     base: architecture and tokenizer to put the weights of name (or hf_model) on.
     """
     device = pick_device(device)
@@ -283,8 +283,6 @@ def load_model(
 
 def builds(own: type, config: dict) -> bool:
     """Whether a class of ours computes all that this config asks for; else transformers can, and the bridge is taken."""
-    if not hasattr(own, "read_config"):
-        return True
     try:
         own.read_config(config)
     except SystemExit as refusal:

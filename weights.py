@@ -21,6 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     secret,
     yellow,
 )
+import data
 from hooks import HookPoint
 
 import psutil
@@ -270,10 +271,7 @@ def encode(model: nn.Module, text: str) -> list[int]:
 
 
 def token_text(model: nn.Module, token: int) -> str:
-    piece = text_tokenizer(model).id_to_token(token) or ""  # padded vocabularies have ids without a token
-    if piece.startswith("▁"):
-        return " " + piece[1:]
-    return text_tokenizer(model).decode([token], skip_special_tokens=False)
+    return data.token_text(text_tokenizer(model), token)
 
 
 def about_bos(model: nn.Module) -> str:

@@ -51,7 +51,7 @@ def world() -> Llama:
     return Llama.from_folder(str(ROOT / "models/world"))
 
 
-#%% Activation patching
+# %% Activation patching
 def one_run_per_cell(
     model: nn.Module, pairs: Pairs, site: str, by: str, direction: str, kind: str = "logit_diff"
 ) -> t.Tensor:
@@ -196,7 +196,7 @@ def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, 
     assert gates["answer alone unembedded"] < 1e-4
 
 
-#%% Memory
+# %% Memory
 def place(pairs: Pairs, position: int) -> t.Tensor:
     return t.zeros_like(pairs.clean, dtype=t.bool).index_fill(1, t.tensor([position]), True)
 
@@ -280,7 +280,7 @@ def test_weights_from_disk_give_the_same_sweeps_of_the_stream(architecture, conf
         t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-#%% Ablations and knock-out
+# %% Ablations and knock-out
 def head(h: int):
     only = t.nn.functional.one_hot(t.tensor(h), H)[:, None]
     return lambda change: change * only
@@ -369,7 +369,7 @@ def test_knock_out_removes_the_attention_from_the_answer_and_no_other(models, pa
         t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-#%% Pairs, their places, and where they come from
+# %% Pairs, their places, and where they come from
 def test_places_share_out_the_positions_and_name_the_names(world):
     for task in ("ioi", "capitals", "greater_than", "induction", "agreement", "gender"):
         pairs = draw_pairs(world, task, 8, 0)

@@ -27,11 +27,14 @@ def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monk
     notebook = jupytext.reads((ROOT / script).read_text(), fmt="py:percent")
     settings = [cell for cell in notebook.cells if "cfg = flags(Config" in cell.source]
     assert len(settings) == 1 and len(notebook.cells) > 8
-    settings[0].source += (
-        "\n    from dataclasses import asdict; assert asdict(cfg) == asdict(Config())"
-        f"\n    cfg = {SMALL[script]}"
-        "\n    device = 'cpu'"
-    )
+    indent = "    " if "if __name__" in settings[0].source else ""
+    for line in (
+        "from dataclasses import asdict",
+        "assert asdict(cfg) == asdict(Config())",
+        f"cfg = {SMALL[script]}",
+        "device = 'cpu'",
+    ):
+        settings[0].source += f"\n{indent}{line}"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
     resources = {"metadata": {"path": str(workdir)}}

@@ -84,9 +84,7 @@ def test_any_bridge_and_any_pairs(script, tmp_path):
         "Then Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\n"
         "Soon Tom saw,Soon Paul saw, the, a\n"
     )
-    numbers = script(
-        "--model", folder, "--pairs", str(pairs), "--metric", "log_prob", "--data", text_file(tmp_path)
-    )
+    numbers = script("--model", folder, "--pairs", str(pairs), "--metric", "log_prob", "--data", text_file(tmp_path))
     assert max(numbers["gates"].values()) < 1e-4
     assert len(numbers["ablation"]["zero"]) == 2 * 3
 

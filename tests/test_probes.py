@@ -52,7 +52,7 @@ def either() -> tuple[Concept, np.ndarray]:
     return Concept(np.arange(1200), y, group), x
 
 
-#%% The measure
+# %% The measure
 def test_auroc_is_scikit_learns_and_its_weights_repeat_tokens():
     rng = np.random.default_rng(0)
     y = rng.random(300) < 0.3
@@ -73,7 +73,7 @@ def test_entities_never_stand_in_two_parts(either):
     assert all(concept.y[part == i].any() for i in (TRAIN, VALIDATION, TEST))
 
 
-#%% Probes
+# %% Probes
 def test_probes_find_what_is_there_for_new_entities(either):
     """A concept written in columns 3 and 5 (either) is found by two columns."""
     concept, x = either
@@ -107,7 +107,7 @@ def test_the_single_feature_is_the_one_that_the_probes_report(either):
     assert concepts_of_features(labelled, codes, 3) == {feature: ["this", "the same"]}
 
 
-#%% Labelled tokens
+# %% Labelled tokens
 def test_labels_stand_on_the_last_token_of_their_entity(tokenizer):
     countries = read_countries()
     prompts = [p for p in fact_prompts(countries, "forward", True) if "Everyone" in p.text]

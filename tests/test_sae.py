@@ -106,7 +106,7 @@ def loaded(lens, folder, tmp_path_factory):
     return sae, model.requires_grad_(False), rows
 
 
-#%% The objective
+# %% The objective
 @pytest.mark.parametrize("k, l1", [(5, 0.0), (None, 0.7)])
 @pytest.mark.parametrize("some_are_dead", [True, False])
 def test_the_objective_is_that_of_saelens(lens, k, l1, some_are_dead):
@@ -185,7 +185,7 @@ def test_true_features_are_recovered(lens, tmp_path, architecture):
     assert cosines.max(1).values.mean() >= 0.9
 
 
-#%% Training and finding again
+# %% Training and finding again
 @pytest.mark.parametrize("architecture", list(SPARSITY))
 def test_every_kind_trains_saves_and_is_found_again(lens, loaded, folder, tmp_path, monkeypatch, capsys, architecture):
     _, model, _ = loaded
@@ -259,7 +259,7 @@ def test_heldout_rows_hold_the_tokens_asked_for_with_and_without_beginning_of_te
     assert (without != 0).all()
 
 
-#%% Loading
+# %% Loading
 def test_metadata_decides_the_processing(loaded, folder):
     """center_writing_weights: the stream is Hugging Face's less its mean, and nothing else has changed."""
     from transformers import AutoModelForCausalLM
@@ -340,7 +340,7 @@ def test_broken_weights_are_said_to_be_broken():
         harvest(broken, t.tensor([[0, 7]]), [HOOK])
 
 
-#%% Judging
+# %% Judging
 def test_judge_knows_the_perfect(loaded, capsys):
     sae, model, rows = loaded
     numbers, codes = judge(model, sae, rows, 1)
@@ -392,7 +392,7 @@ def test_the_gate_lets_only_saes_through_that_rebuild(capsys):
             gate(judged, cfg, HOOK)
 
 
-#%% Acting
+# %% Acting
 def test_edits_do_what_they_say(loaded):
     sae, model, rows = loaded
     f = 3
@@ -460,7 +460,7 @@ def test_without_the_error_node_the_metric_is_that_of_the_reconstruction(lens, l
     assert traced.falls(8, None) == pytest.approx((traced.value - rebuilt).item(), abs=1e-3)
 
 
-#%% Reading
+# %% Reading
 @pytest.fixture(scope="module")
 def tokenizer():
     from tokenizers import Tokenizer
@@ -489,4 +489,4 @@ def test_the_page_holds_every_feature_and_needs_no_network(loaded, tokenizer):
     assert 4 not in [j for j, _ in opposite["with"]]
     page = plots.feature_page(entries, "Features <1>")
     assert not re.search(r"https?://", page)
-    assert json.loads(re.search(r"const F=(.*?),\$=id", page)[1])[1]["id"] == 7
+    assert json.loads(re.search(r"const features = (.*?);\n", page)[1])[1]["id"] == 7

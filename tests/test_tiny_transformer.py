@@ -24,7 +24,8 @@ from anatomy import (
 from data import train_bpe
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer, sinusoids
-from train import bench_against_hf, language_loss
+from bench import bench_against_hf
+from train import language_loss
 from hooks import hook_points, run_with_cache
 from utils import load_model
 from weights import tensor_table
