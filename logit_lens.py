@@ -234,7 +234,7 @@ if __name__ == "__main__":
     )
     show(fig, "logit_lens/layers")
 
-#%% ... and each head's and MLP's, which sum to their layer's
+#%% ... and each head's and MLP's, which with the bias after attention sum to their layer's
 if __name__ == "__main__":
     by_head = None
     parts = None if is_streamed(model) else logit_parts(model, t.tensor([row], device=device_of(model)), answer)

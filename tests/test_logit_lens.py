@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch as t
-from conftest import one_line_error
+from conftest import ROOT, one_line_error
 from test_lens import CAP, ROWS, logits_by_layer, save_model
 
 import logit_lens as ll
 from anatomy import layer_writes, logit_parts
 from llama_block import Llama
 from utils import load_model
+from weights import answer_token, encode
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM"])
@@ -44,7 +45,13 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     numbers = json.loads((workdir / "results/logit_lens.json").read_text())
     assert numbers["last_layer_gate_error"] < 1e-4
     assert set(numbers["layer_writes"]) == {"embed", "L0", "L1", "L2", "L3", "constant"}
-    assert len(numbers["head_and_mlp_writes"]) == 4  # the script asserts that with the biases they sum to layer_writes
+    model = load_model(str(ROOT / "models/world"), (Llama,), "cpu")
+    prompt = ll.Config().prompt
+    row = t.tensor([encode(model, prompt)])
+    attn_bias = logit_parts(model, row, answer_token(model, prompt, "Tokyo"))["attn_bias"].tolist()
+    for layer, parts in enumerate(numbers["head_and_mlp_writes"]):
+        # a layer writes what its heads, its MLP and the bias after attention write
+        assert sum(parts) + attn_bias[layer] == pytest.approx(numbers["layer_writes"][f"L{layer}"], abs=1e-3)
     assert numbers["milestones"]["semantic"] == 4
     assert numbers["milestones"]["copied"] is None
     tuned = numbers["tuned_lens"]
