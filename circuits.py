@@ -118,9 +118,10 @@ class Config:
     answer: str | None = None  # one token, with the space before it: " Paris"
     wrong: str | None = None
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
-    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"
+    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
     n: int = 32  # pairs to find the circuit on
     held_out: int = 100  # pairs to test it on
+    rank_by: Literal["EAP-IG", "EAP", "magnitude", "random"] = "EAP-IG"  # whose strongest edges become the circuit
     ig_steps: int = 5  # runs between corrupt and clean embeddings (EAP-IG)
     memory_gb: float = 1.0  # cap on activations
     seed: int = 0
@@ -324,10 +325,10 @@ if __name__ == "__main__":
     sizes = [round(share * n_edges) for share in shares]
     ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
 
-    # found: the first step of EAP-IG's ladder that keeps 90% of the metric
-    kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders["EAP-IG"], kind, cfg.memory_gb))
+    # found: the first step of the ranking's ladder that keeps 90% of the metric
+    kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders[cfg.rank_by], kind, cfg.memory_gb))
     first_enough = int((kept_by_step >= 0.9).nonzero()[0])
-    circuit = graph.prune(ladders["EAP-IG"][first_enough])
+    circuit = graph.prune(ladders[cfg.rank_by][first_enough])
     circuit_size = int(circuit.sum())
 
     # tested on other pairs: the ladders of all methods
@@ -337,8 +338,8 @@ if __name__ == "__main__":
         values = circuit_metric(model, graph, test_pairs, circuits, kind, cfg.memory_gb)
         areas[method] = area(values, test_clean, test_corrupt, shares)
         faithfulness_by_share[f"{method} (area {areas[method][0]:.2f})"] = test_faithfulness_of(values)
-    values = circuit_metric(model, graph, test_pairs, ~ladders["EAP-IG"], kind, cfg.memory_gb)
-    faithfulness_by_share["all but the EAP-IG edges (completeness)"] = test_faithfulness_of(values)
+    values = circuit_metric(model, graph, test_pairs, ~ladders[cfg.rank_by], kind, cfg.memory_gb)
+    faithfulness_by_share[f"all but the {cfg.rank_by} edges (completeness)"] = test_faithfulness_of(values)
 
     # ... and the circuit, all but the circuit, and random circuits of its size
     rivals = [top_edges(graph, t.rand(graph.upstream.shape), [circuit_size])[0] for _ in range(10)]
@@ -371,11 +372,11 @@ if __name__ == "__main__":
         ylabel="metric kept",
         x=shares,
         markers=True,
-        dashed=list(faithfulness_by_share)[2:],
+        dashed=[name for name in faithfulness_by_share if not name.startswith("EAP")],
     )
     show(fig, "circuits/faithfulness")
-    title = f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by EAP-IG, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
-    show(draw_circuit(graph, circuit, ranking["EAP-IG"], title), "circuits/circuit")
+    title = f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by {cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
+    show(draw_circuit(graph, circuit, ranking[cfg.rank_by], title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

@@ -265,7 +265,8 @@ def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[
 def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """
     fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. kind: logit_diff (answer - wrong), log_prob of the answer
-    in nats, or kl, the divergence from clean_logits (pair, d_vocab) in nats.
+    in nats, or kl, the divergence from clean_logits (pair, d_vocab) in nats. A difference of two log-probabilities is
+    logit_diff: the normaliser cancels. A new metric is a function here and a name in the stories' --metric.
     """
 
     def logit_diff(logits: Tensor, pair: Tensor) -> Tensor:

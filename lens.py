@@ -100,6 +100,8 @@ class Lens:
     """
 
     def __init__(self, model: nn.Module, norm: str = "final", translators: nn.ModuleList | None = None):
+        if norm not in ("final", "raw"):
+            raise ValueError(f"unknown norm {norm!r}: the lens knows final and raw")
         self.exact = norm == "final"  # the last layer's lens is the model's own output
         self.norm = model.ln_final if self.exact else nn.Identity()
         self.unembed = model.unembed
@@ -414,7 +416,7 @@ def milestones(
 def tuned_lens(
     model: nn.Module, batch: Callable[[int], Tensor], steps: int, path: Path, lr: float = 2e-3
 ) -> nn.ModuleList:
-    """Translators of all layers but the last, read back from the path or trained there by tuned_lens_loss; batch(step) gives tokens (row, pos). Belrose et al. 2023."""
+    """Translators of all layers but the last, read back from the path, or trained (by backward_by_layer, whose gradients are tuned_lens_loss's) and kept there; batch(step) gives tokens (row, pos). Belrose et al. 2023."""
     d_model = model.cfg.d_model
     translators = nn.ModuleList(Translator(d_model, d_model) for _ in range(model.cfg.n_layers))
     translators.to(device_of(model))

@@ -1,6 +1,7 @@
 """
 A mixture of experts with every router and expert open to hooks and edits: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, equal
-to Hugging Face's; and which expert takes which token.
+to Hugging Face's; and which expert takes which token. The method is SparseMoE.route and .forward, its plain form
+dense_moe; the story begins at Settings.
 """
 
 import dataclasses
@@ -578,7 +579,7 @@ if __name__ == "__main__" and not cfg.model:
         f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder} for transformers{endc}"
     )
 
-#%% Gates: routing is the weighted sum of all experts with zeros for those not chosen; what a hook reads can be written back
+#%% Gates: the output is the weighted sum of all experts with zeros for those not chosen (whatever the rule that chose them)
 if __name__ == "__main__":
     some = rows[:: max(1, len(rows) // 4)][:4]
     with t.no_grad():

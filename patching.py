@@ -59,7 +59,7 @@ class Config:
     answer: str | None = None  # one token, with the space before it: " Paris"
     wrong: str | None = None
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
-    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"
+    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
     site: tuple[str, ...] = STREAM + HEADS  # activations to sweep
     positions: tuple[int, ...] = ()  # of the shown prompt; default all
     n: int = 32  # pairs to look at

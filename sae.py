@@ -45,6 +45,8 @@ from torch import Tensor
 from tqdm import trange
 
 
+# The method in full is the next cell; stories run it with --architecture own. Their default, batchtopk, and the other
+# architectures are trained by SAELens (train_lens), whose objectives are not in this file.
 #%% The objective from scratch: an encoder, a decoder, and a loss that asks for x back from few features
 class OwnSAE(nn.Module):
     """
