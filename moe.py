@@ -742,7 +742,8 @@ if __name__ == "__main__":
             best = np.lexsort((-seen, -share))[:10]
             words = "  ".join(f"{visible(names[j])} {share[j]:.2f}" for j in best)
             preferred.append([layers[i], experts[e], load[i, e], words])
-    headers = ["layer", "expert", "load", "tokens with this first choice: share of their occurrences (seen 20 or more)"]
+    first_choices = "tokens with this first choice: share of their occurrences (seen 20 times or more)"
+    headers = ["layer", "expert", "load", first_choices]
     print(tabulate(preferred, headers=headers, floatfmt=".2f"))
 
 #%% ... as a map of experts and kinds of token

@@ -14,6 +14,7 @@ from moe import (
     MoEConfig,
     SparseMoE,
     bits,
+    dense_moe,
     force,
     knock_out,
     load_balancing_loss,
@@ -294,6 +295,15 @@ def test_top_k_of_all_experts_is_the_dense_weighted_sum():
         )
         dense = sum(mlp.router(x).softmax(-1)[..., [e]] * expert(x) for e, expert in enumerate(mlp.experts))
         t.testing.assert_close(mlp(x), dense, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", SWITCHES)
+@t.no_grad()
+def test_the_sparse_layer_equals_its_plain_form(family):
+    shared = 8 if family == "qwen2_moe" else 0
+    mlp = SparseMoE(MoEConfig(n_experts=5, top_k=2, d_model=16, d_expert=12, shared=shared, **SWITCHES[family]))
+    x = t.randn(2, 7, 16)
+    t.testing.assert_close(mlp(x), dense_moe(mlp, x), atol=1e-6, rtol=1e-5)
 
 
 @t.no_grad()
