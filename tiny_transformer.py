@@ -1,14 +1,17 @@
-"""The standard decoder, GPT-2's shape: trained live or opened from Hugging Face, each logit taken apart exactly, heads and neurons catalogued."""
+"""
+The standard decoder, GPT-2's shape: trained live or opened from Hugging Face, each logit taken apart exactly, heads and
+neurons catalogued.
+"""
 
 import dataclasses
 import html
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import (
+# The model, the first half of this file, uses utils, hooks, layers and weights alone; the experiment uses the rest.
+from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
@@ -22,34 +25,29 @@ from utils import (
     save_results,
     set_seed,
 )
-from plots import attention_page, imshow, label_tokens, show, show_page, visible
 from hooks import HookPoint, run_with_cache
-from weights import read_tensors, take_tensors, tensor_table
 from layers import Attention
-from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
-from train import (
-    TrainConfig,
-    bench_against_hf,
-    first_goes_on,
-    keep_freed_memory,
-    language_loss,
-    repeat_batches,
-    train,
-)
-from launch import flags
+from weights import read_tensors, take_tensors, tensor_table
+
 from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
+from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
+from launch import flags
+from plots import attention_page, bar, imshow, label_tokens, show, show_page, visible
+from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
 
 import numpy as np
-import plotly.graph_objects as go
-from tabulate import tabulate
-from tokenizers import Tokenizer
 import torch as t
-from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+from tabulate import tabulate
+from tokenizers import Tokenizer
+from torch import Tensor
+
+ACTIVATIONS = ("gelu_new", "gelu")
+POSITIONS = ("learned", "sinusoidal")
 
 
-#%% The model: embed + positions, then in each block attention and a GELU MLP read the normalised stream and add to it; norm, unembed
+#%% The shape of a model
 @dataclass
 class TinyConfig:
     n_layers: int = 3
@@ -67,9 +65,10 @@ class TinyConfig:
     def __post_init__(self):
         if self.d_model % self.n_heads:
             fail(f"d_model {self.d_model} does not divide into {self.n_heads} heads")
-        if self.act not in ACTS or self.positions not in ("learned", "sinusoidal"):
+        if self.act not in ACTIVATIONS or self.positions not in POSITIONS:
             fail(
-                f"not built here: activation {self.act!r} with {self.positions!r} positions (built: {', '.join(ACTS)}; learned, sinusoidal)"
+                f"not built here: activation {self.act!r} with {self.positions!r} positions "
+                f"(built: {', '.join(ACTIVATIONS)}; {', '.join(POSITIONS)})"
             )
 
     @property
@@ -77,41 +76,40 @@ class TinyConfig:
         return self.d_model // self.n_heads
 
 
-ACTS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
-
-
+#%% LayerNorm: subtract the mean, divide by the standard deviation, then a weight and a bias
 class LayerNorm(nn.Module):
     """hook_normalized is (x - mean) / scale, before weight and bias."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.bias, self.eps, self.hook_scale, self.hook_normalized = (
-            nn.Parameter(t.ones(size)),
-            nn.Parameter(t.zeros(size)),
-            eps,
-            HookPoint(),
-            HookPoint(),
-        )
+        self.weight = nn.Parameter(t.ones(size))
+        self.bias = nn.Parameter(t.zeros(size))
+        self.eps = eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.hook_scale.fwd_hooks and not self.hook_normalized.fwd_hooks:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        nobody_listens = not self.hook_scale.fwd_hooks and not self.hook_normalized.fwd_hooks
+        if nobody_listens:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # the same, faster
         centred = x.float() - x.float().mean(-1, keepdim=True)
-        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized((centred / scale).to(x.dtype)) * self.weight + self.bias
+        scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = self.hook_scale(scale)
+        normalized = self.hook_normalized((centred / scale).to(x.dtype))
+        return normalized * self.weight + self.bias
 
 
+#%% MLP: each neuron reads one direction of the stream and writes another
 class MLP(nn.Module):
     """W_in is (d_model, d_mlp), W_out is (d_mlp, d_model); a neuron is one of the d_mlp."""
 
     def __init__(self, cfg: TinyConfig):
         super().__init__()
-        self.inp, self.out, self.act = (
-            nn.Linear(cfg.d_model, cfg.d_mlp),
-            nn.Linear(cfg.d_mlp, cfg.d_model),
-            ACTS[cfg.act],
-        )
-        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+        self.inp = nn.Linear(cfg.d_model, cfg.d_mlp)
+        self.out = nn.Linear(cfg.d_mlp, cfg.d_model)
+        self.act = gelu_new if cfg.act == "gelu_new" else F.gelu
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
 
     @property
     def W_in(self) -> Tensor:
@@ -122,20 +120,29 @@ class MLP(nn.Module):
         return self.out.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hook_post(self.act(self.hook_pre(self.inp(x)))))
+        pre = self.hook_pre(self.inp(x))  # (batch, pos, d_mlp)
+        neurons = self.hook_post(self.act(pre))
+        return self.out(neurons)
 
 
+def gelu_new(x: Tensor) -> Tensor:
+    """GPT-2's GELU, by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+#%% The block: attention and the MLP each read the normalised stream and add to it
 class Block(nn.Module):
     def __init__(self, cfg: TinyConfig):
         super().__init__()
-        self.ln1, self.attn, self.ln2, self.mlp = (
-            LayerNorm(cfg.d_model, cfg.eps),
-            Attention(cfg),
-            LayerNorm(cfg.d_model, cfg.eps),
-            MLP(cfg),
-        )
-        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
-            setattr(self, f"hook_{name}", HookPoint())
+        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
+        self.attn = Attention(cfg)
+        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.hook_resid_pre(x)
@@ -143,9 +150,10 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
 
 
+#%% The model: embedding + positions, the blocks, a last norm, unembedding
 def sinusoids(n_ctx: int, d_model: int) -> Tensor:
     """(pos, d_model): sin in even, cos in odd dimensions, wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017)."""
-    angle = t.arange(n_ctx)[:, None] / 10000 ** (t.arange(0, d_model, 2) / d_model)
+    angle = t.arange(n_ctx)[:, None] / 10000 ** (t.arange(0, d_model, 2) / d_model)  # (pos, d_model / 2)
     return t.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]
 
 
@@ -154,20 +162,18 @@ class TinyTransformer(nn.Module):
 
     def __init__(self, cfg: TinyConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.embed, self.unembed = (
-            nn.Embedding(cfg.d_vocab, cfg.d_model),
-            nn.Linear(cfg.d_model, cfg.d_vocab, bias=False),
-        )
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.positions == "learned":
             self.W_pos = nn.Parameter(0.02 * t.randn(cfg.n_ctx, cfg.d_model))
         else:
             self.register_buffer("W_pos", sinusoids(cfg.n_ctx, cfg.d_model), persistent=False)
-        self.blocks, self.ln_final = (
-            nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers)),
-            LayerNorm(cfg.d_model, cfg.eps),
-        )
-        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
         self.init_weights()
         if cfg.tied:
             self.unembed.weight = self.embed.weight
@@ -177,12 +183,11 @@ class TinyTransformer(nn.Module):
         for name, linear in self.blocks.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            nn.init.normal_(
-                linear.weight, std=(0.3 if name.endswith((".q", ".k")) else 1.0) / math.sqrt(linear.in_features)
-            )
+            gain = 0.3 if name.endswith((".q", ".k")) else 1.0
+            nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
-        for weight in (self.unembed.weight, self.embed.weight):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.unembed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
 
     @property
     def W_E(self) -> Tensor:
