@@ -198,71 +198,100 @@ class TinyTransformer(nn.Module):
         return self.unembed.weight.T
 
     def forward(
-        self, tokens: Tensor, start_at_layer: int = 0, resid: Tensor | None = None, stop_at_layer: int | None = None
+        self,
+        tokens: Tensor,
+        start_at_layer: int = 0,
+        resid: Tensor | None = None,
+        stop_at_layer: int | None = None,
     ) -> Tensor:
-        """Logits (batch, pos, d_vocab). Given resid, the stream enters at start_at_layer; with stop_at_layer the stream before that layer is returned."""
-        if tokens.shape[1] > self.cfg.n_ctx:
-            fail(f"{tokens.shape[1]} tokens are too many: the model has positions for {self.cfg.n_ctx}")
-        x = (
-            self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.W_pos[: tokens.shape[1]][None])
-            if resid is None
-            else resid
-        )
+        """
+        Logits (batch, pos, d_vocab). Given resid (batch, pos, d_model), the residual stream enters at start_at_layer
+        and the blocks below are skipped; with stop_at_layer the residual stream before that layer is returned.
+        """
+        n_pos = tokens.shape[1]
+        if n_pos > self.cfg.n_ctx:
+            fail(f"{n_pos} tokens are too many: the model has positions for {self.cfg.n_ctx}")
+        x = resid
+        if x is None:
+            x = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.W_pos[:n_pos][None])
         for block in self.blocks[start_at_layer:stop_at_layer]:
             x = block(x)
-        return self.unembed(self.ln_final(x)) if stop_at_layer is None else x
+        if stop_at_layer is not None:
+            return x
+        return self.unembed(self.ln_final(x))
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Tokenizer | None = None) -> "TinyTransformer":
         """The same model out of a transformers model in memory; every tensor must find its place."""
-        return take_tensors(
-            cls(read_hf_config(hf_model.config.to_dict()), tokenizer),
-            ((name, x.clone()) for name, x in hf_model.state_dict().items()),
-        ).eval()
+        model = cls(cls.read_config(hf_model.config.to_dict()), tokenizer)
+        return take_tensors(model, ((name, x.clone()) for name, x in hf_model.state_dict().items())).eval()
 
     @classmethod
     def from_folder(cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32) -> "TinyTransformer":
         """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json."""
-        if not (file := Path(folder) / "tokenizer.json").is_file():
+        tokenizer = Path(folder) / "tokenizer.json"
+        if not tokenizer.is_file():
             fail(f"no tokenizer.json in {folder}: copy the tokenizer there (tokenizer.save_pretrained)")
         with t.device("meta"):
-            model = cls(read_hf_config(read_config(folder)), Tokenizer.from_file(str(file)))
+            model = cls(cls.read_config(read_config(folder)), Tokenizer.from_file(str(tokenizer)))
         return take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder))).eval()
 
     def to_hf(self, folder: Path, dtype: t.dtype | None = None) -> None:
         """Write an ordinary Hugging Face folder; sinusoidal positions become a table there."""
-        cfg, state = self.cfg, self.state_dict() | {"W_pos": self.W_pos.data}
-        hf = {
-            ROOT * (theirs != "lm_head.weight") + theirs: state[ours]
-            for theirs, ours in TOP_NAMES.items()
-            if not (cfg.tied and ours == "unembed.weight")
-        }
-        for layer, (theirs, ours) in itertools.product(range(cfg.n_layers), BLOCK_NAMES.items()):
-            joined = t.cat([state[f"blocks.{layer}.{name}"] for name in ours])
-            hf[f"{ROOT}h.{layer}.{theirs}"] = joined.mT if joined.ndim == 2 else joined
+        tensors = {name: x.to(dtype or x.dtype) for name, x in self.hf_tensors().items()}
+        write_folder(folder, tensors, self.write_config(), self.tokenizer)
+
+    # The same model as a file of GPT-2's: its configuration and its tensors, read and written (names: the next cell)
+    @classmethod
+    def read_config(cls, hf: dict) -> TinyConfig:
+        """From a config.json; whatever is not built here ends the program rather than being left out."""
+        unnamed = "GPT2LMHeadModel" if hf.get("model_type") == "gpt2" else "unknown"
+        architecture = (hf.get("architectures") or [unnamed])[0]
+        if architecture not in cls.architectures:
+            fail(
+                f"architecture {architecture} is not built here (built: {', '.join(cls.architectures)}); "
+                "llama_block.py opens Llama's relatives, load_model anything"
+            )
+        for key, built in BUILT.items():
+            if hf.get(key, built) != built:
+                fail(f"{key}={hf[key]} is not built here")
+        return TinyConfig(
+            n_layers=hf["n_layer"],
+            n_heads=hf["n_head"],
+            d_model=hf["n_embd"],
+            d_mlp=hf.get("n_inner") or 4 * hf["n_embd"],
+            d_vocab=hf["vocab_size"],
+            n_ctx=hf["n_positions"],
+            tied=hf.get("tie_word_embeddings", True),
+            act=hf.get("activation_function", "gelu_new"),
+            eps=hf.get("layer_norm_epsilon", 1e-5),
+        )
+
+    def write_config(self) -> dict:
+        """read_config's inverse: a config.json that transformers reads."""
+        cfg = self.cfg
         bos = int(to_tokens(self.tokenizer, "")) if self.tokenizer else None
-        sizes = dict(
-            vocab_size=cfg.d_vocab,
-            n_positions=cfg.n_ctx,
-            n_embd=cfg.d_model,
-            n_layer=cfg.n_layers,
-            n_head=cfg.n_heads,
-            n_inner=cfg.d_mlp,
-            bos_token_id=bos,
-            eos_token_id=bos,
-        )
-        config = dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            **sizes,
-            activation_function=cfg.act,
-            layer_norm_epsilon=cfg.eps,
-            tie_word_embeddings=cfg.tied,
-        )
-        write_folder(folder, {name: x.to(dtype or x.dtype) for name, x in hf.items()}, config, self.tokenizer)
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": cfg.d_vocab,
+            "n_positions": cfg.n_ctx,
+            "n_embd": cfg.d_model,
+            "n_layer": cfg.n_layers,
+            "n_head": cfg.n_heads,
+            "n_inner": cfg.d_mlp,
+            "bos_token_id": bos,
+            "eos_token_id": bos,
+            "activation_function": cfg.act,
+            "layer_norm_epsilon": cfg.eps,
+            "tie_word_embeddings": cfg.tied,
+        }
 
     def place(self, name: str, x: Tensor) -> dict[str, Tensor]:
-        """Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as one."""
+        """
+        Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as
+        one.
+        """
         name = name.removeprefix(ROOT)
         if not name.startswith("h."):
             return {TOP_NAMES.get(name, name): x}
@@ -270,13 +299,27 @@ class TinyTransformer(nn.Module):
         if rest in ("attn.bias", "attn.masked_bias"):
             return {}  # old files carry the causal mask
         ours = BLOCK_NAMES.get(rest, [rest])
-        return {
-            f"blocks.{layer}.{y}": part.contiguous()
-            for y, part in zip(ours, (x.mT if x.ndim == 2 else x).chunk(len(ours)))
-        }
+        turned = x.mT if x.ndim == 2 else x
+        parts = turned.chunk(len(ours))
+        return {f"blocks.{layer}.{ours_name}": part.contiguous() for ours_name, part in zip(ours, parts)}
+
+    def hf_tensors(self) -> dict[str, Tensor]:
+        """place's inverse: {Hugging Face's name: tensor}."""
+        state = self.state_dict() | {"W_pos": self.W_pos.data}
+        hf = {}
+        for theirs, ours in TOP_NAMES.items():
+            if self.cfg.tied and ours == "unembed.weight":
+                continue
+            root = "" if ours == "unembed.weight" else ROOT
+            hf[root + theirs] = state[ours]
+        for layer in range(self.cfg.n_layers):
+            for theirs, ours in BLOCK_NAMES.items():
+                joined = t.cat([state[f"blocks.{layer}.{name}"] for name in ours])
+                hf[f"{ROOT}h.{layer}.{theirs}"] = joined.mT if joined.ndim == 2 else joined
+        return hf
 
 
-#%% Names: where each tensor of GPT-2's files goes, and files read tensor by tensor
+#%% Names: where each tensor of GPT-2's files goes
 ROOT = "transformer."
 TOP_NAMES = {
     "wte.weight": "embed.weight",
@@ -293,38 +336,13 @@ MODULES = {
     "mlp.c_fc": ["mlp.inp"],
     "mlp.c_proj": ["mlp.out"],
 }
-BLOCK_NAMES = {
-    f"{theirs}.{kind}": [f"{name}.{kind}" for name in ours]
-    for theirs, ours in MODULES.items()
-    for kind in ("weight", "bias")
-}
-UNBUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+BLOCK_NAMES: dict[str, list[str]] = {}  # "attn.c_attn.bias": ["attn.q.bias", "attn.k.bias", "attn.v.bias"], ...
+for module, our_modules in MODULES.items():
+    for kind in ("weight", "bias"):
+        BLOCK_NAMES[f"{module}.{kind}"] = [f"{name}.{kind}" for name in our_modules]
 
-
-def read_hf_config(hf: dict) -> TinyConfig:
-    """From a config.json; whatever is not built here ends the program rather than being left out."""
-    name = (hf.get("architectures") or ["GPT2LMHeadModel" if hf.get("model_type") == "gpt2" else "unknown"])[0]
-    if name not in TinyTransformer.architectures:
-        fail(
-            f"architecture {name} is not built here (built: {', '.join(TinyTransformer.architectures)}); llama_block.py opens Llama's relatives, load_model anything"
-        )
-    for key, built in UNBUILT.items():
-        if hf.get(key, built) != built:
-            fail(f"{key}={hf[key]} is not built here")
-    sizes = dict(
-        n_layers=hf["n_layer"],
-        n_heads=hf["n_head"],
-        d_model=hf["n_embd"],
-        d_mlp=hf.get("n_inner") or 4 * hf["n_embd"],
-        d_vocab=hf["vocab_size"],
-        n_ctx=hf["n_positions"],
-    )
-    return TinyConfig(
-        **sizes,
-        tied=hf.get("tie_word_embeddings", True),
-        act=hf.get("activation_function", "gelu_new"),
-        eps=hf.get("layer_norm_epsilon", 1e-5),
-    )
+# settings of GPT-2's relatives, with the one value that is built here
+BUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
