@@ -355,139 +355,104 @@ class Config(TrainConfig):
     positions: Literal["learned", "sinusoidal"] = "learned"
     tied: bool = True  # the unembedding is the embedding
     steps: int = 400
-    contexts: tuple[int, ...] = (
-        64,
-    )  # with learned positions short rows teach soonest: every position is trained at every step
+    # with learned positions short rows teach soonest: every position is trained at every step
+    contexts: tuple[int, ...] = (64,)
     context_steps: tuple[float, ...] = ()
     lr: float = 1e-2
-    repeats: float = 0.45  # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
+    # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
+    repeats: float = 0.45
     english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     vocab: int = 512  # size of the byte-level BPE trained on the text
     tokenizer: str | None = None  # use this one instead: a folder, a tokenizer.json or a hub name
-    model: str | None = (
-        None  # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
-    )
+    # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
+    model: str | None = None
     prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."
     answer: str | None = None  # token whose logit is taken apart; default the model's own prediction
-    bench: bool = False  # only compare training speed with Hugging Face's GPT-2
 
+
+# --hpc: an A100 with 40 GB
+HPC = Config(
+    n_layers=12,
+    n_heads=12,
+    d_model=768,
+    d_mlp=3072,
+    vocab=8192,
+    contexts=(1024,),
+    tokens_per_step=262144,
+    accumulate=16,
+    steps=10000,
+    lr=3e-3,
+    autocast="on",
+    compile=True,
+)
 
 if __name__ == "__main__":
-    cfg = flags(
-        Config,
-        __doc__,
-        hpc=Config(
-            n_layers=12,
-            n_heads=12,
-            d_model=768,
-            d_mlp=3072,
-            vocab=8192,
-            contexts=(1024,),
-            tokens_per_step=262144,
-            accumulate=16,
-            steps=10000,
-            lr=3e-3,
-            autocast="on",
-            compile=True,
-        ),
-    )  # --hpc: an A100 with 40 GB
+    cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    shape = dict(
+    numbers: dict = {}
+
+#%% Someone's model: where each of its tensors stands here
+if __name__ == "__main__" and cfg.model:
+    print(f"{purple}=== Opening {cfg.model}, {device} ==={endc}")
+    TinyTransformer.read_config(read_config(full_name(cfg.model)))  # refuse before anything is fetched
+    folder = str(model_folder(cfg.model))
+    model = TinyTransformer.from_folder(folder, device)
+    n_tensors = 0
+    table = []
+    for name, shape, _, norm in tensor_table(folder):
+        n_tensors += 1
+        if "h." in name and ".0." not in name and "h.0." not in name:
+            continue  # the first block stands for the others
+        our_names = model.place(name, t.zeros(shape, device="meta"))
+        table.append([name, shape, norm, ", ".join(our_names) or "(the causal mask)"])
+    print(tabulate(table, headers=["tensor", "shape", "norm", "here"], floatfmt=".2f"))
+    print(
+        f"{gray}{n_tensors} tensors, blocks after the first not shown; W_E is embed, W_U "
+        f"unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_in W_out mlp.inp out{endc}"
+    )
+    corpus = load_corpus(cfg.data, tokenizer=folder)
+    numbers["tensors"] = n_tensors
+
+#%% Or a model trained before your eyes, saved for transformers
+if __name__ == "__main__" and not cfg.model:
+    print(f"{purple}=== Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
+    corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
+    if cfg.answer:
+        find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
+    shape = TinyConfig(
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
         d_model=cfg.d_model,
         d_mlp=cfg.d_mlp,
+        d_vocab=corpus.d_vocab,
         n_ctx=max(cfg.contexts),
         positions=cfg.positions,
         tied=cfg.tied,
     )
-    numbers: dict = {}
-
-#%% Speed against Hugging Face's GPT-2 with its default attention (--bench): 6 layers of width 512, and this script's own shape
-if __name__ == "__main__" and cfg.bench:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    keep_freed_memory()
-    for name, rows, more in (
-        (
-            "6 layers, d_model 512, 8 x 128 tokens",
-            (8, 128),
-            dict(n_layers=6, n_heads=8, d_model=512, d_mlp=2048, n_ctx=128),
-        ),
-        ("this script's shape", (cfg.tokens_per_step // cfg.contexts[-1], cfg.contexts[-1]), {}),
-    ):
-        ours = TinyTransformer(TinyConfig(**shape | more, d_vocab=cfg.vocab)).to(device)
-        sizes = dict(
-            n_layer=ours.cfg.n_layers,
-            n_head=ours.cfg.n_heads,
-            n_embd=ours.cfg.d_model,
-            n_inner=ours.cfg.d_mlp,
-            n_positions=ours.cfg.n_ctx,
-            vocab_size=cfg.vocab,
-            tie_word_embeddings=cfg.tied,
-        )
-        hf_model = GPT2LMHeadModel(
-            GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        ).to(device)
-        numbers[name] = bench_against_hf(ours, hf_model, t.randint(cfg.vocab, rows, device=device))
-        print(
-            f"training throughput / Hugging Face's, {name}: {cyan}{numbers[name]:.2f}{endc} (median of 7 pairs, {t.get_num_threads()} threads, {device})"
-        )
-    save_results("tiny_transformer_bench", cfg, throughput_vs_hf=min(numbers.values()), **numbers)
-    raise SystemExit
-
-#%% A model: trained before your eyes, or opened from Hugging Face with every tensor in its place
-if __name__ == "__main__":
-    print(
-        f"{purple}=== {f'Opening {cfg.model}' if cfg.model else f'Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}'}, {device} ==={endc}"
+    model = TinyTransformer(shape, corpus.tokenizer)
+    history = train(
+        model.to(device),
+        repeat_batches(corpus, cfg),
+        cfg,
+        "tiny_transformer",
+        shape=dataclasses.asdict(model.cfg),
+        data=corpus.key,
     )
-    if cfg.model:
-        read_hf_config(read_config(full_name(cfg.model)))  # before anything is fetched
-        folder = str(model_folder(cfg.model))
-        model = TinyTransformer.from_folder(folder, device)
-        table = [
-            [*row[:2], row[3], ", ".join(model.place(row[0], t.zeros(row[1], device="meta"))) or "(the causal mask)"]
-            for row in tensor_table(folder)
-        ]
-        print(
-            tabulate(
-                [row for row in table if "h." not in row[0] or ".0." in row[0] or "h.0." in row[0]],
-                headers=["tensor", "shape", "norm", "here"],
-                floatfmt=".2f",
-            )
-        )
-        print(
-            f"{gray}{len(table)} tensors, blocks after the first not shown; W_E is embed, W_U unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_in W_out mlp.inp out{endc}"
-        )
-        corpus, numbers["tensors"] = load_corpus(cfg.data, tokenizer=folder), len(table)
-    else:
-        corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-        if cfg.answer:
-            find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
-        model = TinyTransformer(TinyConfig(**shape, d_vocab=corpus.d_vocab), corpus.tokenizer)
-        history = train(
-            model.to(device),
-            repeat_batches(corpus, cfg),
-            cfg,
-            "tiny_transformer",
-            shape=dataclasses.asdict(model.cfg),
-            data=corpus.key,
-        )
-        model.to_hf(folder := Path("checkpoints/tiny_transformer"))
-        first_goes_on()
-        numbers |= {
-            "train_seconds": history["seconds"],
-            "tokens_per_second": history["tokens_per_second"],
-            "loss": float(np.mean(history["loss"][-20:])),
-        }
-        print(
-            f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, saved to {folder} as a Hugging Face folder{endc}"
-        )
-    n_layers, n_heads, n_params = model.cfg.n_layers, model.cfg.n_heads, sum(p.numel() for p in model.parameters())
-    head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
-    about = f"{n_layers}-layer GPT-2 shape, {n_params / 1e6:.1f}M parameters"
+    folder = Path("checkpoints/tiny_transformer")
+    model.to_hf(folder)
+    first_goes_on()
+    numbers |= {
+        "train_seconds": history["seconds"],
+        "tokens_per_second": history["tokens_per_second"],
+        "loss": float(np.mean(history["loss"][-20:])),
+    }
+    print(
+        f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s "
+        f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, "
+        f"saved to {folder} as a Hugging Face folder{endc}"
+    )
 
 #%% What flows through: shapes forward, gradient norms backward
 if __name__ == "__main__":
