@@ -456,113 +456,108 @@ if __name__ == "__main__" and not cfg.model:
 
 #%% What flows through: shapes forward, gradient norms backward
 if __name__ == "__main__":
+    n_layers = model.cfg.n_layers
+    n_heads = model.cfg.n_heads
+    n_params = sum(p.numel() for p in model.parameters())
+    layer_names = [f"L{layer}" for layer in range(n_layers)]
+    head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+    about = f"{n_layers}-layer GPT-2 shape, {n_params / 1e6:.1f}M parameters"
+
     prompt = to_tokens(model.tokenizer, cfg.prompt).to(device)
     if prompt.shape[1] < 3:
         fail("--prompt is too short: give a few words")
-    labels = label_tokens(str_tokens(model.tokenizer, prompt[0]))
+    prompt_tokens = str_tokens(model.tokenizer, prompt[0])
+    labels = label_tokens(prompt_tokens)
     with t.no_grad():
         logits, cache = run_with_cache(model, prompt)
+    shapes = []
+    for name, x in cache.items():
+        if "blocks" not in name or "blocks.0." in name:
+            shapes.append([name, tuple(x.shape)])
+    shapes.append(["logits", tuple(logits.shape)])
     print(f"{purple}=== Forward: {prompt.shape[1]} tokens of {cfg.prompt!r} ==={endc}")
-    print(
-        tabulate(
-            [[name, tuple(x.shape)] for name, x in cache.items() if "blocks" not in name or "blocks.0." in name]
-            + [["logits", tuple(logits.shape)]],
-            headers=["hook (blocks after the first alike)", "shape"],
-        )
-    )
+    print(tabulate(shapes, headers=["hook (blocks after the first alike)", "shape"]))
+
     ctx = min(256, model.cfg.n_ctx)
     natural = t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 64, ctx, "heldout")).to(device)
     loss = language_loss(model, natural[:16])
     loss.backward()
     grads = {name: p.grad.norm().item() for name, p in model.named_parameters() if name.endswith(("weight", "W_pos"))}
     model.zero_grad()
-    print(
-        f"{purple}=== Backward: gradient norms of the loss on 16 x {ctx} held-out tokens, {cyan}{loss:.3f} nats{purple} ==={endc}"
-    )
     kinds = list(dict.fromkeys(name.split(".", 2)[2].removesuffix(".weight") for name in grads if "blocks" in name))
+    by_layer = [[f"L{i}", *(grads[f"blocks.{i}.{kind}.weight"] for kind in kinds)] for i in range(n_layers)]
+    outside = [f"{name} {norm:.3f}" for name, norm in grads.items() if "blocks" not in name]
     print(
-        tabulate(
-            [[f"L{layer}", *(grads[f"blocks.{layer}.{kind}.weight"] for kind in kinds)] for layer in range(n_layers)],
-            headers=["layer", *kinds],
-            floatfmt=".3f",
-        )
+        f"{purple}=== Backward: gradient norms of the loss on 16 x {ctx} held-out tokens, "
+        f"{cyan}{loss:.3f} nats{purple} ==={endc}"
     )
-    print(
-        f"{gray}{', '.join(f'{name} {x:.3f}' for name, x in grads.items() if 'blocks' not in name)}{' (tied: W_U too)' * model.cfg.tied}{endc}"
-    )
+    print(tabulate(by_layer, headers=["layer", *kinds], floatfmt=".3f"))
+    print(f"{gray}{', '.join(outside)}{' (tied: W_U too)' * model.cfg.tied}{endc}")
     numbers |= {"n_params": n_params, "heldout_loss": loss.item(), "gradient_norms": grads}
 
-#%% The gates: hooks change nothing, attention sums to one, parts sum to the logit, folding keeps log-probabilities, integrated gradients are complete
+#%% Gates: hooks change nothing, attention sums to one, parts sum to the logit, folding keeps log-probabilities, integrated gradients are complete
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
     folded = fold_norm(model)
-    with t.no_grad():
-        errors = {
-            "hooks": ((logits - model(prompt)).abs().max() / logits.abs().max()).item(),
-            "fold_norm": (folded(prompt).log_softmax(-1) - logits.log_softmax(-1)).abs().max().item(),
-        }
-    errors["rows"] = max((cache["pattern", layer].sum(-1) - 1).abs().max().item() for layer in range(n_layers))
-    errors["attribution"] = max(
-        parts_error(logit_parts(model, natural[[i]], int(natural[i, -1]), position))
-        for i in range(8)
-        for position in (-1, ctx // 2, 1)
-    )
     maps = [ff_maps(model, prompt, layer) for layer in range(n_layers)]
-    errors["integrated_gradients"] = max(x["error"].item() for x in maps)
-    numbers |= {f"{name}_max_error": x for name, x in errors.items()}
+    with t.no_grad():
+        hooks_gap = (logits - model(prompt)).abs().max() / logits.abs().max()
+        folding_gap = (folded(prompt).log_softmax(-1) - logits.log_softmax(-1)).abs().max()
+    row_gaps = [(cache["pattern", layer].sum(-1) - 1).abs().max().item() for layer in range(n_layers)]
+    sum_gaps = []
+    for i in range(8):
+        for position in (-1, ctx // 2, 1):
+            parts = logit_parts(model, natural[[i]], int(natural[i, -1]), position)
+            sum_gaps.append(parts_error(parts))
+    errors = {
+        "hooks": hooks_gap.item(),
+        "fold_norm": folding_gap.item(),
+        "rows": max(row_gaps),
+        "attribution": max(sum_gaps),
+        "integrated_gradients": max(x["error"].item() for x in maps),
+    }
+    numbers |= {f"{name}_max_error": error for name, error in errors.items()}
     assert max(errors.values()) < 1e-4, errors
-    print(
-        f"{cyan}"
-        + ", ".join(f"{name.replace('_', ' ')} {x:.0e}" for name, x in errors.items())
-        + f"{gray}: all within 1e-4{endc}"
-    )
+    said_errors = [f"{name.replace('_', ' ')} {error:.0e}" for name, error in errors.items()]
+    print(f"{cyan}{', '.join(said_errors)}{gray}: all within 1e-4{endc}")
 
 #%% What comes next, and where every head looks
 if __name__ == "__main__":
     probs = logits[0, -1].float().softmax(-1)
     top = probs.topk(20)
+    top_names = [visible(token) for token in str_tokens(model.tokenizer, top.indices)]
     answer = find_tokens(model.tokenizer, cfg.answer)[0] if cfg.answer else int(top.indices[0])
-    said, names = (
-        visible(str_tokens(model.tokenizer, [answer])[0]),
-        [visible(x) for x in str_tokens(model.tokenizer, top.indices)],
+    said = visible(str_tokens(model.tokenizer, [answer])[0])
+    patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])  # (head of any layer, query, key)
+    likeliest = [f"{name} {cyan}{p:.3f}{endc}" for name, p in zip(top_names[:8], top.values.tolist())]
+    print(f"{purple}=== After {cfg.prompt!r} ==={endc}")
+    print(", ".join(likeliest))
+
+#%% ... as bars of the next token, and as maps of every head's attention
+if __name__ == "__main__":
+    fig = bar(
+        {"probability": top.values},
+        f"Next token after {cfg.prompt[-60:]!r} ({about})",
+        xlabel="token (id)",
+        ylabel="probability",
+        x=[f"{name} ({i})" for name, i in zip(top_names, top.indices.tolist())],
+        hover="%{x}<br>probability %{y:.4f}<extra></extra>",
     )
-    print(
-        f"{purple}=== After {cfg.prompt!r} ==={endc}\n"
-        + ", ".join(f"{name} {cyan}{p:.3f}{endc}" for name, p in zip(names[:8], top.values.tolist()))
+    show(fig, "tiny_transformer/next_token")
+    fig = imshow(
+        patterns,
+        f"Attention of every head on the prompt ({about})",
+        "key",
+        "query",
+        labels,
+        labels,
+        head_names,
+        diverging=False,
+        value="attention",
     )
-    show(
-        go.Figure(
-            go.Bar(
-                x=[f"{name} ({i})" for name, i in zip(names, top.indices.tolist())],
-                y=top.values.tolist(),
-                hovertemplate="%{x}<br>probability %{y:.4f}<extra></extra>",
-            )
-        ).update_layout(
-            title=f"Next token after {cfg.prompt[-60:]!r} ({about})",
-            xaxis_title="token (id)",
-            yaxis_title="probability",
-        ),
-        "tiny_transformer/next_token",
-    )
-    patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])
-    show(
-        imshow(
-            patterns,
-            f"Attention of every head on the prompt ({about})",
-            "key",
-            "query",
-            labels,
-            labels,
-            head_names,
-            diverging=False,
-            value="attention",
-        ),
-        "tiny_transformer/attention",
-    )
-    show_page(
-        attention_page(str_tokens(model.tokenizer, prompt[0]), patterns, head_names, f"Attention of a {about}"),
-        "tiny_transformer/attention_text",
-    )
+    show(fig, "tiny_transformer/attention")
+    page = attention_page(prompt_tokens, patterns, head_names, f"Attention of a {about}")
+    show_page(page, "tiny_transformer/attention_text")
 
 #%% Which parts made that logit? Embedding, positions, every head x source token, every neuron, every bias
 if __name__ == "__main__":
