@@ -563,51 +563,25 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     parts = logit_parts(model, prompt, answer)
     assert parts_error(parts) < 1e-4
-    single = {
-        "embed": parts["embed"],
-        "positions": parts["pos_embed"],
-        "attention biases": parts["attn_bias"].sum(),
-        "MLP biases": parts["mlp_bias"].sum(),
-        "final norm's bias": parts["constant"],
-    }
-    ranked = [[name, labels[-1] if name == "embed" else "", x.item()] for name, x in single.items()]
-    ranked += [
-        [name, labels[j], x.item()]
-        for name, row in zip(head_names, parts["heads"].flatten(0, 1))
-        for j, x in enumerate(row)
+    ranked = [
+        ["embed", labels[-1], parts["embed"].item()],
+        ["positions", "", parts["pos_embed"].item()],
+        ["attention biases", "", parts["attn_bias"].sum().item()],
+        ["MLP biases", "", parts["mlp_bias"].sum().item()],
+        ["final norm's bias", "", parts["constant"].item()],
     ]
-    ranked += [
-        [f"L{layer}N{i}", "", x] for layer, row in enumerate(parts["neurons"].tolist()) for i, x in enumerate(row)
-    ]
+    for name, row in zip(head_names, parts["heads"].flatten(0, 1)):
+        ranked += [[name, labels[source], x.item()] for source, x in enumerate(row)]
+    for layer, row in enumerate(parts["neurons"].tolist()):
+        ranked += [[f"L{layer}N{neuron}", "", x] for neuron, x in enumerate(row)]
     ranked.sort(key=lambda part: -abs(part[2]))
+    others = [f"the other {len(ranked) - 12}", "", sum(part[2] for part in ranked[12:])]
+    table = [*ranked[:12], others, ["sum = logit", "", parts["logit"].item()]]
     print(
-        f"{purple}=== Logit of '{said}' (probability {probs[answer]:.2f}), final norm's scale frozen; weights as trained, the final norm's folded into W_U ==={endc}"
+        f"{purple}=== Logit of '{said}' (probability {probs[answer]:.2f}), final norm's scale frozen; "
+        f"weights as trained, the final norm's folded into W_U ==={endc}"
     )
-    print(
-        tabulate(
-            [
-                *ranked[:12],
-                [f"the other {len(ranked) - 12}", "", sum(part[2] for part in ranked[12:])],
-                ["sum = logit", "", parts["logit"].item()],
-            ],
-            headers=["part", "source", "logit"],
-            floatfmt=".3f",
-        )
-    )
-    by_layer = t.cat([parts["heads"].sum(-1), parts["attn_bias"][:, None], parts["mlp"][:, None]], 1)
-    rest = sum(parts[name].item() for name in ("embed", "pos_embed", "constant"))
-    show(
-        imshow(
-            by_layer,
-            f"Logit of '{said}' = {parts['logit']:.2f} = {rest:.2f} (embedding, positions, final bias) + these, final norm's scale frozen ({about})",
-            "part",
-            "layer",
-            [*(f"H{head}" for head in range(n_heads)), "attn bias", "MLP"],
-            [f"L{layer}" for layer in range(n_layers)],
-            value="logit",
-        ),
-        "tiny_transformer/attribution",
-    )
+    print(tabulate(table, headers=["part", "source", "logit"], floatfmt=".3f"))
     numbers |= {
         "answer": said,
         "answer_logit": parts["logit"],
@@ -615,45 +589,57 @@ if __name__ == "__main__":
         "heads_logit": parts["heads"].sum(),
     }
 
+#%% ... as a map of layers and parts
+if __name__ == "__main__":
+    by_layer = t.cat([parts["heads"].sum(-1), parts["attn_bias"][:, None], parts["mlp"][:, None]], 1)  # (layer, part)
+    rest = sum(parts[name].item() for name in ("embed", "pos_embed", "constant"))
+    fig = imshow(
+        by_layer,
+        f"Logit of '{said}' = {parts['logit']:.2f} = {rest:.2f} (embedding, positions, final bias) + these, "
+        f"final norm's scale frozen ({about})",
+        "part",
+        "layer",
+        [*(f"H{head}" for head in range(n_heads)), "attn bias", "MLP"],
+        layer_names,
+        value="logit",
+    )
+    show(fig, "tiny_transformer/attribution")
+
 #%% Head catalogue on random tokens said twice: who does what, above what shuffling gives
 if __name__ == "__main__":
-    rows = random_repeats(corpus, 24, half := min(50, (model.cfg.n_ctx - 1) // 2), cfg.seed).to(device)
+    half = min(50, (model.cfg.n_ctx - 1) // 2)
+    rows = random_repeats(corpus, 24, half, cfg.seed).to(device)
     scores, bars, roles = catalogue(model, rows)
+    table = []
+    for i, name in enumerate(head_names):
+        table.append([name, *(f"{x.flatten()[i]:.2f}" for x in scores.values()), ", ".join(roles[name])])
+    table.append(["bar", *(f"{x:.2f}" for x in bars.values()), ""])
     print(
-        f"{purple}=== Heads on {len(rows)} x {half} random tokens said twice; a role is named above its bar (floor, or 99th percentile of the best head under shuffling) ==={endc}"
+        f"{purple}=== Heads on {len(rows)} x {half} random tokens said twice; a role is named above its bar "
+        f"(floor, or 99th percentile of the best head under shuffling) ==={endc}"
     )
-    print(
-        tabulate(
-            [
-                *(
-                    [name, *(f"{x.flatten()[i]:.2f}" for x in scores.values()), ", ".join(roles[name])]
-                    for i, name in enumerate(head_names)
-                ),
-                ["bar", *(f"{x:.2f}" for x in bars.values()), ""],
-            ],
-            headers=["head", *scores, "named"],
-        )
-    )
-    show(
-        imshow(
-            t.stack(list(scores.values())),
-            f"Head scores on {len(rows)} x {half} random tokens said twice ({about})",
-            "head",
-            "layer",
-            [f"H{h}" for h in range(n_heads)],
-            [f"L{layer}" for layer in range(n_layers)],
-            [f"{role} (bar {bars[role]:.2f})" for role in scores],
-            columns=3,
-            diverging=False,
-            value="score",
-        ),
-        "tiny_transformer/heads",
-    )
+    print(tabulate(table, headers=["head", *scores, "named"]))
     numbers |= {
         "roles": {name: x for name, x in roles.items() if x},
         "bars": bars,
         "best_scores": {role: x.max() for role, x in scores.items()},
     }
+
+#%% ... as one map for each role
+if __name__ == "__main__":
+    fig = imshow(
+        t.stack(list(scores.values())),
+        f"Head scores on {len(rows)} x {half} random tokens said twice ({about})",
+        "head",
+        "layer",
+        [f"H{head}" for head in range(n_heads)],
+        layer_names,
+        [f"{role} (bar {bars[role]:.2f})" for role in scores],
+        columns=3,
+        diverging=False,
+        value="score",
+    )
+    show(fig, "tiny_transformer/heads")
 
 #%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
 if __name__ == "__main__":
