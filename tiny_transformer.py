@@ -641,105 +641,117 @@ if __name__ == "__main__":
     )
     show(fig, "tiny_transformer/heads")
 
+
 #%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
+def token_list(model: TinyTransformer, tokens: Tensor) -> str:
+    return " ".join(visible(token) for token in str_tokens(model.tokenizer, tokens))
+
+
 if __name__ == "__main__":
-    words, table, page = [str_tokens(model.tokenizer, row) for row in natural], [], []
-    for layer, found in ((layer, x) for layer in range(n_layers) for x in neuron_catalogue(model, natural, layer)):
-        near = lambda ids: " ".join(visible(x) for x in str_tokens(model.tokenizer, ids))
-        raised, lowered, name = (
-            near(found["effect"].topk(6).indices),
-            near((-found["effect"]).topk(6).indices),
-            f"L{layer}N{found['neuron']}",
-        )
-        contexts = [(act, words[row][max(0, at - 10) : at], words[row][at]) for act, row, at in found["peaks"]]
-        table.append(
-            [
-                name,
-                f"{contexts[0][0]:.1f}",
-                " | ".join(visible("".join(before[-3:])) + f"[{visible(token)}]" for _, before, token in contexts[:3]),
-                raised,
-                lowered,
-            ]
-        )
-        page.append(
-            f"<h2>{name}</h2><p>raises {html.escape(raised)}<br>lowers {html.escape(lowered)}</p>"
-            + "".join(
-                f"<pre>{act:6.2f} {html.escape(visible(''.join(before)))}<b>{html.escape(visible(token))}</b></pre>"
-                for act, before, token in contexts
+    words = [str_tokens(model.tokenizer, row) for row in natural]
+    neurons = []
+    for layer in range(n_layers):
+        for found in neuron_catalogue(model, natural, layer):
+            peaks = [(act, words[row][max(0, pos - 10) : pos], words[row][pos]) for act, row, pos in found["peaks"]]
+            neurons.append(
+                {
+                    "name": f"L{layer}N{found['neuron']}",
+                    "peaks": peaks,  # (activation, ten tokens before, token), strongest first
+                    "raises": token_list(model, found["effect"].topk(6).indices),
+                    "lowers": token_list(model, (-found["effect"]).topk(6).indices),
+                }
             )
-        )
+    table = []
+    for neuron in neurons:
+        fires = [visible("".join(before[-3:])) + f"[{visible(token)}]" for _, before, token in neuron["peaks"][:3]]
+        peak = f"{neuron['peaks'][0][0]:.1f}"
+        table.append([neuron["name"], peak, " | ".join(fires), neuron["raises"], neuron["lowers"]])
     print(
-        f"{purple}=== Neurons: top contexts in {len(natural)} x {ctx} held-out tokens; logit effect by the direct path, weights with the final norm folded ==={endc}"
+        f"{purple}=== Neurons: top contexts in {len(natural)} x {ctx} held-out tokens; logit effect by the direct "
+        f"path, weights with the final norm folded ==={endc}"
     )
     print(tabulate(table, headers=["neuron", "peak", "fires at [token]", "raises", "lowers"]))
-    show_page(
-        f"<!doctype html><meta charset='utf-8'><title>Neurons</title><style>body{{font:15px sans-serif;margin:24px}}b{{background:#E69F00}}</style><h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>"
-        + "".join(page),
-        "tiny_transformer/neurons",
-    )
 
-#%% The feed-forward block through attention maps: who is in a position's stream before it, and after
+
+#%% ... as a page to read
+def neuron_entry(neuron: dict) -> str:
+    entry = (
+        f"<h2>{neuron['name']}</h2><p>raises {html.escape(neuron['raises'])}"
+        f"<br>lowers {html.escape(neuron['lowers'])}</p>"
+    )
+    for act, before, token in neuron["peaks"]:
+        context = html.escape(visible("".join(before)))
+        entry += f"<pre>{act:6.2f} {context}<b>{html.escape(visible(token))}</b></pre>"
+    return entry
+
+
 if __name__ == "__main__":
-    before, after = ([mixing(x[name]) for x in maps] for name in ("attn_res", "ff_res"))
-    panels = {
-        f"L{layer} {text}": maps[layer][name]
-        for layer in range(n_layers)
-        for name, text in (
-            ("attn_res", "attention + residual"),
-            ("ff", "feed-forward (IG)"),
-            ("ff_res", "feed-forward + residual"),
+    page = (
+        "<!doctype html><meta charset='utf-8'><title>Neurons</title>"
+        "<style>body{font:15px sans-serif;margin:24px}b{background:#E69F00}</style>"
+        f"<h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>"
+    )
+    page += "".join(neuron_entry(neuron) for neuron in neurons)
+    show_page(page, "tiny_transformer/neurons")
+
+#%% The feed-forward block through attention maps: how much of a stream comes from other positions, before it and after
+if __name__ == "__main__":
+    before_ff = [mixing(x["attn_res"]) for x in maps]
+    after_ff = [mixing(x["ff_res"]) for x in maps]
+    numbers |= {"mixing_before_ff": before_ff, "mixing_after_ff": after_ff}
+    print(f"{purple}=== Share of the stream that comes from other positions ==={endc}")
+    for layer in range(n_layers):
+        print(
+            f"layer {layer}: {cyan}{before_ff[layer]:.3f}{endc} after attention, "
+            f"{cyan}{after_ff[layer]:.3f}{endc} after the feed-forward block"
         )
-    }
-    show(
-        imshow(
-            t.stack(list(panels.values())),
-            f"||what the key's stream brings to the query||, through attention and then the feed-forward block ({about}); each panel on its own scale",
-            "key",
-            "query",
-            labels,
-            labels,
-            list(panels),
-            columns=3,
-            diverging=False,
-            value="norm",
-            one_scale=False,
-        ),
-        "tiny_transformer/feed_forward_maps",
+
+#%% ... as maps of who is in whose stream
+if __name__ == "__main__":
+    panels = {}
+    for layer in range(n_layers):
+        panels[f"L{layer} attention + residual"] = maps[layer]["attn_res"]
+        panels[f"L{layer} feed-forward (IG)"] = maps[layer]["ff"]
+        panels[f"L{layer} feed-forward + residual"] = maps[layer]["ff_res"]
+    fig = imshow(
+        t.stack(list(panels.values())),
+        "||what the key's stream brings to the query||, through attention and then the feed-forward block "
+        f"({about}); each panel on its own scale",
+        "key",
+        "query",
+        labels,
+        labels,
+        list(panels),
+        columns=3,
+        diverging=False,
+        value="norm",
+        one_scale=False,
     )
-    show(
-        imshow(
-            t.cat([x["weighted"] for x in maps]),
-            f"Norm-based attention of every head: ||alpha f(x)||, layer norm and values included ({about})",
-            "key",
-            "query",
-            labels,
-            labels,
-            head_names,
-            diverging=False,
-            value="norm",
-        ),
-        "tiny_transformer/norm_based",
+    show(fig, "tiny_transformer/feed_forward_maps")
+    fig = imshow(
+        t.cat([x["weighted"] for x in maps]),
+        f"Norm-based attention of every head: ||alpha f(x)||, layer norm and values included ({about})",
+        "key",
+        "query",
+        labels,
+        labels,
+        head_names,
+        diverging=False,
+        value="norm",
     )
-    numbers |= {"mixing_before_ff": before, "mixing_after_ff": after}
-    print(
-        f"{purple}=== Share of the stream that comes from other positions ==={endc}\n"
-        + "\n".join(
-            f"layer {l}: {cyan}{a:.3f}{endc} after attention, {cyan}{b:.3f}{endc} after the feed-forward block"
-            for l, (a, b) in enumerate(zip(before, after))
-        )
-    )
+    show(fig, "tiny_transformer/norm_based")
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
     save_results("tiny_transformer", cfg, **numbers)
-    named = (
-        "; ".join(
-            f"{role}: {', '.join(heads)}"
-            for role in scores
-            if (heads := [name for name, x in roles.items() if role in x])
-        )
-        or "no head has a role"
-    )
+    named = []
+    for role in scores:
+        heads = [name for name, has in roles.items() if role in has]
+        if heads:
+            named.append(f"{role}: {', '.join(heads)}")
+    rest = parts["logit"] - parts["heads"].sum() - parts["mlp"].sum()
     print(
-        f"{green}'{said}' gets its logit of {parts['logit']:.2f} from heads {parts['heads'].sum():+.2f}, MLPs {parts['mlp'].sum():+.2f}, the rest {parts['logit'] - parts['heads'].sum() - parts['mlp'].sum():+.2f}. {named}. Gate: attribution exact to {errors['attribution']:.0e}.{endc}"
+        f"{green}'{said}' gets its logit of {parts['logit']:.2f} from heads {parts['heads'].sum():+.2f}, MLPs "
+        f"{parts['mlp'].sum():+.2f}, the rest {rest:+.2f}. {'; '.join(named) or 'no head has a role'}. "
+        f"Gate: attribution exact to {errors['attribution']:.0e}.{endc}"
     )
