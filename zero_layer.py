@@ -1,4 +1,7 @@
-"""Zero-layer transformer, W_E -> W_U: fitted to next-token prediction it becomes the bigram table, as far as its rank allows."""
+"""
+Zero-layer transformer, W_E -> W_U: fitted to next-token prediction it becomes the bigram table, as far as its rank
+allows.
+"""
 
 import dataclasses
 import math
@@ -6,23 +9,35 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import cyan, endc, fail, gray, green, pick_device, purple, save_results, set_seed, yellow
-from plots import COLORS, array, imshow, label_tokens, line, show, visible
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    cyan,
+    endc,
+    fail,
+    gray,
+    green,
+    pick_device,
+    purple,
+    save_results,
+    set_seed,
+    yellow,
+)
 from hooks import HookPoint, in_batches
-from data import find_tokens, kind_of, load_corpus, str_tokens
-from train import TrainConfig, first_goes_on, train
-from launch import flags
+
 from anatomy import entropy_floor, mutual_information, row_totals
+from data import find_tokens, kind_of, load_corpus, str_tokens
+from launch import flags
+from plots import COLORS, array, imshow, label_tokens, line, show, visible
+from train import TrainConfig, first_goes_on, train
 
 import numpy as np
 import plotly.graph_objects as go
+import torch as t
+import torch.nn as nn
+import torch.nn.functional as F
 from plotly.subplots import make_subplots
 from scipy.sparse import coo_matrix, csr_matrix
 from tabulate import tabulate
-import torch as t
 from torch import Tensor
-import torch.nn as nn
-import torch.nn.functional as F
 
 DENSE = 4096  # up to this vocabulary the whole count matrix is one dense tensor
 CHUNK = 512  # rows of logits held at once when a model is measured: 100 MB for 50257 tokens
@@ -32,21 +47,35 @@ MAPPED = 600  # tokens in the maps, the most frequent
 TABLE_GATE = 0.05  # bits per token under which we say that the model is the bigram table
 
 
+#%% The model: look up the token's row of W_E, multiply by W_U
+class ZeroLayer(nn.Module):
+    """W_E (d_vocab, d_model), W_U (d_model, d_vocab); W_E W_U is the table of logits (token, next)."""
+
+    def __init__(self, d_vocab: int, d_model: int):
+        super().__init__()
+        self.W_E = nn.Parameter(0.1 * t.randn(d_vocab, d_model))
+        self.W_U = nn.Parameter(0.1 * t.randn(d_model, d_vocab))
+        self.hook_embed = HookPoint()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.hook_embed(F.embedding(tokens, self.W_E))
+        return x @ self.W_U
+
+
+#%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
-    tokenizer: str | None = (
-        None  # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
-    )
+    # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
+    tokenizer: str | None = None
     vocab: int = 1024  # size of that BPE
     d_model: int = 128
     fit: Literal["counts", "tokens"] = "counts"  # exact loss from the count matrix; or plain SGD on sampled tokens
     token: str | None = None  # what follows it, what predicts it; default: the most frequent word
     ranks: tuple[int, ...] = (2, 8, 32, 128)  # values of d_model to compare, each fitted for half the steps
     steps: int = 200
-    tokens_per_step: int = (
-        4096  # drawn per step by --fit tokens, and where the vocabulary is above 4096 (gpt2's 50257: 4 GB at peak)
-    )
+    # drawn per step by --fit tokens, and where the vocabulary is above 4096 (gpt2's 50257: 4 GB at peak)
+    tokens_per_step: int = 4096
     lr: float = 0.1
     optimizer: Literal["muon", "adamw"] = "adamw"  # Muon has no hidden matrix to work on here
     decay: float = 1.0  # share of the steps in which the learning rate falls to 0 (wsd)
@@ -54,20 +83,6 @@ class Config(TrainConfig):
     contexts: tuple[int, ...] = (2,)  # of no effect: a bigram model sees one token
     autocast: Literal["auto", "on", "off"] = "off"  # bfloat16 in training
     save_every: int = 0  # steps between checkpoints; 0 writes none
-
-
-#%% The model: look up the token's row of W_E, multiply by W_U
-class ZeroLayer(nn.Module):
-    def __init__(self, d_vocab: int, d_model: int):
-        super().__init__()
-        self.W_E, self.W_U = (
-            nn.Parameter(0.1 * t.randn(d_vocab, d_model)),
-            nn.Parameter(0.1 * t.randn(d_model, d_vocab)),
-        )
-        self.hook_embed = HookPoint()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.hook_embed(F.embedding(tokens, self.W_E)) @ self.W_U
 
 
 #%% The text as counts[x, y]: how often y comes right after x, documents joined by their beginning-of-text token included
@@ -87,22 +102,20 @@ def dense(counts: csr_matrix, rows: np.ndarray, device: str = "cpu") -> Tensor:
 
 def add_alpha_loss(counts: csr_matrix, text: csr_matrix, alpha: float) -> float:
     """Loss in nats per token, on the pairs of text, of the table (counts + alpha) / (row total + alpha * d_vocab)."""
+    d_vocab = counts.shape[0]
     text = text.tocoo()
     seen = np.asarray(counts[text.row, text.col]).ravel()
-    return float(
-        -(text.data * np.log((seen + alpha) / (row_totals(counts)[text.row] + alpha * counts.shape[0]))).sum()
-        / text.sum()
-    )
+    p_next = (seen + alpha) / (row_totals(counts)[text.row] + alpha * d_vocab)
+    return float(-(text.data * np.log(p_next)).sum() / text.sum())
 
 
 def choose_alpha(streams: list[np.ndarray], d_vocab: int) -> float:
     """The alpha that best predicts the last sixteenth of each training stream from the rest of it."""
     cuts = [len(stream) * 15 // 16 for stream in streams]
-    counts, text = (
-        bigram_counts([s[:cut] for s, cut in zip(streams, cuts)], d_vocab),
-        bigram_counts([s[cut:] for s, cut in zip(streams, cuts)], d_vocab),
-    )
-    return float(min(ALPHAS, key=lambda alpha: add_alpha_loss(counts, text, alpha)))
+    counts = bigram_counts([stream[:cut] for stream, cut in zip(streams, cuts)], d_vocab)
+    text = bigram_counts([stream[cut:] for stream, cut in zip(streams, cuts)], d_vocab)
+    losses = [add_alpha_loss(counts, text, alpha) for alpha in ALPHAS]
+    return float(ALPHAS[np.argmin(losses)])
 
 
 #%% The loss depends on the counts alone, so one step on the count matrix is a step on the whole text at once
