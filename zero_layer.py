@@ -127,15 +127,14 @@ def count_loss(model: nn.Module, rows: Tensor, counts: Tensor) -> Tensor:
 @t.no_grad()
 def measure(model: nn.Module, counts: csr_matrix) -> float:
     """Exact loss on all counts in nats per token, summed in float64 over chunks of rows."""
-    total, device = 0.0, model.W_E.device
+    total = 0.0
+    device = model.W_E.device
     seen = np.flatnonzero(row_totals(counts))
-    for rows in np.array_split(seen, -(-len(seen) // CHUNK)):
-        total += (
-            F.cross_entropy(model(t.from_numpy(rows).to(device)), dense(counts, rows, device), reduction="none")
-            .double()
-            .sum()
-            .item()
-        )
+    n_chunks = -(-len(seen) // CHUNK)  # rounded up
+    for rows in np.array_split(seen, n_chunks):
+        logits = model(t.from_numpy(rows).to(device))
+        losses = F.cross_entropy(logits, dense(counts, rows, device), reduction="none")
+        total += losses.double().sum().item()
     return total / float(counts.sum())
 
 
@@ -151,6 +150,48 @@ def drawn_loss(model: nn.Module, drawn: Tensor, counts: csr_matrix) -> Tensor:
     return count_loss(model, drawn[:, 0], table * (drawn[:, 1:] / table.sum(1, keepdim=True)))
 
 
+#%% Three ways to take a step. Each gives what a step reads, its loss, and how many tokens of text it stands for
+def sampled_tokens(cfg: Config, streams: list[np.ndarray]) -> tuple[Callable, Callable, int]:
+    """Plain SGD on pairs drawn from the text: a noisy gradient, and a row of d_vocab logits for each pair."""
+    pairs = bigrams(streams)
+
+    def batch(i: int) -> Tensor:
+        drawn = np.random.default_rng((cfg.seed, i)).integers(len(pairs), size=cfg.tokens_per_step)
+        return t.from_numpy(pairs[drawn]).long()
+
+    def loss(model: nn.Module, drawn: Tensor) -> Tensor:
+        return F.cross_entropy(model(drawn[:, 0]).float(), drawn[:, 1])
+
+    return batch, loss, cfg.tokens_per_step
+
+
+def whole_table(cfg: Config, counts: csr_matrix) -> tuple[Callable, Callable, int]:
+    """The exact gradient: every step reads the whole count matrix."""
+    d_vocab = counts.shape[0]
+    table = dense(counts, np.arange(d_vocab), pick_device(cfg.device))
+
+    def batch(i: int) -> Tensor:
+        return t.arange(d_vocab)
+
+    def loss(model: nn.Module, rows: Tensor) -> Tensor:
+        return count_loss(model, rows, table)
+
+    return batch, loss, int(counts.sum())
+
+
+def drawn_rows(cfg: Config, counts: csr_matrix) -> tuple[Callable, Callable, int]:
+    """An unbiased estimate of it from drawn rows, a row of logits for each distinct token: for large vocabularies."""
+    totals = row_totals(counts)
+
+    def batch(i: int) -> Tensor:
+        return draw_rows(totals, cfg.tokens_per_step, (cfg.seed, i))
+
+    def loss(model: nn.Module, drawn: Tensor) -> Tensor:
+        return drawn_loss(model, drawn, counts)
+
+    return batch, loss, cfg.tokens_per_step
+
+
 def fit(
     cfg: Config,
     streams: list[np.ndarray],
@@ -159,67 +200,53 @@ def fit(
     watch: Callable[[nn.Module], dict] | None = None,
     watch_every: int = 50,
 ) -> tuple[ZeroLayer, dict]:
-    """
-    --fit tokens: each step samples pairs, so its gradient is noisy, and needs a row of d_vocab logits per pair where counts need one per distinct token.
-    --fit counts: the exact gradient; above 4096 tokens, where the matrix of logits does not fit, an unbiased estimate from drawn rows.
-    """
+    """A model of width cfg.d_model, and the history of its training. Above DENSE tokens the logits do not fit at once."""
     set_seed(cfg.seed)
-    d_vocab, per_batch = counts.shape[0], cfg.tokens_per_step
+    d_vocab = counts.shape[0]
     if cfg.fit == "tokens":
-        pairs = bigrams(streams)
-
-        def batch(i: int) -> Tensor:
-            return t.from_numpy(
-                pairs[np.random.default_rng((cfg.seed, i)).integers(len(pairs), size=cfg.tokens_per_step)]
-            ).long()
-
-        def loss(model: nn.Module, drawn: Tensor) -> Tensor:
-            return F.cross_entropy(model(drawn[:, 0]).float(), drawn[:, 1])
+        batch, loss, tokens_per_batch = sampled_tokens(cfg, streams)
     elif d_vocab <= DENSE:
-        table, per_batch = dense(counts, np.arange(d_vocab), pick_device(cfg.device)), int(counts.sum())
-
-        def batch(i: int) -> Tensor:
-            return t.arange(d_vocab)
-
-        def loss(model: nn.Module, rows: Tensor) -> Tensor:
-            return count_loss(model, rows, table)
+        batch, loss, tokens_per_batch = whole_table(cfg, counts)
     else:
-        totals = row_totals(counts)
-
-        def batch(i: int) -> Tensor:
-            return draw_rows(totals, cfg.tokens_per_step, (cfg.seed, i))
-
-        def loss(model: nn.Module, drawn: Tensor) -> Tensor:
-            return drawn_loss(model, drawn, counts)
-
+        batch, loss, tokens_per_batch = drawn_rows(cfg, counts)
     model = ZeroLayer(d_vocab, cfg.d_model)
-    return model, train(
+
+    def watch_model(step: int) -> dict:
+        return watch(model)
+
+    history = train(
         model,
         batch,
         cfg,
         name,
         loss,
-        watch and (lambda step: watch(model)),
+        watch_model if watch else None,
         watch_every,
-        per_batch,
+        tokens_per_batch,
         text_tokens=int(counts.sum()),
         shape=[d_vocab, cfg.d_model],
         fit=cfg.fit,
     )
+    return model, history
 
 
 #%% The closed form that fails: the best rank-d_model table in squared error of log-probabilities, by SVD
 def svd_table(counts: csr_matrix, alpha: float) -> tuple[Tensor, Tensor]:
-    """W_E, W_U at full rank, largest singular values first: their product is the add-alpha log-table, rows centred (softmax does not see it), weighted by frequency."""
+    """
+    W_E, W_U at full rank, largest singular values first: their product is the add-alpha log-table, rows centred
+    (softmax does not see it), weighted by frequency.
+    """
     table = dense(counts, np.arange(counts.shape[0])) + alpha
     weight = table.sum(1, keepdim=True).sqrt()
-    u, s, v = t.linalg.svd(weight * (table.log() - table.log().mean(1, keepdim=True)), full_matrices=False)
+    centred = table.log() - table.log().mean(1, keepdim=True)
+    u, s, v = t.linalg.svd(weight * centred, full_matrices=False)
     return u * s / weight, v
 
 
 def truncated(W_E: Tensor, W_U: Tensor, rank: int) -> ZeroLayer:
     model = ZeroLayer(len(W_E), rank)
-    model.W_E.data, model.W_U.data = W_E[:, :rank], W_U[:rank]
+    model.W_E.data = W_E[:, :rank]
+    model.W_U.data = W_U[:rank]
     return model
 
 
