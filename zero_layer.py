@@ -253,64 +253,74 @@ def truncated(W_E: Tensor, W_U: Tensor, rank: int) -> ZeroLayer:
 #%% Reading the table: what follows a token, what predicts it, what kind of token it is
 @t.no_grad()
 def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> list[tuple]:
-    """k rows (next, P by model, P by counts, previous, P by model, P by counts): the likeliest after token, and the tokens (seen RARE times) that make token likeliest."""
-    totals, device = row_totals(counts), model.W_E.device
-    after = array(model(t.tensor([token], device=device)).softmax(-1)[0])
+    """
+    k rows (next, P by model, P by counts, previous, P by model, P by counts): the likeliest after token, and the tokens
+    (seen RARE times) that make token likeliest.
+    """
+    totals = row_totals(counts)
+    device = model.W_E.device
+    p_after = array(model(t.tensor([token], device=device)).softmax(-1)[0])
     asked = np.flatnonzero(totals >= min(RARE, totals.max()))
-    before = np.concatenate(
-        [
-            array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token])
-            for rows in np.array_split(asked, -(-len(asked) // CHUNK))
-        ]
-    )
-    follows, predicts = after.argsort()[::-1][:k], before.argsort()[::-1][:k]
-    return [
-        (
-            int(y),
-            float(after[y]),
-            counts[token, y] / max(1, totals[token]),
-            int(asked[i]),
-            float(before[i]),
-            counts[asked[i], token] / totals[asked[i]],
-        )
-        for y, i in zip(follows, predicts)
-    ]
+    p_token = []  # of each token asked: how likely it makes token
+    for rows in np.array_split(asked, -(-len(asked) // CHUNK)):
+        p_token.append(array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token]))
+    p_before = np.concatenate(p_token)
+
+    found = []
+    for following, i in zip(p_after.argsort()[::-1][:k], p_before.argsort()[::-1][:k]):
+        previous = asked[i]
+        counted_after = counts[token, following] / max(1, totals[token])
+        counted_before = counts[previous, token] / totals[previous]
+        row_of_next = (int(following), float(p_after[following]), counted_after)
+        row_of_previous = (int(previous), float(p_before[i]), counted_before)
+        found.append((*row_of_next, *row_of_previous))
+    return found
 
 
-#%% Config and text: every adjacent pair of tokens is one count
+#%% Text: every adjacent pair of tokens is one count
+# --hpc: an A100 with 40 GB
+HPC = Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
+
 if __name__ == "__main__":
-    cfg = flags(
-        Config, __doc__, hpc=Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
-    )  # --hpc: an A100 with 40 GB
+    cfg = flags(Config, __doc__, hpc=HPC)
     first_goes_on()
     if min(cfg.steps, cfg.d_model, cfg.vocab, cfg.tokens_per_step, *cfg.ranks) < 1:
         fail("--steps, --d-model, --vocab, --tokens-per-step and --ranks must be at least 1")
     set_seed(cfg.seed)
     print(f"{purple}Zero layers: W_E -> W_U{endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-    streams, d_vocab = list(corpus.train.values()), corpus.d_vocab
-    counts, heldout = bigram_counts(streams, d_vocab), bigram_counts(corpus.heldout.values(), d_vocab)
-    n_pairs, names = int(counts.sum()), str_tokens(corpus.tokenizer, range(d_vocab))
-    common = np.argsort(-row_totals(counts), kind="stable")[: min(MAPPED, np.count_nonzero(row_totals(counts)))]
+    streams = list(corpus.train.values())
+    d_vocab = corpus.d_vocab
+    counts = bigram_counts(streams, d_vocab)
+    heldout = bigram_counts(corpus.heldout.values(), d_vocab)
+    n_pairs = int(counts.sum())
+    names = str_tokens(corpus.tokenizer, range(d_vocab))
+    n_mapped = min(MAPPED, np.count_nonzero(row_totals(counts)))
+    common = np.argsort(-row_totals(counts), kind="stable")[:n_mapped]
     if not heldout.sum() or len(common) < 10:
         fail(f"--data {cfg.data}: too little text")
     words = [names[x].strip() for x in common if len(names[x].strip()) > 2 and names[x].strip().isalpha()]
-    asked = find_tokens(corpus.tokenizer, cfg.token or (words or [names[common[0]]])[0])
+    word = cfg.token or (words[0] if words else names[common[0]])
+    asked = find_tokens(corpus.tokenizer, word)
     about = f"{cfg.data}, {n_pairs / 1e6:.2f}M training tokens, zero-layer model, d_vocab {d_vocab}"
 
 #%% Baselines: the bigram entropy floor, and the table that add-alpha smoothing makes of the same counts
 if __name__ == "__main__":
-    floor, frequencies = entropy_floor(counts), mutual_information(counts)
+    floor = entropy_floor(counts)
+    frequencies = mutual_information(counts)
     alpha = choose_alpha(streams, d_vocab)
     table_loss = add_alpha_loss(counts, heldout, alpha)
     unseen_pairs = heldout - heldout.multiply(counts > 0)
     unseen = float(unseen_pairs.sum() / heldout.sum())
     table_unseen = add_alpha_loss(counts, unseen_pairs, alpha) if unseen else 0.0
     print(
-        f"{gray}bigram entropy floor {cyan}{floor:.3f}{gray} nats per predicted token; a model of frequencies alone has KL {cyan}{frequencies:.3f}{gray} bits per token{endc}"
+        f"{gray}bigram entropy floor {cyan}{floor:.3f}{gray} nats per predicted token; a model of frequencies alone "
+        f"has KL {cyan}{frequencies:.3f}{gray} bits per token{endc}"
     )
     print(
-        f"{gray}held out {cyan}{unseen:.1%}{gray} of the pairs never occur in training, where the raw table's loss is infinite; with alpha {cyan}{alpha:.2g}{gray}, chosen on training text, the table has {cyan}{table_loss:.3f}{gray} nats per token{endc}"
+        f"{gray}held out {cyan}{unseen:.1%}{gray} of the pairs never occur in training, where the raw table's loss is "
+        f"infinite; with alpha {cyan}{alpha:.2g}{gray}, chosen on training text, the table has "
+        f"{cyan}{table_loss:.3f}{gray} nats per token{endc}"
     )
 
 #%% Gates: the loss on counts is the loss on tokens, KL is loss less floor, and chunks of rows have the whole gradient
