@@ -21,7 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     yellow,
 )
-from hooks import HookPoint, in_batches
+from hooks import HookPoint
 
 from anatomy import entropy_floor, mutual_information, row_totals
 from data import find_tokens, kind_of, load_corpus, str_tokens
@@ -326,101 +326,105 @@ if __name__ == "__main__":
 #%% Gates: the loss on counts is the loss on tokens, KL is loss less floor, and chunks of rows have the whole gradient
 if __name__ == "__main__":
     sample = np.asarray(streams[0][:4001])
-    probe, some, pairs = (
-        ZeroLayer(d_vocab, cfg.d_model),
-        bigram_counts([sample], d_vocab),
-        t.from_numpy(bigrams([sample])).long(),
-    )
-    rows, totals = np.flatnonzero(row_totals(some)), row_totals(some)
+    probe = ZeroLayer(d_vocab, cfg.d_model)
+    some = bigram_counts([sample], d_vocab)
+    pairs = t.from_numpy(bigrams([sample])).long()
+    totals = row_totals(some)
+    rows = np.flatnonzero(totals)
+
     with t.no_grad():
-        on_tokens = sum(
-            in_batches(
-                lambda part: F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item(), pairs, CHUNK
-            )
-        ) / len(pairs)
-        log_q = (
-            t.cat(
-                list(
-                    in_batches(
-                        lambda part: probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]), pairs, CHUNK
-                    )
-                )
-            )[:, 0]
-            .double()
-            .numpy()
-        )
-    log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
+        log_q_parts = []
+        loss_sum = 0.0
+        for part in pairs.split(CHUNK):
+            logits = probe(part[:, 0])
+            loss_sum += F.cross_entropy(logits, part[:, 1], reduction="sum").item()
+            log_q_parts.append(logits.log_softmax(-1).gather(1, part[:, 1:])[:, 0])
+    on_tokens = loss_sum / len(pairs)
     on_counts = measure(probe, some)
     assert abs(on_counts - on_tokens) < 1e-4, "the loss on counts is not the loss on tokens"
-    assert abs((log_p - log_q).mean() - (on_counts - entropy_floor(some))) < 1e-4, (
-        "KL is not the loss less the entropy floor"
-    )
+
+    log_q = t.cat(log_q_parts).double().numpy()
+    log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
+    probe_kl = (log_p - log_q).mean()
+    assert abs(probe_kl - (on_counts - entropy_floor(some))) < 1e-4, "KL is not the loss less the entropy floor"
+
     whole = t.autograd.grad(count_loss(probe, t.from_numpy(rows), dense(some, rows)), probe.W_U)[0]
-    chunks = [
-        (t.from_numpy(np.stack([part, totals[part]], 1)).long(), totals[part].sum() / totals.sum())
-        for part in np.array_split(rows, 3)
-    ]
-    summed = sum(share * t.autograd.grad(drawn_loss(probe, chunk, some), probe.W_U)[0] for chunk, share in chunks)
-    assert t.allclose(whole, summed, rtol=1e-4, atol=1e-7), (
-        "the gradient summed over chunks of rows is not the gradient on all counts"
-    )
+    summed = t.zeros_like(whole)
+    for part in np.array_split(rows, 3):
+        chunk = t.from_numpy(np.stack([part, totals[part]], 1)).long()
+        share = totals[part].sum() / totals.sum()
+        summed += share * t.autograd.grad(drawn_loss(probe, chunk, some), probe.W_U)[0]
+    same = t.allclose(whole, summed, rtol=1e-4, atol=1e-7)
+    assert same, "the gradient summed over chunks of rows is not the gradient on all counts"
     print(
-        f"{gray}gates passed: loss on counts = loss on tokens, KL = loss - floor, gradient over chunks = whole gradient{endc}"
+        f"{gray}gates passed: loss on counts = loss on tokens, KL = loss - floor, gradient over chunks = whole "
+        f"gradient{endc}"
     )
 
+
 #%% Training on the count matrix: the train loss meets the floor, the held-out loss turns up again
+def losses_now(model: ZeroLayer) -> dict[str, float]:
+    return {
+        "train": measure(model, counts),
+        "heldout": measure(model, heldout),
+        "unseen": measure(model, unseen_pairs) if unseen else 0.0,
+    }
+
+
 if __name__ == "__main__":
     print(f"{purple}Fit {d_vocab} tokens with d_model {cfg.d_model}{endc}")
     if cfg.fit == "counts" and d_vocab > DENSE:
         print(
-            f"{gray}a step draws {cfg.tokens_per_step} tokens of the text and takes the whole next-token distribution of each distinct one: unbiased{endc}"
+            f"{gray}a step draws {cfg.tokens_per_step} tokens of the text and takes the whole next-token distribution "
+            f"of each distinct one: unbiased{endc}"
         )
-    model, history = fit(
-        cfg,
-        streams,
-        counts,
-        watch=lambda model: dict(
-            train=measure(model, counts),
-            heldout=measure(model, heldout),
-            unseen=measure(model, unseen_pairs) if unseen else 0.0,
-        ),
-        watch_every=max(1, cfg.steps // (40 if d_vocab <= DENSE else 5)),
-    )
-    watched = {
-        key: np.array([point[key] for point in history["watch"]]) for key in ("step", "train", "heldout", "unseen")
-    }
+    n_looks = 40 if d_vocab <= DENSE else 5
+    model, history = fit(cfg, streams, counts, watch=losses_now, watch_every=max(1, cfg.steps // n_looks))
+    watched = {}
+    for key in ("step", "train", "heldout", "unseen"):
+        watched[key] = np.array([point[key] for point in history["watch"]])
     best = int(watched["heldout"].argmin())
     kl = (watched["train"][-1] - floor) / math.log(2)
     assert kl > -1e-5, "KL divergence below 0: the floor or the loss is wrong"
     with t.no_grad():
-        logits = array(model(t.from_numpy(common).to(model.W_E.device)))
-    agree = float(
-        np.average(logits.argmax(1) == np.asarray(counts[common].argmax(1)).ravel(), weights=row_totals(counts)[common])
+        logits = array(model(t.from_numpy(common).to(model.W_E.device)))  # (common token, next)
+    likes_the_same = logits.argmax(1) == np.asarray(counts[common].argmax(1)).ravel()
+    agree = float(np.average(likes_the_same, weights=row_totals(counts)[common]))
+    print(
+        f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} "
+        f"bits per token, in {cyan}{history['seconds']:.1f}{gray} s; after {cyan}{agree:.1%}{gray} of the tokens it "
+        f"likes the same next token best{endc}"
     )
     print(
-        f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} bits per token, in {cyan}{history['seconds']:.1f}{gray} s; after {cyan}{agree:.1%}{gray} of the tokens it likes the same next token best{endc}"
+        f"{gray}held-out loss {cyan}{watched['heldout'][-1]:.3f}{gray} nats, at best "
+        f"{cyan}{watched['heldout'][best]:.3f}{gray} (step {cyan}{watched['step'][best]}{gray}); on its never-seen "
+        f"pairs {cyan}{watched['unseen'][-1]:.2f}{gray} nats, at that step {cyan}{watched['unseen'][best]:.2f}{endc}"
     )
-    print(
-        f"{gray}held-out loss {cyan}{watched['heldout'][-1]:.3f}{gray} nats, at best {cyan}{watched['heldout'][best]:.3f}{gray} (step {cyan}{watched['step'][best]}{gray}); on its never-seen pairs {cyan}{watched['unseen'][-1]:.2f}{gray} nats, at that step {cyan}{watched['unseen'][best]:.2f}{endc}"
-    )
+
+#%% ... as curves, on all held-out pairs and on those that training never saw
+if __name__ == "__main__":
+    n_points = len(watched["step"])
     table_name = f"add-alpha table, alpha {alpha:.2g}"
     fig = line(
         {
             "train": watched["train"],
             "held out": watched["heldout"],
-            "bigram entropy floor (train)": [floor] * len(watched["step"]),
-            f"{table_name} (held out)": [table_loss] * len(watched["step"]),
+            "bigram entropy floor (train)": [floor] * n_points,
+            f"{table_name} (held out)": [table_loss] * n_points,
         },
-        f"Loss over training, against the bigram entropy floor and the add-alpha table<br><sup>{about}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
+        "Loss over training, against the bigram entropy floor and the add-alpha table"
+        f"<br><sup>{about}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
         "training step",
         "cross-entropy (nats per token)",
         x=watched["step"],
         dashed=("bigram entropy floor (train)", f"{table_name} (held out)"),
     )
-    show(fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6]), "zero_layer/loss")
+    fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6])
+    show(fig, "zero_layer/loss")
     fig = line(
-        {"zero-layer model": watched["unseen"], table_name: [table_unseen] * len(watched["step"])},
-        f"What overfits: loss on the {unseen:.1%} of held-out pairs that never occur in training<br><sup>{about}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
+        {"zero-layer model": watched["unseen"], table_name: [table_unseen] * n_points},
+        f"What overfits: loss on the {unseen:.1%} of held-out pairs that never occur in training"
+        f"<br><sup>{about}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
         "training step",
         "cross-entropy on never-seen pairs (nats per token)",
         x=watched["step"],
