@@ -434,118 +434,118 @@ if __name__ == "__main__":
 
 #%% The rank limit: d_model dimensions hold only so much of the table, and the SVD of the log-table wastes them
 if __name__ == "__main__":
-    fitted, closed, svd_effort, text_share = {}, {}, None, None
-    if d_vocab > DENSE:
-        print(f"{gray}rank sweep and SVD need the dense table: skipped above {DENSE} tokens{endc}")
-    else:
-        ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
-        factors, table = svd_table(counts, alpha), dense(counts, np.arange(d_vocab))
-        square, unlikely = (
-            (factors[0] @ factors[1]).square() * table.sum(1, keepdim=True),
-            table <= 0.01 * table.sum(1, keepdim=True),
-        )
-        svd_effort, text_share = (
-            float(square[unlikely].sum() / square.sum()),
-            float(table[unlikely].sum() / table.sum()),
-        )
+    ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
+    fitted: dict[int, float] = {}  # KL in bits per token by d_model
+    closed: dict[int, float] = {}
+    svd_effort = None
+    text_share = None
+
+if __name__ == "__main__" and d_vocab > DENSE:
+    print(f"{gray}rank sweep and SVD need the dense table: skipped above {DENSE} tokens{endc}")
+
+if __name__ == "__main__" and d_vocab <= DENSE:
+    W_E, W_U = svd_table(counts, alpha)
+    table = dense(counts, np.arange(d_vocab))
+    row_sums = table.sum(1, keepdim=True)
+    square = (W_E @ W_U).square() * row_sums  # what squared error weighs
+    unlikely = table <= 0.01 * row_sums
+    svd_effort = float(square[unlikely].sum() / square.sum())
+    text_share = float(table[unlikely].sum() / table.sum())
+    print(
+        f"{gray}next tokens of P at most 1% are {cyan}{svd_effort:.0%}{gray} of the squared log-table, which SVD fits, "
+        f"and {cyan}{text_share:.0%}{gray} of the text, which counts in KL{endc}"
+    )
+    short = dataclasses.replace(cfg, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False)
+    for rank in ranks:
+        narrow, _ = fit(dataclasses.replace(short, d_model=rank), streams, counts, f"d_model {rank}")
+        fitted[rank] = (measure(narrow, counts) - floor) / math.log(2)
+        closed[rank] = (measure(truncated(W_E, W_U, rank), counts) - floor) / math.log(2)
         print(
-            f"{gray}next tokens of P at most 1% are {cyan}{svd_effort:.0%}{gray} of the squared log-table, which SVD fits, and {cyan}{text_share:.0%}{gray} of the text, which counts in KL{endc}"
+            f"{gray}d_model {rank}: KL {cyan}{fitted[rank]:.3f}{gray} fitted, {cyan}{closed[rank]:.3f}{gray} by SVD "
+            f"(bits per token){endc}"
         )
-        for rank in ranks:
-            short = dataclasses.replace(
-                cfg, d_model=rank, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False
-            )
-            fitted[rank] = (measure(fit(short, streams, counts, f"d_model {rank}")[0], counts) - floor) / math.log(2)
-            closed[rank] = (measure(truncated(*factors, rank), counts) - floor) / math.log(2)
-            print(
-                f"{gray}d_model {rank}: KL {cyan}{fitted[rank]:.3f}{gray} fitted, {cyan}{closed[rank]:.3f}{gray} by SVD (bits per token){endc}"
-            )
-        fig = line(
-            {
-                "fitted to next tokens": list(fitted.values()),
-                "SVD of the log-table": list(closed.values()),
-                "frequencies alone": [frequencies] * len(ranks),
-            },
-            f"KL to the bigram table by d_model: fitted to next tokens, and by SVD of its logarithm<br><sup>{about}, {short.steps} steps each; next tokens of P at most 1%: {svd_effort:.0%} of the squared log-table, {text_share:.0%} of the text</sup>",
-            "d_model",
-            "KL (bits per token)",
-            x=ranks,
-            markers=True,
-            logx=True,
-            dashed=("frequencies alone",),
-        )
-        show(fig.update_yaxes(type="log").update_xaxes(tickvals=ranks), "zero_layer/rank")
+
+#%% ... as curves over d_model
+if __name__ == "__main__" and d_vocab <= DENSE:
+    fig = line(
+        {
+            "fitted to next tokens": list(fitted.values()),
+            "SVD of the log-table": list(closed.values()),
+            "frequencies alone": [frequencies] * len(ranks),
+        },
+        "KL to the bigram table by d_model: fitted to next tokens, and by SVD of its logarithm"
+        f"<br><sup>{about}, {short.steps} steps each; next tokens of P at most 1%: {svd_effort:.0%} of the squared "
+        f"log-table, {text_share:.0%} of the text</sup>",
+        "d_model",
+        "KL (bits per token)",
+        x=ranks,
+        markers=True,
+        logx=True,
+        dashed=("frequencies alone",),
+    )
+    fig.update_yaxes(type="log").update_xaxes(tickvals=ranks)
+    show(fig, "zero_layer/rank")
 
 #%% What follows a token, and what predicts it: the same table read by row and by column
 if __name__ == "__main__":
+    headers = ["next", "P model", "P counts", "previous", "P model", "P counts"]
     tables = {}
     for token in asked:
-        tables[names[token]] = [
-            (names[y], p, q, names[x], *more) for y, p, q, x, *more in neighbours(model, counts, token)
-        ]
+        rows = []
+        shown = []
+        for following, p, q, previous, p_before, q_before in neighbours(model, counts, token):
+            rows.append((names[following], p, q, names[previous], p_before, q_before))
+            shown.append((visible(names[following]), p, q, visible(names[previous]), p_before, q_before))
+        tables[names[token]] = rows
         print(f"{purple}token {visible(names[token])!r}: what follows it, and what predicts it{endc}")
-        cells = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in tables[names[token]]]
-        print(
-            cyan
-            + tabulate(
-                cells,
-                ["next", "P model", "P counts", "previous", "P model", "P counts"],
-                floatfmt=".3f",
-                disable_numparse=[0, 3],
-            )
-            + endc
-        )
+        print(cyan + tabulate(shown, headers, floatfmt=".3f", disable_numparse=[0, 3]) + endc)
 
-#%% W_E in two dimensions, by PCA and by t-SNE, coloured by kind of token
+#%% W_E in two dimensions, by PCA and by t-SNE, with the kind of each token
 if __name__ == "__main__":
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     embed = array(model.W_E)[common]
     pca = PCA(2, random_state=cfg.seed).fit(embed)
-    maps = [
-        pca.transform(embed),
-        TSNE(
-            2, metric="cosine", perplexity=min(30, len(common) / 4), max_iter=500, random_state=cfg.seed
-        ).fit_transform(embed),
-    ]
+    by_pca = pca.transform(embed)
+    perplexity = min(30, len(common) / 4)
+    tsne = TSNE(2, metric="cosine", perplexity=perplexity, max_iter=500, random_state=cfg.seed)
+    by_tsne = tsne.fit_transform(embed)
     kinds = np.array([kind_of(names[token]) for token in common])
-    likely = [visible(names[y]) for y in logits.argmax(1)]
-    text = np.array(
-        [
-            f"'{visible(names[token])}' ({kind})<br>seen {row_totals(counts)[token]:.0f} times<br>likeliest next '{y}'"
-            for token, kind, y in zip(common, kinds, likely)
-        ]
-    )
-    fig = make_subplots(
-        1,
-        2,
-        subplot_titles=[f"PCA ({pca.explained_variance_ratio_.sum():.0%} of the variance)", "t-SNE (cosine distance)"],
-    )
-    for color, kind in zip(COLORS, sorted(set(kinds), key=lambda kind: -(kinds == kind).sum())):
-        for col, xy in enumerate(maps):
-            fig.add_trace(
-                go.Scatter(
-                    x=xy[kinds == kind, 0],
-                    y=xy[kinds == kind, 1],
-                    mode="markers",
-                    name=kind,
-                    legendgroup=kind,
-                    showlegend=not col,
-                    text=text[kinds == kind],
-                    hovertemplate="%{text}<extra></extra>",
-                    marker=dict(size=6, color=color),
-                ),
-                row=1,
-                col=col + 1,
+    likeliest = logits.argmax(1)
+
+#%% ... coloured by kind of token
+if __name__ == "__main__":
+    hover = []
+    for token, kind, following in zip(common, kinds, likeliest):
+        times = f"seen {row_totals(counts)[token]:.0f} times"
+        hover.append(f"'{visible(names[token])}' ({kind})<br>{times}<br>likeliest next '{visible(names[following])}'")
+    hover = np.array(hover)
+    variance = f"PCA ({pca.explained_variance_ratio_.sum():.0%} of the variance)"
+    fig = make_subplots(1, 2, subplot_titles=[variance, "t-SNE (cosine distance)"])
+    most_first = sorted(set(kinds), key=lambda kind: -(kinds == kind).sum())
+    for color, kind in zip(COLORS, most_first):
+        of_kind = kinds == kind
+        for col, xy in enumerate((by_pca, by_tsne), start=1):
+            dots = go.Scatter(
+                x=xy[of_kind, 0],
+                y=xy[of_kind, 1],
+                mode="markers",
+                name=kind,
+                legendgroup=kind,
+                showlegend=col == 1,
+                text=hover[of_kind],
+                hovertemplate="%{text}<extra></extra>",
+                marker={"size": 6, "color": color},
             )
+            fig.add_trace(dots, row=1, col=col)
     fig.update_layout(
-        title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}; text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>"
+        title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}; "
+        "text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>"
     )
-    for col, name in enumerate(("principal component", "t-SNE")):
-        fig.update_xaxes(title=f"{name} 1 (no unit)", col=col + 1).update_yaxes(
-            title=f"{name} 2 (no unit)", col=col + 1
-        )
+    for col, name in enumerate(("principal component", "t-SNE"), start=1):
+        fig.update_xaxes(title=f"{name} 1 (no unit)", col=col)
+        fig.update_yaxes(title=f"{name} 2 (no unit)", col=col)
     show(fig, "zero_layer/embedding")
 
 #%% The logit table of the most frequent tokens: drag to zoom, double-click to go back
