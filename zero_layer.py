@@ -548,22 +548,26 @@ if __name__ == "__main__":
         fig.update_yaxes(title=f"{name} 2 (no unit)", col=col)
     show(fig, "zero_layer/embedding")
 
-#%% The logit table of the most frequent tokens: drag to zoom, double-click to go back
+#%% The logit table of the most frequent tokens, each row less its mean over the tokens of the text
 if __name__ == "__main__":
-    most, unigram = common[:100], np.asarray(counts.sum(0)).ravel() / n_pairs
-    table = logits[: len(most)]
-    p_model, seen = (
-        np.exp(table - np.logaddexp.reduce(table, 1, keepdims=True))[:, most],
-        counts[most][:, most].toarray(),
-    )
-    hover = [
-        [f"P model {p:.4f}, counts {n / total:.4f} (seen {n:.0f} times)" for p, n in zip(*row)]
-        for *row, total in zip(p_model, seen, row_totals(counts)[most])
-    ]
+    most = common[:100]
+    unigram = np.asarray(counts.sum(0)).ravel() / n_pairs
+    table = logits[: len(most)]  # (common token, next)
+    centred = (table - table @ unigram[:, None])[:, most]
+    p_model = np.exp(table - np.logaddexp.reduce(table, 1, keepdims=True))[:, most]
+    seen = counts[most][:, most].toarray()
+
+#%% ... as a map: drag to zoom, double-click to go back
+if __name__ == "__main__":
+    hover = []
+    for p_row, seen_row, total in zip(p_model, seen, row_totals(counts)[most]):
+        row = [f"P model {p:.4f}, counts {n / total:.4f} (seen {n:.0f} times)" for p, n in zip(p_row, seen_row)]
+        hover.append(row)
     labels = label_tokens([names[token] for token in most])
     fig = imshow(
-        (table - table @ unigram[:, None])[:, most],
-        f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}, KL {kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
+        centred,
+        f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}, KL "
+        f"{kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
         "next token",
         "this token",
         x=labels,
@@ -571,23 +575,21 @@ if __name__ == "__main__":
         value="logit",
         hover=hover,
     )
-    show(fig.update_layout(height=950), "zero_layer/logits")
+    fig.update_layout(height=950)
+    show(fig, "zero_layer/logits")
 
 #%% Conclusion: the finding and the gate it passed
 if __name__ == "__main__":
-    loss, heldout_loss, best_heldout, best_step = (
-        watched["train"][-1],
-        watched["heldout"][-1],
-        watched["heldout"][best],
-        watched["step"][best],
-    )
+    heldout_loss = watched["heldout"][-1]
+    best_heldout = watched["heldout"][best]
+    best_step = watched["step"][best]
     save_results(
         "zero_layer",
         cfg,
         kl_to_bigram=kl,
         heldout_loss=heldout_loss,
         bigram_floor=floor,
-        train_loss=loss,
+        train_loss=watched["train"][-1],
         train_seconds=history["seconds"],
         d_vocab=d_vocab,
         train_pairs=n_pairs,
@@ -606,14 +608,18 @@ if __name__ == "__main__":
         text_share_unlikely=text_share,
         tokens=tables,
         watch=watched,
-        units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training text",
+        units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training "
+        "text",
     )
     finding = f"W_E W_U with d_model {cfg.d_model} is {kl:.4f} bits per token from the bigram table of {d_vocab} tokens"
-    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})" + (
-        f" after a best of {best_heldout:.3f} at step {best_step}; the pairs it never saw cost {watched['unseen'][best]:.2f} nats there and {watched['unseen'][-1]:.2f} at the end."
-        if best_step < cfg.steps
-        else ", still falling."
-    )
+    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})"
+    if best_step < cfg.steps:
+        overfit += (
+            f" after a best of {best_heldout:.3f} at step {best_step}; the pairs it never saw cost "
+            f"{watched['unseen'][best]:.2f} nats there and {watched['unseen'][-1]:.2f} at the end."
+        )
+    else:
+        overfit += ", still falling."
     if kl <= TABLE_GATE:
         print(f"{green}{finding}: it has learned the table (gate: at most {TABLE_GATE}). {overfit}{endc}")
     else:
