@@ -15,6 +15,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
+    full_name,
     gray,
     green,
     model_folder,
@@ -342,25 +343,6 @@ for module, our_modules in MODULES.items():
 
 # settings of GPT-2's relatives, with the one value that is built here
 BUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-
-
-def write_hf_config(cfg: TinyConfig, bos: int | None) -> dict:
-    """config.json for transformers."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": cfg.d_vocab,
-        "n_positions": cfg.n_ctx,
-        "n_embd": cfg.d_model,
-        "n_layer": cfg.n_layers,
-        "n_head": cfg.n_heads,
-        "n_inner": cfg.d_mlp,
-        "bos_token_id": bos,
-        "eos_token_id": bos,
-        "activation_function": cfg.act,
-        "layer_norm_epsilon": cfg.eps,
-        "tie_word_embeddings": cfg.tied,
-    }
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
