@@ -3,70 +3,97 @@
 import copy
 import math
 import re
+from collections.abc import Callable
 
-from utils import fail
+from utils import fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import act_name, device_of, hooks, run_with_cache
 
-from einops import einsum
 import numpy as np
-from scipy.sparse import csr_matrix
 import torch as t
-from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import einsum
+from scipy.sparse import csr_matrix
+from torch import Tensor
 
 
-#%% Head scores on repeated random tokens: what makes a head an induction, previous-token or duplicate-token head
+#%% Gate: listening changes nothing
+@t.no_grad()
+def listening_gap(model: nn.Module, tokens: Tensor) -> float:
+    """Largest difference of the logits with every hook cached and without, relative to the largest logit."""
+    listened, _ = run_with_cache(model, tokens)
+    alone = model(tokens)
+    return (listened - alone).abs().max().item() / listened.abs().max().item()
+
+
+#%% Repeated random tokens: what comes after the first copy can be known from the context alone
 def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
     """(batch, [bos] + 2 * half): random tokens, said twice. vocab: the number of tokens, or the ids to draw from."""
     generator = t.Generator().manual_seed(seed)
     pool = vocab if isinstance(vocab, Tensor) else t.arange(vocab)
     once = pool[t.randint(len(pool), (batch, half), generator=generator)]
-    return t.cat([*([t.full((batch, 1), bos)] if bos is not None else []), once, once], dim=1)
+    twice = t.cat([once, once], dim=1)
+    if bos is None:
+        return twice
+    return t.cat([t.full((batch, 1), bos), twice], dim=1)
 
 
 def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: int = 100) -> Tensor:
-    """Fresh repeated random tokens, drawn from those seen at least 100 times in training (an untrained embedding tells nothing)."""
+    """
+    Fresh repeated random tokens, drawn from those seen at least 100 times in training (an untrained embedding tells nothing), or from the 50 most
+    frequent where the text is small.
+    """
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
     counts[corpus.bos] = 0
-    return repeated_tokens(
-        rows,
-        half,
-        t.from_numpy(np.flatnonzero(counts >= min(at_least, np.sort(counts)[-min(50, len(counts))]))),
-        corpus.bos,
-        seed,
-    )
+    fiftieth = np.sort(counts)[-min(50, len(counts))]
+    known = np.flatnonzero(counts >= min(at_least, fiftieth))
+    return repeated_tokens(rows, half, t.from_numpy(known), corpus.bos, seed)
 
 
+#%% Head scores on repeated random tokens, one function per kind of head; pattern is (batch, head, query, key), a score (head) in 0..1
 def stripe(pattern: Tensor, offset: int, start: int = 0) -> Tensor:
-    """Mean attention (head) that queries from position start on pay to the key `offset` places back. pattern: (batch, head, query, key)."""
-    return pattern.diagonal(-offset, dim1=-2, dim2=-1)[..., max(start - offset, 0) :].mean((0, -1))
+    """Mean attention (head) that queries from position start on pay to the key `offset` places back."""
+    paid = pattern.diagonal(-offset, dim1=-2, dim2=-1)  # batch head (query - offset)
+    return paid[..., max(start - offset, 0) :].mean((0, -1))
+
+
+def prefix_matching_score(pattern: Tensor, half: int) -> Tensor:
+    """Induction heads: attention to the token after the earlier copy (Olsson et al. 2022)."""
+    second = pattern.shape[-1] - half  # where the second copy begins
+    return stripe(pattern, half - 1, second)
+
+
+def duplicate_token_score(pattern: Tensor, half: int) -> Tensor:
+    """Attention to the earlier copy itself (Wang et al. 2022)."""
+    second = pattern.shape[-1] - half
+    return stripe(pattern, half, second)
+
+
+def previous_token_score(pattern: Tensor) -> Tensor:
+    """Attention one place back, from the third token on: for the second, the previous token is the first."""
+    return stripe(pattern, 1, 2)
+
+
+def first_token_score(pattern: Tensor) -> Tensor:
+    """Attention to the first token, where heads rest that have nothing to do (Xiao et al. 2023)."""
+    return pattern[:, :, 2:, 0].mean((0, 2))
 
 
 def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> dict[str, Tensor]:
-    """
-    Each score (layer, head) in 0..1, on tokens from repeated_tokens: 'prefix_matching' (attention to the token after the earlier
-    copy, Olsson et al. 2022), 'previous_token', 'duplicate_token' (attention to the earlier copy itself), 'first_token'.
-    """
-    second = tokens.shape[1] - half
-    scores: dict[str, list[Tensor]] = {
-        "prefix_matching": [],
-        "previous_token": [],
-        "duplicate_token": [],
-        "first_token": [],
-    }
+    """{'prefix_matching', 'previous_token', 'duplicate_token', 'first_token': (layer, head) in 0..1}, on tokens from repeated_tokens."""
     with t.no_grad():
         _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
-    for layer in range(n_layers):
-        pattern = cache["pattern", layer].float()
-        scores["prefix_matching"].append(stripe(pattern, half - 1, second))
-        scores["previous_token"].append(stripe(pattern, 1, 2))
-        scores["duplicate_token"].append(stripe(pattern, half, second))
-        scores["first_token"].append(pattern[:, :, 2:, 0].mean((0, 2)))
-    return {name: t.stack(rows).cpu() for name, rows in scores.items()}
+    patterns = [cache["pattern", layer].float() for layer in range(n_layers)]
+    scores = {
+        "prefix_matching": [prefix_matching_score(pattern, half) for pattern in patterns],
+        "previous_token": [previous_token_score(pattern) for pattern in patterns],
+        "duplicate_token": [duplicate_token_score(pattern, half) for pattern in patterns],
+        "first_token": [first_token_score(pattern) for pattern in patterns],
+    }
+    return {name: t.stack(by_layer).cpu() for name, by_layer in scores.items()}
 
 
-#%% Direct logit attribution: embedding, positions, every head x source, every neuron, every bias; with the final norm's scale frozen they sum to the logit
+#%% What the final norm and the unembedding read
 def centres(model: nn.Module) -> bool:
     """LayerNorm subtracts the mean and has a bias; RMSNorm neither."""
     return getattr(model.ln_final, "bias", None) is not None
@@ -74,13 +101,60 @@ def centres(model: nn.Module) -> bool:
 
 def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     """(d_model, token): the unembedding with the final norm's weight folded in and, for LayerNorm, centred; all tokens or those of ids."""
-    W = model.ln_final.weight[:, None] * (model.W_U if ids is None else model.W_U[:, ids])
-    return (W - W.mean(0) if centres(model) else W).float()
+    W_U = model.W_U if ids is None else model.W_U[:, ids]
+    W = model.ln_final.weight[:, None] * W_U
+    if centres(model):
+        W = W - W.mean(0)
+    return W.float()
+
+
+def logit_direction(model: nn.Module, token: int, scale: Tensor) -> Tensor:
+    """(d_model): what a write to the final stream is multiplied with to give its part of the token's logit; scale is the final norm's, frozen."""
+    column = folded_W_U(model, t.tensor([token], device=scale.device))[:, 0]
+    return column / scale
+
+
+def norm_bias_logit(model: nn.Module, token: int) -> Tensor:
+    """() what the final norm's bias gives the token's logit; 0 for RMSNorm."""
+    if not centres(model):
+        return model.W_U.new_zeros((), dtype=t.float32)
+    return model.ln_final.bias.float() @ model.W_U[:, token].float()
+
+
+def linear_bias_logit(linear: nn.Module, direction: Tensor) -> Tensor:
+    """() what a linear map's bias gives the logit."""
+    bias = getattr(linear, "bias", None)
+    if bias is None:
+        return direction.new_zeros(())
+    return bias.float() @ direction
 
 
 def per_head(x: Tensor, n_heads: int) -> Tensor:
     """Keys or values (batch, pos, kv head, d_head), repeated for the query heads that share them."""
     return x.repeat_interleave(n_heads // x.shape[2], 2)
+
+
+#%% Direct logit attribution (Elhage et al. 2021): with the final norm's scale frozen the logit is linear in what each part wrote to the stream
+@t.no_grad()
+def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, float]:
+    """
+    {'embed' (positions included), 'L0 attn', 'L0 mlp', 'L1 attn' ..., 'constant' (the final norm's bias)}: what each write to the stream gives the logit of
+    `token` at one position of tokens (1, pos). They sum to the logit. The plain form; logit_parts takes the writes further apart.
+    """
+    layers = range(model.cfg.n_layers)
+    names = {"embed": act_name("resid_pre", 0)}
+    for layer in layers:
+        names[f"L{layer} attn"] = act_name("attn_out", layer)
+        names[f"L{layer} mlp"] = act_name("mlp_out", layer)
+    _, cache = run_with_cache(model, tokens, [*names.values(), "ln_final.hook_scale"])
+
+    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position])
+    parts = {}
+    for part, name in names.items():
+        write = cache[name][0, position].float()
+        parts[part] = (write @ direction).item()
+    parts["constant"] = norm_bias_logit(model, token).item()
+    return parts
 
 
 @t.no_grad()
@@ -90,79 +164,222 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
     'mlp' (layer), 'constant' () (the final norm's bias), and 'logit', which they sum to; 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
     The final norm's scale is frozen at its value there. Ours or a TransformerBridge, grouped queries too. Weights: unprocessed, folded_W_U's fold apart.
     """
-    layers, n_heads = range(model.cfg.n_layers), model.cfg.n_heads
-    has_pos, has_neurons = (
-        hasattr(model, "W_pos") or hasattr(model, "pos_embed"),
-        all(hasattr(block.mlp, "W_out") for block in model.blocks),
-    )
-    names = [
-        act_name(short, layer) for layer in layers for short in ("v", "pattern", "mlp_out") + ("post",) * has_neurons
-    ]
-    logits, cache = run_with_cache(
-        model, tokens, [*names, act_name("resid_pre", 0), "ln_final.hook_scale", *["hook_pos_embed"] * has_pos]
-    )
-    g = folded_W_U(model, t.tensor([token], device=tokens.device))[:, 0] / cache["ln_final.hook_scale"][0, position]
-    none = g.new_zeros(())
-    bias = lambda linear: none if getattr(linear, "bias", None) is None else linear.bias.float() @ g
-    positional = cache["hook_pos_embed"][0, position].float() @ g if has_pos else none
+    blocks = model.blocks
+    layers = range(model.cfg.n_layers)
+    has_pos = hasattr(model, "W_pos") or hasattr(model, "pos_embed")
+    has_neurons = all(hasattr(block.mlp, "W_out") for block in blocks)
+    sites = ["v", "pattern", "mlp_out"]
+    if has_neurons:
+        sites.append("post")
+    names = [act_name(site, layer) for layer in layers for site in sites]
+    names += [act_name("resid_pre", 0), "ln_final.hook_scale"]
+    if has_pos:
+        names.append("hook_pos_embed")
+    logits, cache = run_with_cache(model, tokens, names)
+    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position])
+
+    start = cache["resid_pre", 0][0, position].float() @ direction
+    positional = direction.new_zeros(())
+    if has_pos:
+        positional = cache["hook_pos_embed"][0, position].float() @ direction
     heads = [
         einsum(
-            cache["pattern", l][0, :, position].float(),
-            per_head(cache["v", l], n_heads)[0].float(),
-            model.blocks[l].attn.W_O.float() @ g,
+            cache["pattern", layer][0, :, position].float(),
+            per_head(cache["v", layer], model.cfg.n_heads)[0].float(),
+            blocks[layer].attn.W_O.float() @ direction,
             "head source, source head d_head, head d_head -> head source",
         )
-        for l in layers
+        for layer in layers
     ]
+    mlps = [cache["mlp_out", layer][0, position].float() @ direction for layer in layers]
     parts = {
-        "embed": cache["resid_pre", 0][0, position].float() @ g - positional,
+        "embed": start - positional,
         "pos_embed": positional,
         "heads": t.stack(heads),
-        "attn_bias": t.stack([bias(model.blocks[l].attn.o) for l in layers]),
-        "mlp": t.stack([cache["mlp_out", l][0, position].float() @ g for l in layers]),
-        "constant": model.ln_final.bias.float() @ model.W_U[:, token].float() if centres(model) else none,
+        "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, direction) for layer in layers]),
+        "mlp": t.stack(mlps),
+        "constant": norm_bias_logit(model, token),
         "logit": logits[0, position, token].float(),
     }
     if has_neurons:
-        parts |= {
-            "neurons": t.stack(
-                [cache["post", l][0, position].float() * (model.blocks[l].mlp.W_out.float() @ g) for l in layers]
-            ),
-            "mlp_bias": t.stack([bias(model.blocks[l].mlp.out) for l in layers]),
-        }
+        neurons = []
+        for layer in layers:
+            written_by_one = blocks[layer].mlp.W_out.float() @ direction  # by a neuron whose activation is 1
+            neurons.append(cache["post", layer][0, position].float() * written_by_one)
+        parts["neurons"] = t.stack(neurons)
+        parts["mlp_bias"] = t.stack([linear_bias_logit(blocks[layer].mlp.out, direction) for layer in layers])
     return parts
 
 
 def parts_error(parts: dict[str, Tensor]) -> float:
     """How far the parts miss the logit, and the neurons the MLPs, relative to max(1, |logit|)."""
-    miss = [
-        sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant"))
-        - parts["logit"]
-    ]
+    summed = sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant"))
+    miss = abs((summed - parts["logit"]).item())
     if "neurons" in parts:
-        miss.append((parts["neurons"].sum(1) + parts["mlp_bias"] - parts["mlp"]).abs().max())
-    return max(abs(x.item()) for x in miss) / max(1.0, abs(parts["logit"].item()))
+        by_neuron = parts["neurons"].sum(1) + parts["mlp_bias"]
+        miss = max(miss, (by_neuron - parts["mlp"]).abs().max().item())
+    return miss / max(1.0, abs(parts["logit"].item()))
 
 
-#%% Head catalogue: a role is named only above a floor and above the best of all heads where the role's structure is shuffled away
+#%% Logit attribution by layer alone, for any model whose stream can be read: what each layer writes in the direction of the answer
+def points(model: nn.Module) -> list[str]:
+    """The stream after 0, 1, ... n_layers blocks."""
+    return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
+
+
+@t.no_grad()
+def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str, float], float]:
+    """
+    ({'embed', 'L0' .., 'constant'}, the logit of token after the row that they sum to, before a soft cap). The final norm's scale is frozen there; its weight,
+    and whether it centres, are found by asking the module: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ..., and LayerNorm does not see v + 1.
+    """
+    _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
+    stream = t.stack([cache[name][0, -1] for name in points(model)])  # point d_model
+    signs = (1 - 2 * (t.arange(stream.shape[1], device=stream.device) % 2)).to(stream.dtype)
+    asked = t.stack([0 * signs, signs, signs + 1, stream[-1]])
+    at_zero, at_signs, at_moved, end = model.ln_final(asked[None])[0].float()
+
+    weight = (at_signs - at_zero) * signs
+    column = model.W_U[:, token].float()
+    stream = stream.float()
+    if t.allclose(at_signs, at_moved, atol=1e-2):  # the norm centres
+        stream = stream - stream.mean(-1, keepdim=True)
+    scale = (end - at_zero).norm() / (weight * stream[-1]).norm()
+    along = stream @ (weight * column) * scale
+
+    unembed_bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
+    fixed = 0.0 if unembed_bias is None else unembed_bias[token].item()
+    writes = {"embed": along[0].item()}
+    for layer, write in enumerate(along.diff().tolist()):
+        writes[f"L{layer}"] = write
+    writes["constant"] = (at_zero @ column).item() + fixed
+    return writes, (end @ column).item() + fixed
+
+
+#%% Head catalogue: where each kind of head looks, True in (row, query, key) of tokens (row, pos)
 FLOORS = {"previous token": 0.3, "duplicate token": 0.3, "induction": 0.3, "text-begin sink": 0.5, "copying": 0.95}
+BY_POSITION = ("previous token", "text-begin sink")  # their null: each query's keys shuffled
+BY_CONTENT = ("duplicate token", "induction")  # their null: the tokens behind the first shuffled
+COPIED = 256  # places whose tokens a copying head is asked to copy
+
+
+def places_back(tokens: Tensor) -> Tensor:
+    """(query, key): how many places the key lies before the query."""
+    place = t.arange(tokens.shape[1], device=tokens.device)
+    return place[:, None] - place
+
+
+def same_token(tokens: Tensor) -> Tensor:
+    """(row, query, key): query and key hold the same token."""
+    return tokens[:, :, None] == tokens[:, None]
+
+
+def for_every_row(targets: Tensor, tokens: Tensor) -> Tensor:
+    return targets.expand(len(tokens), -1, -1)
+
+
+def previous_token_targets(tokens: Tensor) -> Tensor:
+    """The key one place back, asked from the third token on: for the second, the previous token is the first."""
+    back = places_back(tokens)
+    asked = back[:, :1] > 1
+    return for_every_row((back == 1) & asked, tokens)
+
+
+def text_begin_targets(tokens: Tensor) -> Tensor:
+    """The first token, asked from the third token on."""
+    place = t.arange(tokens.shape[1], device=tokens.device)
+    asked = place[:, None] > 1
+    return for_every_row((place == 0) & asked, tokens)
+
+
+def duplicate_token_targets(tokens: Tensor) -> Tensor:
+    """Earlier copies of the query's token."""
+    return same_token(tokens) & (places_back(tokens) > 0)
+
+
+def induction_targets(tokens: Tensor) -> Tensor:
+    """The key after an earlier copy of the query's token."""
+    after_same = F.pad(same_token(tokens)[:, :, :-1], (1, 0))
+    return after_same & (places_back(tokens) > 0)
 
 
 def role_targets(tokens: Tensor) -> dict[str, Tensor]:
-    """Where each role looks, True in (row, query, key); induction: the key after an earlier copy of the query."""
-    place = t.arange(tokens.shape[1], device=tokens.device)
-    back, same = place[:, None] - place, tokens[:, :, None] == tokens[:, None]
-    targets = {
-        "previous token": ((back == 1) & (back[:, :1] > 1)).expand_as(same),
-        "text-begin sink": ((place == 0) & (back[:, :1] > 1)).expand_as(same),
+    """Where each role looks, True in (row, query, key)."""
+    return {
+        "previous token": previous_token_targets(tokens),
+        "text-begin sink": text_begin_targets(tokens),
+        "duplicate token": duplicate_token_targets(tokens),
+        "induction": induction_targets(tokens),
     }
-    return targets | {"duplicate token": same & (back > 0), "induction": F.pad(same[:, :, :-1], (1, 0)) & (back > 0)}
 
 
+#%% Head catalogue: how much each head looks there, and the same with the role's structure shuffled away
 def attention_on(pattern: Tensor, targets: Tensor) -> Tensor:
     """(head) attention (row, head, query, key) paid to targets (row, query, key), averaged over the queries that have one."""
     asked = targets.any(-1)
     return einsum(pattern, targets.to(pattern.dtype), "row head query key, row query key -> head") / asked.sum()
+
+
+def attention_scores(model: nn.Module, rows: Tensor, looks: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """{role: (look, layer, head)}: attention paid to each of a role's looks, which are targets (row, query, key); one layer's patterns in memory at a time."""
+    by_layer: dict[str, list[Tensor]] = {role: [] for role in looks}
+
+    def score(pattern: Tensor, hook: nn.Module) -> None:
+        for role, masks in looks.items():
+            by_look = t.stack([attention_on(pattern.float(), mask) for mask in masks])
+            by_layer[role].append(by_look.cpu())
+
+    with hooks(model, [(act_name("pattern", layer), score) for layer in range(model.cfg.n_layers)]):
+        model(rows)
+    return {role: t.stack(scores, 1) for role, scores in by_layer.items()}
+
+
+def shuffled_keys(tokens: Tensor, generator: t.Generator) -> Tensor:
+    """(row, query, key): for each query its visible keys in a random order, the hidden ones behind them."""
+    rows, length = tokens.shape
+    hidden = t.ones(length, length, dtype=t.bool).triu(1)
+    draws = t.rand((rows, length, length), generator=generator).masked_fill(hidden, 2.0)
+    return draws.argsort(-1).to(tokens.device)
+
+
+def shuffled_tokens(tokens: Tensor, generator: t.Generator) -> Tensor:
+    """The rows with all tokens behind the first in a random order."""
+    order = t.rand(tokens[:, 1:].shape, generator=generator).argsort(1).to(tokens.device)
+    return t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1)
+
+
+def copying_ranks(model: nn.Module, tokens: Tensor, places: Tensor, ids: Tensor) -> list[Tensor]:
+    """
+    Per layer (place, head, token of ids) in 0..1: the rank of the token among ids by how much the head's value-output map raises its logit when it is fed
+    what stands at that place of tokens.flatten() (the direct path from real values, through folded_W_U's weights).
+    """
+    layers = range(model.cfg.n_layers)
+    _, cache = run_with_cache(model, tokens, [act_name("v", layer) for layer in layers])
+    unembedding = folded_W_U(model, ids)
+    ranks = []
+    for layer in layers:
+        values = per_head(cache["v", layer], model.cfg.n_heads).flatten(0, 1)
+        raised = einsum(
+            values[places].float(),
+            model.blocks[layer].attn.W_O.float(),
+            unembedding,
+            "place head d_head, head d_head d_model, d_model token -> place head token",
+        )
+        ranks.append(raised.argsort(-1).argsort(-1) / (len(ids) - 1))
+    return ranks
+
+
+def copying_scores(ranks: list[Tensor], namings: list[Tensor]) -> Tensor:
+    """(naming, layer, head): mean rank of the token that each place is said to hold; a naming (place) gives its index in copying_ranks's ids."""
+    by_layer = []
+    for rank in ranks:
+        n_heads = rank.shape[1]
+        by_naming = []
+        for naming in namings:
+            own = naming[:, None, None].expand(-1, n_heads, 1)
+            by_naming.append(rank.gather(-1, own).mean((0, 2)))
+        by_layer.append(t.stack(by_naming).cpu())
+    return t.stack(by_layer, 1)
 
 
 @t.no_grad()
@@ -176,131 +393,150 @@ def catalogue(
     The bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads: shuffled are each query's keys
     (previous token, sink), the tokens behind the first (duplicate, induction) or the tokens' names (copying).
     """
-    generator, layers, n_heads, targets = (
-        t.Generator().manual_seed(seed),
-        range(model.cfg.n_layers),
-        model.cfg.n_heads,
-        role_targets(tokens),
-    )
+    generator = t.Generator().manual_seed(seed)
+    targets = role_targets(tokens)
     if not targets["induction"].any():
         fail("the head catalogue needs rows that repeat tokens: repeated_tokens")
-    chosen = t.randperm(tokens.numel(), generator=generator)[:256].to(tokens.device)
-    ids, own = tokens.flatten()[chosen].unique(return_inverse=True)
-    U, looks = folded_W_U(model, ids), {role: [mask] for role, mask in targets.items()}
-    hidden = t.ones_like(targets["induction"][0]).triu(1).cpu()
+    places = t.randperm(tokens.numel(), generator=generator)[:COPIED].to(tokens.device)
+
+    # roles by attention: first as they are, then with keys shuffled (one run serves all looks), then with tokens shuffled (a run each)
+    looks = {role: [mask] for role, mask in targets.items()}
     for _ in range(shuffles):
-        order = (
-            t.rand(targets["induction"].shape, generator=generator)
-            .masked_fill(hidden, 2.0)
-            .argsort(-1)
-            .to(tokens.device)
-        )
-        for role in ("previous token", "text-begin sink"):
+        order = shuffled_keys(tokens, generator)
+        for role in BY_POSITION:
             looks[role].append(targets[role].gather(-1, order))
-
-    def measure(rows: Tensor, looks: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """{role: (look, layer, head)}"""
-        found: dict[str, list[Tensor]] = {role: [] for role in looks}
-
-        def fn(pattern: Tensor, hook: nn.Module) -> None:
-            for role, masks in looks.items():
-                found[role].append(t.stack([attention_on(pattern.float(), mask) for mask in masks]).cpu())
-
-        with hooks(model, [(act_name("pattern", layer), fn) for layer in layers]):
-            model(rows)
-        return {role: t.stack(x, 1) for role, x in found.items()}
-
-    found, content = measure(tokens, looks), {role: targets[role] for role in ("duplicate token", "induction")}
+    found = attention_scores(model, tokens, looks)  # role: (real and then its shuffles, layer, head)
+    content = {role: [targets[role]] for role in BY_CONTENT}
     for _ in range(shuffles):
-        order = t.rand(tokens[:, 1:].shape, generator=generator).argsort(1).to(tokens.device)
-        null = measure(
-            t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1), {role: [mask] for role, mask in content.items()}
-        )
-        found |= {role: t.cat([found[role], null[role]]) for role in content}
-    names = [own, *(own[t.randperm(len(own), generator=generator).to(own.device)] for _ in range(shuffles))]
-    _, cache = run_with_cache(model, tokens, [act_name("v", layer) for layer in layers])
-    copying = []
-    for layer in layers:
-        out = einsum(
-            per_head(cache["v", layer], n_heads).flatten(0, 1)[chosen].float(),
-            model.blocks[layer].attn.W_O.float(),
-            U,
-            "place head d_head, head d_head d_model, d_model token -> place head token",
-        )
-        rank = out.argsort(-1).argsort(-1) / (len(ids) - 1)
-        copying.append(
-            t.stack([rank.gather(-1, name[:, None, None].expand(-1, n_heads, 1)).mean((0, 2)) for name in names]).cpu()
-        )
-    found["copying"] = t.stack(copying, 1)
-    bars = {role: max(FLOORS[role], x[1:].flatten(1).amax(1).quantile(0.99).item()) for role, x in found.items()}
-    scores = {role: x[0] for role, x in found.items()}
-    return (
-        scores,
-        bars,
-        {
-            f"L{layer}H{head}": [role for role in scores if scores[role][layer, head] > bars[role]]
-            for layer in layers
-            for head in range(n_heads)
-        },
-    )
+        null = attention_scores(model, shuffled_tokens(tokens, generator), content)
+        for role in BY_CONTENT:
+            found[role] = t.cat([found[role], null[role]])
+
+    # copying: the tokens' own names, then shuffled names
+    ids, own = tokens.flatten()[places].unique(return_inverse=True)
+    namings = [own]
+    for _ in range(shuffles):
+        order = t.randperm(len(own), generator=generator).to(own.device)
+        namings.append(own[order])
+    found["copying"] = copying_scores(copying_ranks(model, tokens, places, ids), namings)
+
+    scores = {role: looked[0] for role, looked in found.items()}
+    bars = {role: role_bar(role, looked[1:]) for role, looked in found.items()}
+    return scores, bars, roles_above(scores, bars)
+
+
+def role_bar(role: str, null: Tensor) -> float:
+    """The larger of the role's floor and the 99th percentile, over shuffles, of the best of all heads; null is (shuffle, layer, head)."""
+    best_of_heads = null.flatten(1).amax(1)
+    return max(FLOORS[role], best_of_heads.quantile(0.99).item())
+
+
+def roles_above(scores: dict[str, Tensor], bars: dict[str, float]) -> dict[str, list[str]]:
+    """{head: the roles whose score lies above the bar}."""
+    n_layers, n_heads = next(iter(scores.values())).shape
+    roles = {}
+    for layer in range(n_layers):
+        for head in range(n_heads):
+            roles[f"L{layer}H{head}"] = [role for role in scores if scores[role][layer, head] > bars[role]]
+    return roles
 
 
 #%% Neuron catalogue: where the strongest neurons fire, and which tokens they raise
 @t.no_grad()
 def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, contexts: int = 5) -> list[dict]:
-    """The n neurons of a layer with the largest peak activation x ||W_out||: 'neuron', 'peaks' [(activation, row, position)], 'effect' (d_vocab) on the logits by the direct path (folded_W_U's weights, scale of the final norm left out)."""
+    """
+    The n neurons of a layer with the largest peak activation x ||W_out||: 'neuron', 'peaks' [(activation, row, position)] in the `contexts` rows where it is
+    strongest, 'effect' (d_vocab) on the logits by the direct path (folded_W_U's weights, scale of the final norm left out).
+    """
     _, cache = run_with_cache(model, rows, act_name("post", layer))
-    acts, W_out, U, found = cache["post", layer].float(), model.blocks[layer].mlp.W_out.float(), folded_W_U(model), []
-    best, position = acts.max(1)  # row neuron
-    for neuron in (best.amax(0) * W_out.norm(dim=-1)).topk(n).indices.tolist():
-        top = best[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
-        effect = W_out[neuron] @ U
-        found.append(
-            {
-                "neuron": neuron,
-                "peaks": [(best[row, neuron].item(), row, position[row, neuron].item()) for row in top],
-                "effect": (effect - effect.mean()).cpu(),
-            }
-        )
+    W_out = model.blocks[layer].mlp.W_out.float()
+    unembedding = folded_W_U(model)
+    peak, position = cache["post", layer].float().max(1)  # row neuron
+    strength = peak.amax(0) * W_out.norm(dim=-1)
+    found = []
+    for neuron in strength.topk(n).indices.tolist():
+        best_rows = peak[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
+        peaks = [(peak[row, neuron].item(), row, position[row, neuron].item()) for row in best_rows]
+        effect = W_out[neuron] @ unembedding
+        effect = effect - effect.mean()  # softmax does not see the mean
+        found.append({"neuron": neuron, "peaks": peaks, "effect": effect.cpu()})
     return found
 
 
 #%% Folding: norm weights go into the matrices that read after them, and what the norm removes is taken out of the matrices that write
+def fold_into_readers(norm: nn.Module, readers: list[nn.Linear], with_mean: bool) -> None:
+    """The norm's weight (and bias) go into the linear maps that read it; where it centres, they no longer see the mean."""
+    for linear in readers:
+        if with_mean:
+            linear.bias += linear.weight @ norm.bias
+        linear.weight *= norm.weight
+        if with_mean:
+            linear.weight -= linear.weight.mean(1, keepdim=True)
+    norm.weight.fill_(1)
+    if with_mean:
+        norm.bias.zero_()
+
+
+def centre_writes(linear: nn.Linear) -> None:
+    """What the linear map writes gets mean 0."""
+    linear.weight -= linear.weight.mean(0, keepdim=True)
+    if linear.bias is not None:
+        linear.bias -= linear.bias.mean(0, keepdim=True)
+
+
 @t.no_grad()
 def fold_norm[Model: nn.Module](model: Model) -> Model:
     """A float32 copy with the same log-probabilities, whose norms have weight 1 and bias 0 (fp32, since bf16 would round the products)."""
-    new, with_mean = copy.deepcopy(model).float(), centres(model)
-    new.unembed.weight = nn.Parameter(new.unembed.weight.clone())  # unties
+    folded = copy.deepcopy(model).float()
+    with_mean = centres(model)
+    folded.unembed.weight = nn.Parameter(folded.unembed.weight.clone())  # unties
     if with_mean:
-        new.unembed.bias = nn.Parameter(t.zeros(new.cfg.d_vocab, device=new.W_U.device))
+        folded.unembed.bias = nn.Parameter(t.zeros(folded.cfg.d_vocab, device=folded.W_U.device))
 
-    def fold(norm: nn.Module, readers: list[nn.Linear]) -> None:
-        for linear in readers:
-            if with_mean:
-                linear.bias += linear.weight @ norm.bias
-            linear.weight *= norm.weight
-            if with_mean:
-                linear.weight -= linear.weight.mean(1, keepdim=True)
-        norm.weight.fill_(1)
+    for block in folded.blocks:
+        linears = [(name, module) for name, module in block.mlp.named_modules() if isinstance(module, nn.Linear)]
+        mlp_readers = [linear for name, linear in linears if not name.endswith("out")]
+        mlp_writers = [linear for name, linear in linears if name.endswith("out")]
+        fold_into_readers(block.ln1, [block.attn.q, block.attn.k, block.attn.v], with_mean)
+        fold_into_readers(block.ln2, mlp_readers, with_mean)
         if with_mean:
-            norm.bias.zero_()
+            for linear in [block.attn.o, *mlp_writers]:
+                centre_writes(linear)
+    fold_into_readers(folded.ln_final, [folded.unembed], with_mean)
 
-    writers = [new.unembed]  # a constant added to every logit is not seen by softmax
-    for block in new.blocks:
-        linears = {name: module for name, module in block.mlp.named_modules() if isinstance(module, nn.Linear)}
-        fold(block.ln1, [block.attn.q, block.attn.k, block.attn.v])
-        fold(block.ln2, [linear for name, linear in linears.items() if not name.endswith("out")])
-        if with_mean:
-            writers += [block.attn.o, *(linear for name, linear in linears.items() if name.endswith("out"))]
-    fold(new.ln_final, [new.unembed])
-    for x in [x for linear in writers for x in (linear.weight, linear.bias) if x is not None]:
-        x -= x.mean(0, keepdim=True)
-    for x in [new.embed.weight, *([new.W_pos] if hasattr(new, "W_pos") else [])] if with_mean else []:
-        x -= x.mean(1, keepdim=True)
-    return new
+    centre_writes(folded.unembed)  # a constant added to every logit is not seen by softmax
+    if with_mean:
+        folded.embed.weight -= folded.embed.weight.mean(1, keepdim=True)
+        if hasattr(folded, "W_pos"):
+            folded.W_pos -= folded.W_pos.mean(1, keepdim=True)
+    return folded
 
 
 #%% Attention maps through the feed-forward block (Kobayashi et al. 2021, 2024): how much of each source is in a position's stream, before and after the MLP
+def mlp_readers(mlp: nn.Module) -> list[nn.Linear]:
+    """The maps whose outputs the activation takes: one, or gate and input."""
+    return [mlp.gate, mlp.inp] if hasattr(mlp, "gate") else [mlp.inp]
+
+
+def neuron_activation(mlp: nn.Module, pre: list[Tensor]) -> Tensor:
+    """Activations of the neurons from the outputs of mlp_readers."""
+    if hasattr(mlp, "gate"):
+        gate, linear = pre
+        return F.silu(gate) * linear
+    return mlp.act(pre[0])
+
+
+def mean_slopes(activation: Callable, start: list[Tensor], change: list[Tensor], nodes: int) -> list[Tensor]:
+    """Integrated gradients: the gradient of activation, averaged over the straight path from start to start + change (Gauss-Legendre); one per input."""
+    slopes = [0.0 for _ in start]
+    places, weights = np.polynomial.legendre.leggauss(nodes)  # on -1 .. 1
+    for place, weight in zip(places, weights):
+        along = [(s + (place + 1) / 2 * c).requires_grad_() for s, c in zip(start, change)]
+        gradients = t.autograd.grad(activation(along).sum(), along)
+        slopes = [mean + weight / 2 * gradient for mean, gradient in zip(slopes, gradients)]
+    return slopes
+
+
 def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> dict[str, Tensor]:
     """
     Norms (query, key) of what the key's residual stream brings to the query, for tokens (1, pos): 'attn' ||sum over heads of alpha f(x)||, 'attn_res' the
@@ -310,118 +546,107 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
     the model's own resid_post, relative to its largest entry. GELU or SwiGLU, LayerNorm or RMSNorm.
     """
     block = model.blocks[layer]
-    norm, mlp, b_O = block.ln2, block.mlp, 0.0 if block.attn.o.bias is None else block.attn.o.bias
-    readers, post = (
-        ([mlp.gate, mlp.inp], lambda gate, linear: F.silu(gate) * linear)
-        if hasattr(mlp, "gate")
-        else ([mlp.inp], mlp.act)
-    )
-    centre = lambda y: y - y.mean(-1, keepdim=True) if centres(model) else y
+    norm = block.ln2
+    mlp = block.mlp
+    readers = mlp_readers(mlp)
+    b_O = 0.0 if block.attn.o.bias is None else block.attn.o.bias
+    scale_name = f"blocks.{layer}.ln2.hook_scale"
+
+    def normalised(y: Tensor, scale: Tensor) -> Tensor:
+        """ln2 with its scale frozen, without its bias."""
+        if centres(model):
+            y = y - y.mean(-1, keepdim=True)
+        return y / scale * norm.weight
+
+    # step 1: what each key's stream brings through attention, and through ln2 to the neurons; what the biases bring apart from all keys
     with t.no_grad():
-        _, cache = run_with_cache(
-            model,
-            tokens,
-            [act_name(short, layer) for short in ("v", "pattern", "resid_pre", "resid_post")]
-            + [f"blocks.{layer}.ln2.hook_scale"],
-        )
-        x, scale = cache["resid_pre", layer][0], cache[f"blocks.{layer}.ln2.hook_scale"][0]
-        moved = einsum(
+        sites = [act_name(site, layer) for site in ("v", "pattern", "resid_pre", "resid_post")]
+        _, cache = run_with_cache(model, tokens, [*sites, scale_name])
+        x = cache["resid_pre", layer][0]
+        scale = cache[scale_name][0]
+        by_head = einsum(
             cache["pattern", layer][0],
             per_head(cache["v", layer], model.cfg.n_heads)[0],
             block.attn.W_O,
             "head query key, key head d_head, head d_head d_model -> head query key d_model",
         )
-        stream = moved.sum(0) + t.diag_embed(x.T).permute(1, 2, 0)
-        normed = centre(stream) / scale[:, None] * norm.weight
-        rest = centre(b_O + 0 * x) / scale * norm.weight + (norm.bias if centres(model) else 0)
+        attn = by_head.sum(0)
+        stream = attn + t.diag_embed(x.T).permute(
+            1, 2, 0
+        )  # query key d_model: a position's own stream is its own source
+        normed = normalised(stream, scale[:, None])
+        normed_biases = normalised(b_O + 0 * x, scale)
+        if centres(model):
+            normed_biases = normed_biases + norm.bias
         pre = [normed @ linear.weight.T for linear in readers]  # query key neuron
-        start = [F.linear(rest, linear.weight, linear.bias) for linear in readers]  # query neuron
-    slopes = [0.0] * len(readers)
-    for at, weight in zip(*np.polynomial.legendre.leggauss(nodes)):
-        points = [(s + (at + 1) / 2 * p.sum(1)).requires_grad_() for s, p in zip(start, pre)]
-        slopes = [
-            mean + weight / 2 * slope for mean, slope in zip(slopes, t.autograd.grad(post(*points).sum(), points))
-        ]
+        start = [F.linear(normed_biases, linear.weight, linear.bias) for linear in readers]  # query neuron
+
+    # step 2: through the activation each key gets the mean slope times what it brings
+    def activation(pre: list[Tensor]) -> Tensor:
+        return neuron_activation(mlp, pre)
+
+    slopes = mean_slopes(activation, start, [by_key.sum(1) for by_key in pre], nodes)
+
+    # step 3: back to the stream; keys and biases together must be the model's own stream
     with t.no_grad():
-        ff = sum(p * slope[:, None] for p, slope in zip(pre, slopes)) @ mlp.W_out
-        whole = (stream + ff).sum(1) + b_O + mlp.out(post(*start))
-        error = (whole - cache["resid_post", layer][0]).abs().max() / cache["resid_post", layer].abs().max()
+        ff = sum(by_key * slope[:, None] for by_key, slope in zip(pre, slopes)) @ mlp.W_out
+        whole = (stream + ff).sum(1) + b_O + mlp.out(activation(start))
+        resid_post = cache["resid_post", layer]
+        error = (whole - resid_post[0]).abs().max() / resid_post.abs().max()
         maps = {
-            "attn": moved.sum(0),
+            "attn": attn,
             "attn_res": stream,
             "attn_res_norm": normed,
             "ff": ff,
             "ff_res": stream + ff,
-            "weighted": moved,
+            "weighted": by_head,
         }
-        return {name: y.norm(dim=-1) for name, y in maps.items()} | {"error": error}
+        norms = {name: vectors.norm(dim=-1) for name, vectors in maps.items()}
+    return norms | {"error": error}
 
 
 def mixing(norms: Tensor) -> float:
     """Share of a map (query, key) that lies off the diagonal, mean over queries but the first."""
-    return (1 - norms.diagonal() / norms.sum(1))[1:].mean().item()
+    own = norms.diagonal() / norms.sum(1)
+    return (1 - own)[1:].mean().item()
 
 
-#%% Logit attribution: what each layer writes in the direction of the answer, for any model whose stream can be read
-
-
-def points(model: nn.Module) -> list[str]:
-    """The stream after 0, 1, ... n_layers blocks."""
-    return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
-
-
-@t.no_grad()
-def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str, float], float]:
-    """
-    ({'embed', 'L0' .., 'constant'}, the logit of token after the row that they sum to, before a soft cap). The final norm's scale is frozen there; its weight,
-    and whether it centres, are found by asking the module: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ..., and LayerNorm does not see v + 1.
-    """
-    _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
-    x = t.stack([cache[name][0, -1] for name in points(model)])
-    v = (1 - 2 * (t.arange(x.shape[1], device=x.device) % 2)).to(x.dtype)
-    zero, plain, moved, out = model.ln_final(t.stack([0 * v, v, v + 1, x[-1]])[None])[0].float()
-    weight, column, x = (plain - zero) * v, model.W_U[:, token].float(), x.float()
-    if t.allclose(plain, moved, atol=1e-2):
-        x = x - x.mean(-1, keepdim=True)
-    along = x @ (weight * column) * (out - zero).norm() / (weight * x[-1]).norm()
-    bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
-    fixed = 0.0 if bias is None else bias[token].item()
-    names = ["embed", *(f"L{layer}" for layer in range(model.cfg.n_layers)), "constant"]
-    return dict(zip(names, [*t.cat([along[:1], along.diff()]).tolist(), (zero @ column).item() + fixed])), (
-        out @ column
-    ).item() + fixed
-
-
-#%% Activations: harvested at any hook, heads side by side; streamed through a buffer that is shuffled whenever half of it has left
+#%% Activations, harvested at any hook, heads side by side
 @t.no_grad()
 def harvest(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
     """{hook: (batch, pos, d)} in float32; the blocks above the last hook are not run."""
-    layers = [re.search(r"blocks\.(\d+)\.", name) for name in names]
-    stop = dict(stop_at_layer=max(int(layer[1]) for layer in layers) + 1) if all(layers) else {}
+    in_blocks = [re.search(r"blocks\.(\d+)\.", name) for name in names]
+    stop = {}
+    if all(in_blocks):
+        last = max(int(match[1]) for match in in_blocks)
+        stop = {"stop_at_layer": last + 1}
     _, cache = run_with_cache(model, tokens, names, **stop)
+
     found = {name: cache[name].float().flatten(2) for name in names}
-    for name, x in found.items():
-        if not x.isfinite().all():
+    for name, activations in found.items():
+        broken = (~activations.isfinite()).sum()
+        if broken:
             fail(
-                f"{(~x.isfinite()).sum()} activations at {name} are NaN or infinite: the model's weights are broken, or its dtype is too small"
+                f"{broken} activations at {name} are NaN or infinite: the model's weights are broken, or its dtype is too small"
             )
     return found
 
 
-#%% Information: entropy and mutual information of counts
+#%% Information: entropy and mutual information of counts[x, y], how often y comes after x
 def row_totals(counts: csr_matrix) -> np.ndarray:
     return np.asarray(counts.sum(1)).ravel()
 
 
 def entropy_floor(counts: csr_matrix) -> float:
     """Entropy of the next token given this one, in nats per token: no model that sees one token has a lower loss on these counts."""
-    return float(
-        -(counts.data * np.log(counts.data / np.repeat(row_totals(counts), np.diff(counts.indptr)))).sum()
-        / counts.sum()
-    )
+    stored_per_row = np.diff(counts.indptr)
+    p_next = counts.data / np.repeat(row_totals(counts), stored_per_row)
+    return float(-(counts.data * np.log(p_next)).sum() / counts.sum())
 
 
 def mutual_information(counts: csr_matrix) -> float:
     """Bits per token that knowing this token tells about the next: the KL of a model that knows only frequencies."""
-    p = np.asarray(counts.sum(0)).ravel() / counts.sum()
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum() - entropy_floor(counts)) / math.log(2)
+    frequency = np.asarray(counts.sum(0)).ravel() / counts.sum()
+    seen = frequency[frequency > 0]
+    entropy = -(seen * np.log(seen)).sum()
+    return float(entropy - entropy_floor(counts)) / math.log(2)

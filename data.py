@@ -171,8 +171,19 @@ def to_tokens(tokenizer: Tokenizer, text: str, bos: bool = True) -> Tensor:
     return t.tensor([[bos_id(tokenizer)] * bos + tokenizer.encode(text, add_special_tokens=False).ids])
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """
+    The text of one token, with its space whatever the kind of tokenizer: a SentencePiece piece has '▁' for each, which
+    a decoder eats at the head of a text. Padded vocabularies have ids without a token: ''.
+    """
+    piece = tokenizer.id_to_token(token) or ""
+    if "▁" in piece:
+        return piece.replace("▁", " ")
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
 def str_tokens(tokenizer: Tokenizer, tokens: Iterable[int] | Tensor) -> list[str]:
-    return [tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens]
+    return [token_text(tokenizer, int(token)) for token in tokens]
 
 
 def find_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

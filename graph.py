@@ -1,55 +1,103 @@
-"""The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles."""
+"""The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one edge or one receiver at a time, stand before the fast engine."""
 
 from functools import partial
+from typing import NamedTuple
 
-from hooks import Cache, act_name, in_batches, hook_points, cache_from_resid, rows_that_fit, run_from
+from hooks import Cache, act_name, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
 from anatomy import folded_W_U
 from interventions import Pairs, baselines, by_groups, inputs, make_metric
 
-from einops import einsum
-import numpy as np
 import torch as t
-from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor
 
 
 #%% The graph: the embedding, every head and every MLP write to the stream; every head's q, k, v, every MLP and the logits read it
+class Read(NamedTuple):
+    """One place where the stream is read: layer, kind (q, k, v, MLP, logits), and the head (of k and v: the group of heads that share it)."""
+
+    layer: int
+    kind: str
+    head: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.kind == "logits":
+            return "logits"
+        if self.kind == "MLP":
+            return f"L{self.layer} MLP"
+        return f"L{self.layer}H{self.head}.{self.kind}"
+
+
 class Graph:
-    """writers and receivers by name; upstream (writer, receiver) is True where there is an edge. Masks of that shape are sets of edges."""
+    """
+    writers and receivers by name; upstream (writer, receiver) is True where there is an edge. Masks of that shape are sets of edges.
+    links (receiver, writer) is 1 where a receiver is an input of that writer.
+    """
 
     def __init__(self, model: nn.Module):
-        L, H, n_kv = model.cfg.n_layers, model.cfg.n_heads, model.blocks[0].attn.W_K.shape[0]
-        self.n_layers, self.n_heads, self.serial = (
-            L,
-            H,
-            act_name("resid_mid", 0) in hook_points(model),
-        )  # not serial: attention and MLP read the same stream (GPT-NeoX)
-        self.writers = ["embed", *(f"L{l}H{h}" if h < H else f"L{l} MLP" for l in range(L) for h in range(H + 1))]
+        self.n_layers = model.cfg.n_layers
+        self.n_heads = model.cfg.n_heads
+        self.n_kv_heads = model.blocks[0].attn.W_K.shape[0]
+        # serial: the MLP reads what attention has written; else (GPT-NeoX) both read the same stream
+        self.serial = act_name("resid_mid", 0) in hook_points(model)
+
+        self.writers = self.name_writers()
         self.head_names = [name for name in self.writers if "H" in name]
-        spans = [(l, x, n) for l in range(L) for x, n in (("q", H), ("k", n_kv), ("v", n_kv), ("MLP", 1))] + [
-            (L, "logits", 1)
-        ]
-        self.receivers = [
-            x if x == "logits" else f"L{l} MLP" if x == "MLP" else f"L{l}H{i}.{x}"
-            for l, x, n in spans
-            for i in range(n)
-        ]
-        self.layer_of = t.tensor([min(l, L - 1) for l, _, n in spans for _ in range(n)])
-        self.columns = {
-            (l, x): slice(end - n, end) for (l, x, n), end in zip(spans, np.cumsum([n for *_, n in spans]).tolist())
-        }
-        self.upstream = t.zeros(len(self.writers), len(self.receivers), dtype=t.bool)
-        self.links = t.zeros(
-            len(self.receivers), len(self.writers)
-        )  # 1 where a receiver is an input of that writer; grouped queries share k and v
-        for l, x, n in spans:
-            start, heads = self.columns[l, x].start, self.heads(l)
-            self.upstream[: heads.stop if x == "MLP" and self.serial else heads.start, start : start + n] = True
-            if x == "MLP":
-                self.links[start, heads.stop] = 1
-            elif x != "logits":
-                self.links[start + t.arange(H) // (H // n), t.arange(heads.start, heads.stop)] = 1
+        self.reads = self.list_reads()
+        self.receivers = [read.name for read in self.reads]
+        # the logits are reached from the last layer on
+        self.layer_of = t.tensor([min(read.layer, self.n_layers - 1) for read in self.reads])
+        self.columns = self.find_columns()
+        self.upstream = self.find_upstream()
+        self.links = self.find_links()
+
+    def name_writers(self) -> list[str]:
+        names = ["embed"]
+        for layer in range(self.n_layers):
+            names += [f"L{layer}H{head}" for head in range(self.n_heads)]
+            names.append(f"L{layer} MLP")
+        return names
+
+    def list_reads(self) -> list[Read]:
+        reads = []
+        for layer in range(self.n_layers):
+            reads += [Read(layer, "q", head) for head in range(self.n_heads)]
+            reads += [Read(layer, "k", head) for head in range(self.n_kv_heads)]
+            reads += [Read(layer, "v", head) for head in range(self.n_kv_heads)]
+            reads.append(Read(layer, "MLP"))
+        reads.append(Read(self.n_layers, "logits"))
+        return reads
+
+    def find_columns(self) -> dict[tuple[int, str], slice]:
+        """Where the receivers of a layer and kind stand: side by side."""
+        columns = {}
+        for i, read in enumerate(self.reads):
+            first = columns[read.layer, read.kind].start if read.head > 0 else i
+            columns[read.layer, read.kind] = slice(first, i + 1)
+        return columns
+
+    def find_upstream(self) -> Tensor:
+        upstream = t.zeros(len(self.writers), len(self.receivers), dtype=t.bool)
+        for i, read in enumerate(self.reads):
+            heads = self.heads(read.layer)
+            hears_heads = read.kind == "MLP" and self.serial
+            upstream[: heads.stop if hears_heads else heads.start, i] = True
+        return upstream
+
+    def find_links(self) -> Tensor:
+        links = t.zeros(len(self.receivers), len(self.writers))
+        for i, read in enumerate(self.reads):
+            heads = self.heads(read.layer)
+            if read.kind == "MLP":
+                links[i, heads.stop] = 1
+            elif read.kind != "logits":
+                sharing = 1 if read.kind == "q" else self.n_heads // self.n_kv_heads  # grouped queries share k and v
+                first = heads.start + read.head * sharing
+                links[i, first : first + sharing] = 1
+        return links
 
     def heads(self, layer: int) -> slice:
         """A layer's heads among the writers; its MLP follows."""
@@ -57,128 +105,272 @@ class Graph:
 
     def edges(self, writers: list[str], receivers: list[str] | None = None) -> Tensor:
         """The edges from some writers to some (None: all) receivers."""
+        rows = t.tensor([self.writers.index(name) for name in writers])
+        columns = t.tensor([self.receivers.index(name) for name in receivers or self.receivers])
         mask = t.zeros_like(self.upstream)
-        mask[
-            t.tensor([self.writers.index(w) for w in writers])[:, None],
-            t.tensor([self.receivers.index(r) for r in receivers or self.receivers]),
-        ] = True
+        mask[rows[:, None], columns] = True
         return mask & self.upstream
 
     def readers(self, writers: list[str], kind: str) -> list[str]:
         """The receivers of one kind (q, k, v, MLP) that are inputs of these writers."""
-        used = self.links[:, [self.writers.index(w) for w in writers]].any(1).tolist()
-        return [r for r, on in zip(self.receivers, used) if on and r.endswith(kind)]
+        columns = [self.writers.index(name) for name in writers]
+        used = self.links[:, columns].any(1).tolist()
+        return [name for name, on in zip(self.receivers, used) if on and name.endswith(kind)]
 
     def prune(self, kept: Tensor) -> Tensor:
         """Less the edges of nodes that hear nothing or whose word reaches nothing: those carry what the corrupt run writes, kept or not."""
-        hears, matters = kept.any(0).float() @ self.links > 0, self.links @ kept.any(1).float() > 0
-        hears[0] = matters[-1] = True
+        hears = kept.any(0).float() @ self.links > 0  # (writer)
+        matters = self.links @ kept.any(1).float() > 0  # (receiver)
+        hears[0] = True  # the embedding
+        matters[-1] = True  # the logits
         less = kept & hears[:, None] & matters
         return kept if less.equal(kept) else self.prune(less)
 
+    def edge_names(self, kept: Tensor) -> list[str]:
+        return [f"{self.writers[w]} to {self.receivers[r]}" for w, r in kept.nonzero().tolist()]
 
+
+#%% A plain run, and what every writer wrote in it
 def head_writes(model: nn.Module, layer: int, z: Tensor) -> Tensor:
     return einsum(z, model.blocks[layer].attn.W_O, "row pos head d_head, head d_head d_model -> row pos head d_model")
 
 
-def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str) -> tuple[Tensor, Cache, Tensor]:
-    """A plain run: (logits, cache, writes (pair, pos, writer, d_model))."""
-    names = [act_name(site, l) for l in range(graph.n_layers) for site in ("resid_pre", "z", "mlp_out")]
-    logits, cache = cache_from_resid(
-        model, inputs(model, pairs, which), pairs.answer_pos, [*names, "ln_final.hook_scale"]
-    )
-    written = [
-        x
-        for l in range(graph.n_layers)
-        for x in (head_writes(model, l, cache["z", l]), cache["mlp_out", l][:, :, None])
-    ]
-    return logits, cache, t.cat([cache["resid_pre", 0][:, :, None], *written], 2)
+class GraphRun(NamedTuple):
+    """logits (pair, d_vocab) at the answer's position; cache; writes (pair, pos, writer, d_model)."""
+
+    logits: Tensor
+    cache: Cache
+    writes: Tensor
 
 
-def edge_run(
-    model: nn.Module,
-    graph: Graph,
-    resid: Tensor,
-    at: Tensor,
-    layer: int = 0,
-    swap: Tensor | None = None,
-    other: Tensor | None = None,
-    live: Tensor | None = None,
-    nudge: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str, also: tuple[str, ...] = ()) -> GraphRun:
+    """The clean or the corrupt run; also: hooks to cache beside the stream before each layer, z and the MLP outputs."""
+    layers = range(graph.n_layers)
+    names = [act_name(site, layer) for layer in layers for site in ("resid_pre", "z", "mlp_out")]
+    logits, cache = cache_from_resid(model, inputs(model, pairs, which), pairs.answer_pos, [*names, *also])
+    writes = [cache["resid_pre", 0][:, :, None]]
+    for layer in layers:
+        writes.append(head_writes(model, layer, cache["z", layer]))
+        writes.append(cache["mlp_out", layer][:, :, None])
+    return GraphRun(logits, cache, t.cat(writes, 2))
+
+
+#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver. The engine below gives the same numbers for all edges at once
+class InputChange:
+    """Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream as it is."""
+
+    def __init__(self, model: nn.Module, read: Read, change: Tensor):
+        self.model = model
+        self.read = read
+        self.change = change
+        self.stream: Tensor | None = None
+
+    def run(self, resid: Tensor, answer_pos: Tensor) -> Tensor:
+        """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0."""
+        fwd_hooks, module_inputs = [], []
+        if self.read.kind == "logits":
+            module_inputs = [(self.model.ln_final, "in", self.change_input)]
+        elif self.read.kind == "MLP":
+            module_inputs = [(self.model.blocks[self.read.layer].ln2, "in", self.change_input)]
+        else:
+            fwd_hooks = [
+                (act_name("resid_pre", self.read.layer), self.keep_stream),
+                (act_name(self.read.kind, self.read.layer), self.change_head),
+            ]
+        return run_from(self.model, resid, answer_pos, 0, fwd_hooks, module_inputs)
+
+    def change_input(self, x: Tensor) -> Tensor:
+        return x + self.change
+
+    def keep_stream(self, x: Tensor, hook: nn.Module) -> None:
+        self.stream = x
+
+    def change_head(self, x: Tensor, hook: nn.Module) -> Tensor:
+        """q, k, v (pair, pos, head, d_head) are linear in the normed stream: one head's moves by its weights times what the norm's output moves by."""
+        block = self.model.blocks[self.read.layer]
+        W = getattr(block.attn, f"W_{self.read.kind.upper()}")[self.read.head]
+        moved = block.ln1(self.stream + self.change) - block.ln1(self.stream)
+        changed = x.clone()
+        changed[:, :, self.read.head] += einsum(moved, W, "pair pos d_model, d_model d_head -> pair pos d_head")
+        return changed
+
+
+@t.no_grad()
+def path_patch(
+    model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, kind: str = "logit_diff"
+) -> Tensor:
     """
-    Logits (row, d_vocab) of a run in which every receiver has its own input, put through the real norm: the stream, but along the edges of swap (row, writer,
-    receiver) the write in other (row, pos, writer, d_model) instead of the run's own; and nudge (row, pos, receiver, d_model) is added. The run enters at `layer`
-    with resid; live, like other, holds its writes below. Also other - own, to be joined along the writers.
+    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path patching (Wang et al. 2023) along one edge.
+    What lies behind the receiver is computed anew. Plain form of edge_patch.
     """
-    below, state = graph.heads(layer).start, {}
-    gaps = [] if swap is None else [other[:, :, :below] - (resid[:, :, None] if layer == 0 else live[:, :, :below])]
+    # Step 1: a clean and a corrupt run
+    clean = run_graph(model, graph, pairs, "clean")
+    corrupt = run_graph(model, graph, pairs, "corrupt")
 
-    def change(columns: slice) -> Tensor | None:
-        """(row, pos, receiver, d_model) by which the inputs of these receivers differ from the stream."""
-        delta = None if nudge is None else nudge[:, :, columns]
-        if swap is None or not swap[:, :, columns].any():
-            return delta
-        gap = t.cat(gaps, 2)
-        moved = einsum(
-            swap[:, : gap.shape[2], columns].to(gap.dtype),
+    # Step 2: the clean run again, the receiver's input changed by what the writer would have written
+    w = graph.writers.index(writer)
+    r = graph.receivers.index(receiver)
+    assert graph.upstream[w, r], f"there is no edge from {writer} to {receiver}"
+    change = corrupt.writes[:, :, w] - clean.writes[:, :, w]
+    logits = InputChange(model, graph.reads[r], change).run(inputs(model, pairs, "clean"), pairs.answer_pos)
+
+    # Step 3: the metric
+    return make_metric(pairs, kind, clean.logits)(logits, pairs.index)
+
+
+def input_gradient(
+    model: nn.Module, read: Read, resid: Tensor, pairs: Pairs, kind: str, clean_logits: Tensor
+) -> Tensor:
+    """Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0."""
+    change = t.zeros_like(resid).requires_grad_()
+    with t.enable_grad():
+        logits = InputChange(model, read, change).run(resid, pairs.answer_pos)
+        metric = make_metric(pairs, kind, clean_logits)(logits, pairs.index).sum()
+    (gradient,) = t.autograd.grad(metric, change)
+    return gradient
+
+
+@t.no_grad()
+def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind: str = "logit_diff") -> Tensor:
+    """
+    Edge attribution patching (Syed et al. 2023) of the edges into one receiver (writer): the gradient at its input in the clean run times the writer's
+    clean - corrupt, over positions and d_model, mean over pairs. Plain form of eap.
+    """
+    clean = run_graph(model, graph, pairs, "clean")
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    r = graph.receivers.index(receiver)
+    gradient = input_gradient(model, graph.reads[r], clean.cache["resid_pre", 0], pairs, kind, clean.logits)
+    difference = clean.writes - corrupt.writes
+    scores = einsum(difference, gradient, "pair pos writer d_model, pair pos d_model -> writer") / len(pairs)
+    return scores.cpu() * graph.upstream[:, r]
+
+
+@t.no_grad()
+def plain_eap_ig(
+    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind: str = "logit_diff", steps: int = 5
+) -> Tensor:
+    """EAP with integrated gradients (Hanna et al. 2024): as plain_eap, the gradient averaged over runs between corrupt and clean embeddings. Plain form of eap_ig."""
+    clean = run_graph(model, graph, pairs, "clean")
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    r = graph.receivers.index(receiver)
+    start = corrupt.cache["resid_pre", 0]
+    end = clean.cache["resid_pre", 0]
+    gradient = t.zeros_like(start)
+    for step in range(steps):
+        resid = start + (step + 0.5) / steps * (end - start)
+        gradient += input_gradient(model, graph.reads[r], resid, pairs, kind, clean.logits) / steps
+    difference = clean.writes - corrupt.writes
+    scores = einsum(difference, gradient, "pair pos writer d_model, pair pos d_model -> writer") / len(pairs)
+    return scores.cpu() * graph.upstream[:, r]
+
+
+#%% The engine: one forward pass in which every receiver has an input of its own
+class EdgeRun:
+    """
+    One forward pass in which every receiver has its own input, put through the real norm: the stream, but along the edges of swap (row, writer, receiver) the write in
+    other (row, pos, writer, d_model) instead of the run's own; and nudge (row, pos, receiver, d_model) is added. The rows of a batch may be different runs.
+    gaps grow with the pass: other - own of the writers so far, to be joined along the writers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        swap: Tensor | None = None,
+        other: Tensor | None = None,
+        nudge: Tensor | None = None,
+    ):
+        self.model = model
+        self.graph = graph
+        self.swap = swap
+        self.other = other
+        self.nudge = nudge
+        self.gaps: list[Tensor] = []
+        # of the layer that the pass is in
+        self.normed_change: Tensor | None = (
+            None  # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
+        )
+        self.parallel_mlp_change: Tensor | None = None  # where the MLP reads the same stream as attention
+
+    def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
+        """Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its writes below."""
+        if self.swap is not None:
+            below = self.graph.heads(layer).start
+            own_below = resid[:, :, None] if layer == 0 else own[:, :, :below]
+            self.gaps.append(self.other[:, :, :below] - own_below)
+        fwd_hooks, module_inputs = [], []
+        for l in range(layer, self.graph.n_layers):
+            fwd_hooks.append((act_name("resid_pre", l), partial(self.enter_layer, l)))
+            fwd_hooks += [(act_name(kind, l), partial(self.change_heads, l, kind)) for kind in "qkv"]
+            if self.swap is not None:
+                fwd_hooks.append((act_name("z", l), partial(self.hear_heads, l)))
+                fwd_hooks.append((act_name("mlp_out", l), partial(self.hear_mlp, l)))
+            module_inputs.append((self.model.blocks[l].ln2, "in", partial(self.change_mlp_input, l)))
+        module_inputs.append((self.model.ln_final, "in", self.change_final_input))
+        return run_from(self.model, resid, answer_pos, layer, fwd_hooks, module_inputs)
+
+    def input_change(self, columns: slice) -> Tensor | None:
+        """(row, pos, receiver, d_model) by which the inputs of these receivers differ from the stream; None: not at all."""
+        nudge = None if self.nudge is None else self.nudge[:, :, columns]
+        if self.swap is None or not self.swap[:, :, columns].any():
+            return nudge
+        gap = t.cat(self.gaps, 2)
+        swapped = einsum(
+            self.swap[:, : gap.shape[2], columns].to(gap.dtype),
             gap,
             "row writer receiver, row pos writer d_model -> row pos receiver d_model",
         )
-        return moved if delta is None else delta + moved
+        return swapped if nudge is None else nudge + swapped
 
-    def enter(l: int, x: Tensor, hook: nn.Module) -> None:
-        norm, delta = model.blocks[l].ln1, change(slice(graph.columns[l, "q"].start, graph.columns[l, "v"].stop))
-        state["moved"] = (
-            None
-            if delta is None
-            else norm((x[:, :, None] + delta).flatten(1, 2)).view(delta.shape) - norm(x)[:, :, None]
-        )
-        state["MLP"] = None if graph.serial else change(graph.columns[l, "MLP"])
+    def enter_layer(self, layer: int, x: Tensor, hook: nn.Module) -> None:
+        """The stream before a layer: put through the norm as each of the layer's heads reads it."""
+        norm = self.model.blocks[layer].ln1
+        columns = self.graph.columns
+        change = self.input_change(slice(columns[layer, "q"].start, columns[layer, "v"].stop))
+        self.normed_change = None
+        if change is not None:
+            as_read = (x[:, :, None] + change).flatten(1, 2)
+            self.normed_change = norm(as_read).view(change.shape) - norm(x)[:, :, None]
+        if not self.graph.serial:
+            self.parallel_mlp_change = self.input_change(columns[layer, "MLP"])
 
-    def read(l: int, kind: str, x: Tensor, hook: nn.Module) -> Tensor | None:
-        if state["moved"] is None:
+    def change_heads(self, layer: int, kind: str, x: Tensor, hook: nn.Module) -> Tensor | None:
+        """q, k or v (row, pos, head, d_head), linear in the normed input: the change goes through the weights alone."""
+        if self.normed_change is None:
             return None
-        W, start = (
-            getattr(model.blocks[l].attn, f"W_{kind.upper()}"),
-            graph.columns[l, kind].start - graph.columns[l, "q"].start,
-        )
+        W = getattr(self.model.blocks[layer].attn, f"W_{kind.upper()}")
+        start = self.graph.columns[layer, kind].start - self.graph.columns[layer, "q"].start
         return x + einsum(
-            state["moved"][:, :, start : start + len(W)],
+            self.normed_change[:, :, start : start + len(W)],
             W,
             "row pos head d_model, head d_model d_head -> row pos head d_head",
         )
 
-    def write(l: int, x: Tensor, hook: nn.Module) -> None:
-        out, start = (
-            (head_writes(model, l, x), graph.heads(l).start) if x.ndim == 4 else (x[:, :, None], graph.heads(l).stop)
-        )
-        gaps.append(other[:, :, start : start + out.shape[2]] - out)
+    def hear_heads(self, layer: int, z: Tensor, hook: nn.Module) -> None:
+        self.gaps.append(self.other[:, :, self.graph.heads(layer)] - head_writes(self.model, layer, z))
 
-    def add(l: int, kind: str, x: Tensor) -> Tensor:
-        delta = state["MLP"] if kind == "MLP" and not graph.serial else change(graph.columns[l, kind])
-        return x if delta is None else x + delta[:, :, 0]
+    def hear_mlp(self, layer: int, out: Tensor, hook: nn.Module) -> None:
+        mlp = self.graph.heads(layer).stop
+        self.gaps.append(self.other[:, :, mlp : mlp + 1] - out[:, :, None])
 
-    layers = range(layer, graph.n_layers)
-    fwd_hooks = [(act_name("resid_pre", l), partial(enter, l)) for l in layers] + [
-        (act_name(kind, l), partial(read, l, kind)) for l in layers for kind in "qkv"
-    ]
-    if swap is not None:
-        fwd_hooks += [(act_name(site, l), partial(write, l)) for l in layers for site in ("z", "mlp_out")]
-    inner = [(model.blocks[l].ln2, "in", partial(add, l, "MLP")) for l in layers] + [
-        (model.ln_final, "in", partial(add, graph.n_layers, "logits"))
-    ]
-    return run_from(model, resid, at, layer, fwd_hooks, inner), gaps
+    def change_mlp_input(self, layer: int, x: Tensor) -> Tensor:
+        change = self.parallel_mlp_change
+        if self.graph.serial:
+            change = self.input_change(self.graph.columns[layer, "MLP"])
+        return x if change is None else x + change[:, :, 0]
+
+    def change_final_input(self, x: Tensor) -> Tensor:
+        change = self.input_change(self.graph.columns[self.graph.n_layers, "logits"])
+        return x if change is None else x + change[:, :, 0]
 
 
 def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> int:
     """Part of the memory holds the writes of both runs, the rest twice as many rows in flight."""
-    return rows_that_fit(
-        model, pairs.clean.shape[1], memory_gb / 4, (4 * len(graph.writers) + 24 * graph.n_heads) * model.cfg.d_model
-    )
+    floats = (4 * len(graph.writers) + 24 * graph.n_heads) * model.cfg.d_model
+    return rows_that_fit(model, pairs.clean.shape[1], memory_gb / 4, floats)
 
 
-#%% Path patching and edge attribution
+#%% Path patching of any sets of edges
 @t.no_grad()
 def edge_patch(
     model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0
@@ -187,135 +379,153 @@ def edge_patch(
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the corrupt run's writes; what lies behind a receiver
     is computed anew, all else stays (path patching, Wang et al. 2023). A circuit is the run in which all other edges are swapped.
     """
-    swaps, n_pairs = (
-        (swaps & graph.upstream).to(pairs.answer_pos.device),
-        pairs_that_fit(model, graph, pairs, memory_gb),
-    )
-    begins = t.stack([graph.layer_of[row].min() if row.any() else graph.layer_of[-1] for row in swaps.any(1).cpu()]).to(
-        pairs.answer_pos.device
-    )
-
-    def patch(group: Pairs) -> Tensor:
-        (logits, cache, live), (_, _, other) = (run_graph(model, graph, group, which) for which in ("clean", "corrupt"))
-        metric, values = make_metric(group, kind, logits), t.zeros(len(swaps), len(group), device=swaps.device)
-        for begin in begins.unique().tolist():
-            cells = t.cartesian_prod((begins == begin).nonzero()[:, 0], group.index)  # (swap, pair)
-            run = lambda w, p: metric(
-                edge_run(
-                    model, graph, cache["resid_pre", begin][p], group.answer_pos[p], begin, swaps[w], other[p], live[p]
-                )[0],
-                p,
-            )
-            values[cells.unbind(1)] = t.cat(
-                list(in_batches(lambda part: run(*part.unbind(1)), cells, 2 * n_pairs, "edges"))
-            )
-        return values
-
+    swaps = (swaps & graph.upstream).to(pairs.answer_pos.device)
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    patch = partial(patch_group, model, graph, swaps, kind, 2 * n_pairs)
     return t.cat(by_groups(patch, pairs, n_pairs), 1)
 
 
-def edge_attribution(
-    model: nn.Module, graph: Graph, pairs: Pairs, kind: str = "logit_diff", steps: int = 0, memory_gb: float = 1.0
+def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, kind: str, n_rows: int, group: Pairs) -> Tensor:
+    """edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it, it is the clean run."""
+    clean = run_graph(model, graph, group, "clean")
+    corrupt = run_graph(model, graph, group, "corrupt")
+    metric = make_metric(group, kind, clean.logits)
+
+    def patch_rows(layer: int, rows: Tensor) -> Tensor:
+        swap, pair = rows.unbind(1)
+        run = EdgeRun(model, graph, swaps[swap], corrupt.writes[pair])
+        resid = clean.cache["resid_pre", layer][pair]
+        return metric(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
+
+    values = t.zeros(len(swaps), len(group), device=swaps.device)
+    first_layers = first_swapped_layers(graph, swaps)
+    for layer in first_layers.unique().tolist():
+        entering = (first_layers == layer).nonzero()[:, 0]
+        rows = t.cartesian_prod(entering, group.index)  # (swap, pair)
+        values[rows.unbind(1)] = t.cat(list(in_batches(partial(patch_rows, layer), rows, n_rows, "edges")))
+    return values
+
+
+def first_swapped_layers(graph: Graph, swaps: Tensor) -> Tensor:
+    """The layer (swap) of the first receiver with a swapped edge; the last one where nothing is swapped."""
+    swapped = swaps.any(1).cpu()  # (swap, receiver)
+    layers = t.where(swapped, graph.layer_of, graph.layer_of[-1])
+    return layers.min(1).values.to(swaps.device)
+
+
+#%% Edge attribution: what patching each edge would do, by gradient
+def eap(model: nn.Module, graph: Graph, pairs: Pairs, kind: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
+    """
+    Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge carried the corrupt write, by the gradient in the
+    clean run, mean over pairs. Summed over receivers: attribution patching of nodes.
+    """
+    return attribute_edges(model, graph, pairs, kind, [1.0], memory_gb)
+
+
+def eap_ig(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    kind: str = "logit_diff",
+    steps: int = 5,
+    memory_gb: float = 1.0,
 ) -> Tensor:
-    """
-    (writer, receiver): what the clean metric would lose if the edge carried the corrupt write, by gradient, mean over pairs. steps 0: EAP, at the clean run (Syed et
-    al. 2023); else EAP-IG, between corrupt and clean embeddings (Hanna et al. 2024). Summed over receivers: attribution patching of nodes.
-    """
+    """EAP with integrated gradients (Hanna et al. 2024), (writer, receiver): as eap, the gradient averaged over `steps` runs between corrupt and clean embeddings."""
+    assert steps > 0
+    return attribute_edges(model, graph, pairs, kind, [(i + 0.5) / steps for i in range(steps)], memory_gb)
 
-    def attribute(group: Pairs) -> Tensor:
-        total = t.zeros(graph.upstream.shape, device=pairs.answer_pos.device)
-        with t.no_grad():
-            (logits, cache, own), (_, source, other) = (
-                run_graph(model, graph, group, which) for which in ("clean", "corrupt")
-            )
-        for alpha in [(i + 0.5) / steps for i in range(steps)] or [1.0]:
-            resid = source["resid_pre", 0].lerp(cache["resid_pre", 0], alpha)
-            nudge = resid.new_zeros(*resid.shape[:2], len(graph.receivers), resid.shape[-1]).requires_grad_()
-            with t.enable_grad():
-                values = make_metric(group, kind, logits)(
-                    edge_run(model, graph, resid, group.answer_pos, nudge=nudge)[0], group.index
-                )
-            (gradient,) = t.autograd.grad(values.sum(), nudge)
-            total += einsum(
-                (own - other).float(),
-                gradient.float(),
-                "pair pos writer d_model, pair pos receiver d_model -> writer receiver",
-            ) / max(1, steps)
-        return total
 
-    return (
-        sum(by_groups(attribute, pairs, pairs_that_fit(model, graph, pairs, memory_gb))) / len(pairs)
-    ).cpu() * graph.upstream
+def attribute_edges(
+    model: nn.Module, graph: Graph, pairs: Pairs, kind: str, alphas: list[float], memory_gb: float
+) -> Tensor:
+    """(writer, receiver): gradients in runs from corrupt (alpha 0) to clean (1) embeddings, averaged over alphas, times clean - corrupt writes; mean over pairs."""
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    totals = by_groups(partial(attribute_group, model, graph, kind, alphas), pairs, n_pairs)
+    return (sum(totals) / len(pairs)).cpu() * graph.upstream
+
+
+def attribute_group(model: nn.Module, graph: Graph, kind: str, alphas: list[float], group: Pairs) -> Tensor:
+    """attribute_edges of pairs that fit into memory at once, summed over them."""
+    with t.no_grad():
+        clean = run_graph(model, graph, group, "clean")
+        corrupt = run_graph(model, graph, group, "corrupt")
+    metric = make_metric(group, kind, clean.logits)
+    total = t.zeros(graph.upstream.shape, device=group.answer_pos.device)
+    for alpha in alphas:
+        resid = corrupt.cache["resid_pre", 0].lerp(clean.cache["resid_pre", 0], alpha)
+        pair, pos, d_model = resid.shape
+        nudge = resid.new_zeros(pair, pos, len(graph.receivers), d_model).requires_grad_()
+        with t.enable_grad():
+            logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos)
+            values = metric(logits, group.index)
+        (gradient,) = t.autograd.grad(values.sum(), nudge)
+        scores = einsum(
+            (clean.writes - corrupt.writes).float(),
+            gradient.float(),
+            "pair pos writer d_model, pair pos receiver d_model -> writer receiver",
+        )
+        total += scores / len(alphas)
+    return total
 
 
 @t.no_grad()
 def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0) -> tuple[float, Tensor]:
     """Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to its largest; the norm of each write, summed over pairs and positions (writer)."""
+    last = graph.n_layers - 1
 
     def differ(group: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        (_, a, own), (_, b, other) = (run_graph(model, graph, group, which) for which in ("clean", "corrupt"))
-        writes, stream = (
-            (own - other).float(),
-            (a["resid_pre", graph.n_layers - 1] - b["resid_pre", graph.n_layers - 1]).float(),
-        )
-        return (
-            (writes[:, :, : graph.heads(graph.n_layers - 1).start].sum(2) - stream).abs().max(),
-            stream.abs().max(),
-            writes.norm(dim=-1).sum((0, 1)),
-        )
+        clean = run_graph(model, graph, group, "clean")
+        corrupt = run_graph(model, graph, group, "corrupt")
+        writes = (clean.writes - corrupt.writes).float()
+        stream = (clean.cache["resid_pre", last] - corrupt.cache["resid_pre", last]).float()
+        miss = writes[:, :, : graph.heads(last).start].sum(2) - stream
+        return miss.abs().max(), stream.abs().max(), writes.norm(dim=-1).sum((0, 1))
 
-    miss, largest, norms = zip(*by_groups(differ, pairs, pairs_that_fit(model, graph, pairs, memory_gb)))
-    return (max(miss) / max(largest)).item(), sum(norms).cpu()
+    parts = by_groups(differ, pairs, pairs_that_fit(model, graph, pairs, memory_gb))
+    misses, largest, norms = zip(*parts)
+    return (max(misses) / max(largest)).item(), sum(norms).cpu()
 
 
 #%% Circuits: the strongest edges alone, everything else as in the corrupt run
 def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
     """Masks (size, writer, receiver) of the edges with the largest |score|."""
-    rank = score.abs().masked_fill(~graph.upstream, -1.0).flatten().argsort(descending=True).argsort().view(score.shape)
+    strength = score.abs().masked_fill(~graph.upstream, -1.0).flatten()
+    rank = strength.argsort(descending=True).argsort().view(score.shape)
     return t.stack([(rank < size) & graph.upstream for size in sizes])
+
+
+def circuit_metric(
+    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0
+) -> Tensor:
+    """Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all others corrupt."""
+    return edge_patch(model, graph, pairs, ~circuits, kind, memory_gb)
 
 
 def area(
     values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000
 ) -> tuple[float, float, float]:
-    """Area under faithfulness over the share of edges kept, for values (size, pair), and its 95% interval from resampled pairs."""
-    index = t.cat(
-        [t.arange(len(clean))[None], t.randint(len(clean), (draws, len(clean)), generator=t.Generator().manual_seed(0))]
-    ).to(clean.device)
-    curve = (values[:, index].mean(-1) - corrupt[index].mean(-1)) / (clean[index].mean(-1) - corrupt[index].mean(-1))
-    areas = t.trapezoid(curve.cpu(), t.tensor(x), dim=0)
-    return areas[0].item(), *areas[1:].quantile(t.tensor([0.025, 0.975])).tolist()
+    """Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval from resampled pairs."""
+    n = len(clean)
+    resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
+    index = t.cat([t.arange(n)[None], resampled]).to(
+        clean.device
+    )  # (1 + draws, pair); the first is the pairs themselves
+    clean_mean = clean[index].mean(-1)
+    corrupt_mean = corrupt[index].mean(-1)
+    faithfulness = (values[:, index].mean(-1) - corrupt_mean) / (clean_mean - corrupt_mean)  # (size, 1 + draws)
+    areas = t.trapezoid(faithfulness.cpu(), t.tensor(x), dim=0)
+    low, high = areas[1:].quantile(t.tensor([0.025, 0.975])).tolist()
+    return areas[0].item(), low, high
 
 
-#%% Backwards from the logits by path patching; self-repair; and the roles of GPT-2's circuit for indirect objects (Wang et al. 2023)
-ROLES = {
-    "name mover": ("end", "IO"),
-    "negative name mover": ("end", "IO"),
-    "S-inhibition": ("end", "S2"),
-    "induction": ("S2", "S1+1"),
-    "duplicate token": ("S2", "S1"),
-    "previous token": ("S1+1", "S1"),
-}  # where a role looks from and to
-WANG = {
-    "name mover": "L9H9 L9H6 L10H0",
-    "negative name mover": "L10H7 L11H10",
-    "S-inhibition": "L7H3 L7H9 L8H6 L8H10",
-    "induction": "L5H5 L6H9",
-    "duplicate token": "L0H1 L3H0",
-    "previous token": "L2H2 L4H11",
-}
-
-
+#%% Backwards from the logits by path patching
 def path_losses(
     model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], kind: str, memory_gb: float = 1.0
 ) -> Tensor:
     """(writer, pair) metric lost when the paths from one writer straight to the receivers carry the corrupt run."""
-    return (
-        baselines(model, pairs, kind, memory_gb)[0]
-        - edge_patch(
-            model, graph, pairs, t.stack([graph.edges([w], receivers) for w in graph.writers]), kind, memory_gb
-        )
-    ).cpu()
+    swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
+    clean, _ = baselines(model, pairs, kind, memory_gb)
+    return (clean - edge_patch(model, graph, pairs, swaps, kind, memory_gb)).cpu()
 
 
 def trace_back(
@@ -329,56 +539,113 @@ def trace_back(
     width: int = 3,
 ) -> list[tuple[list[str], Tensor]]:
     """
-    Steps (receivers, share (writer)) of the metric lost by the path from each writer straight to the receivers: the logits, then the q, k, v and MLP inputs of those
-    that lost most (at most `width`, at least `floor`) through the input before.
+    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the receivers. The receivers are the logits, then the
+    q, k, v and MLP inputs of those writers that lost most (at most `width`, at least `floor`) through an input before (Wang et al. 2023).
     """
-    gap, options, steps = float(-t.stack(baselines(model, pairs, kind, memory_gb)).mean(1).diff()), [["logits"]], []
+    clean, corrupt = t.stack(baselines(model, pairs, kind, memory_gb)).mean(1)
+    gap = float(clean - corrupt)
+    steps = []
+    options = [["logits"]]
     while options and len(steps) < 4 * depth:
-        new = [
-            (receivers, path_losses(model, graph, pairs, receivers, kind, memory_gb).mean(1) / gap)
-            for receivers in options
-        ]
-        best, steps = max((share for _, share in new), key=lambda share: share.max()), steps + new
-        names = [graph.writers[i] for i in best.topk(width).indices.tolist() if best[i] >= floor and i > 0]
-        options = [receivers for x in ("q", "k", "v", "MLP") if names and (receivers := graph.readers(names, x))]
+        new = []
+        for receivers in options:
+            lost = path_losses(model, graph, pairs, receivers, kind, memory_gb).mean(1) / gap
+            new.append((receivers, lost))
+        steps += new
+        most = max((lost for _, lost in new), key=lambda lost: lost.max())
+        options = inputs_of_strongest(graph, most, floor, width)
     return steps
+
+
+def inputs_of_strongest(graph: Graph, lost: Tensor, floor: float, width: int) -> list[list[str]]:
+    """The inputs, by kind, of the writers (but the embedding, which has none) that lost most."""
+    strongest = [i for i in lost.topk(width).indices.tolist() if lost[i] >= floor and i > 0]
+    if not strongest:
+        return []
+    names = [graph.writers[i] for i in strongest]
+    by_kind = [graph.readers(names, kind) for kind in ("q", "k", "v", "MLP")]
+    return [receivers for receivers in by_kind if receivers]
+
+
+#%% Self-repair: what a head does directly, and who steps in when it fails
+class SelfRepair(NamedTuple):
+    """Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect (writer), in logits of answer - wrong."""
+
+    lost_directly: float
+    lost_in_all: float
+    change: Tensor
 
 
 @t.no_grad()
 def self_repair(
     model: nn.Module, graph: Graph, pairs: Pairs, head: str, kind: str, memory_gb: float = 1.0
-) -> tuple[float, float, Tensor]:
-    """A head's write set to its mean over pairs and positions: metric lost by the path to the logits alone, by all paths, and the change of every writer's direct effect (writer), in logits of answer - wrong."""
-    writer, n_pairs = graph.writers.index(head), pairs_that_fit(model, graph, pairs, memory_gb)
+) -> SelfRepair:
+    """A head's write is set to its mean over pairs and positions: first where the logits read it, then where anyone does (McGrath et al. 2023)."""
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    mean = mean_write(model, graph, pairs, head, n_pairs)
+    parts = by_groups(partial(replace_write, model, graph, head, mean, kind), pairs, n_pairs)
+    losses, changes = zip(*parts)
+    lost_directly, lost_in_all = (sum(losses) / len(pairs)).tolist()
+    return SelfRepair(lost_directly, lost_in_all, (sum(changes) / len(pairs)).cpu())
+
+
+def mean_write(model: nn.Module, graph: Graph, pairs: Pairs, head: str, n_pairs: int) -> Tensor:
+    """Mean (d_model) of a head's write over pairs and positions up to the answer's."""
+    writer = graph.writers.index(head)
 
     def written(group: Pairs) -> tuple[Tensor, int]:
-        own, real = (
-            run_graph(model, graph, group, "clean")[2][:, :, writer],
-            t.arange(group.clean.shape[1], device=group.answer_pos.device) <= group.answer_pos[:, None],
-        )
+        own = run_graph(model, graph, group, "clean").writes[:, :, writer]
+        position = t.arange(group.clean.shape[1], device=group.answer_pos.device)
+        real = position <= group.answer_pos[:, None]
         return own[real].sum(0), int(real.sum())
 
-    def fail_head(group: Pairs) -> tuple[Tensor, Tensor]:
-        logits, cache, own = run_graph(model, graph, group, "clean")
-        other, metric, lost = own.clone(), make_metric(group, kind, logits), []
-        other[:, :, writer] = mean
-        for receivers in (["logits"], None):
-            swap = graph.edges([head], receivers).to(own.device).expand(len(group), -1, -1)
-            patched, gaps = edge_run(model, graph, cache["resid_pre", 0], group.answer_pos, 0, swap, other)
-            lost.append((metric(logits, group.index) - metric(patched, group.index)).sum())
-        change = (other - t.cat(gaps, 2) - own)[group.index, group.answer_pos].float() / cache["ln_final.hook_scale"][
-            group.index, group.answer_pos
-        ][:, None]
-        return t.stack(lost) / len(pairs), einsum(
-            change,
-            folded_W_U(model, group.answer) - folded_W_U(model, group.wrong),
-            "pair writer d_model, d_model pair -> writer",
-        ) / len(pairs)
-
     sums, counts = zip(*by_groups(written, pairs, n_pairs))
-    mean = sum(sums) / sum(counts)
-    lost, change = map(sum, zip(*by_groups(fail_head, pairs, n_pairs)))
-    return *lost.tolist(), change.cpu()
+    return sum(sums) / sum(counts)
+
+
+def replace_write(
+    model: nn.Module, graph: Graph, head: str, mean: Tensor, kind: str, group: Pairs
+) -> tuple[Tensor, Tensor]:
+    """Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs, when a head writes `mean`."""
+    clean = run_graph(model, graph, group, "clean", also=("ln_final.hook_scale",))
+    metric = make_metric(group, kind, clean.logits)
+    other = clean.writes.clone()
+    other[:, :, graph.writers.index(head)] = mean
+
+    def fail_head(receivers: list[str] | None) -> tuple[Tensor, Tensor]:
+        """Metric lost, and what all writers write at the answer's position (pair, writer, d_model)."""
+        swap = graph.edges([head], receivers).to(other.device).expand(len(group), -1, -1)
+        run = EdgeRun(model, graph, swap, other)
+        logits = run.run(clean.cache["resid_pre", 0], group.answer_pos)
+        lost = (metric(clean.logits, group.index) - metric(logits, group.index)).sum()
+        return lost, (other - t.cat(run.gaps, 2))[group.index, group.answer_pos]
+
+    lost_directly, _ = fail_head(["logits"])
+    lost_in_all, writes = fail_head(None)
+    scale = clean.cache["ln_final.hook_scale"][group.index, group.answer_pos]
+    change = (writes - clean.writes[group.index, group.answer_pos]).float() / scale[:, None]
+    toward_answer = folded_W_U(model, group.answer) - folded_W_U(model, group.wrong)
+    effects = einsum(change, toward_answer, "pair writer d_model, d_model pair -> writer")
+    return t.stack([lost_directly, lost_in_all]), effects
+
+
+#%% The roles of GPT-2's circuit for indirect objects (Wang et al. 2023), found in any model
+ROLES = {  # where a role looks from and to
+    "name mover": ("end", "IO"),
+    "negative name mover": ("end", "IO"),
+    "S-inhibition": ("end", "S2"),
+    "induction": ("S2", "S1+1"),
+    "duplicate token": ("S2", "S1"),
+    "previous token": ("S1+1", "S1"),
+}
+WANG = {  # the heads in GPT-2 small
+    "name mover": "L9H9 L9H6 L10H0",
+    "negative name mover": "L10H7 L11H10",
+    "S-inhibition": "L7H3 L7H9 L8H6 L8H10",
+    "induction": "L5H5 L6H9",
+    "duplicate token": "L0H1 L3H0",
+    "previous token": "L2H2 L4H11",
+}
 
 
 @t.no_grad()
@@ -397,65 +664,126 @@ def find_roles(
     head's score with keys drawn at random. Found {role: heads} above the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition
     heads act on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
     """
-    generator, scores, bars, names, T = (
-        t.Generator().manual_seed(seed),
-        {},
-        {},
-        [act_name("pattern", l) for l in range(graph.n_layers)],
-        pairs.clean.shape[1],
-    )
-    place = {name: mask.float().argmax(1) for name, mask in pairs.places.items()}
-
-    def look_from(group: Pairs) -> dict[str, Tensor]:
-        """{query: (pair, layer, head, key)}"""
-        _, cache = cache_from_resid(model, inputs(model, group, "clean"), group.answer_pos, names)
-        rows = {query: group.places[query].float().argmax(1) for query, _ in ROLES.values()}
-        return {
-            query: F.pad(
-                t.stack([cache[name][group.index, :, q].float() for name in names], 1), (0, T - group.clean.shape[1])
-            )
-            for query, q in rows.items()
-        }
-
-    seen = by_groups(look_from, pairs, rows_that_fit(model, T, memory_gb, graph.n_layers * graph.n_heads * T))
-    for role, (query, key) in ROLES.items():
-        q, k, look = place[query], place[key], t.cat([part[query] for part in seen])
-        drawn = (t.rand(shuffles, len(pairs), generator=generator).to(q.device) * (q + 1)).long()
-        scores[role], null = (
-            look[pairs.index, :, :, k].mean(0).cpu(),
-            t.stack([look[pairs.index, :, :, d].mean(0).max() for d in drawn]),
-        )
-        bars[role] = max(floor, null.quantile(0.99).item())
+    search = RoleSearch(model, graph, pairs, kind, memory_gb, shuffles, floor, seed)
+    movers = search.name_movers()
     found = {
-        role: [graph.head_names[i] for i in (score > bars[role]).flatten().nonzero()[:, 0].tolist()]
-        for role, score in scores.items()
+        "name mover": movers,
+        "negative name mover": search.negative_name_movers(),
+        "S-inhibition": search.s_inhibition_heads(movers),
+        "induction": search.induction_heads(),
+        "duplicate token": search.duplicate_token_heads(),
+        "previous token": search.previous_token_heads(),
     }
+    return search.scores, search.bars, found
 
-    def acting(role: str, receivers: list[str], sign: int = 1) -> list[str]:
-        if not found[role] or not receivers:
+
+class RoleSearch:
+    """Which heads look as a role looks (scores, bars, looking), and which of them also do what it does: one method per role."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        pairs: Pairs,
+        kind: str,
+        memory_gb: float,
+        shuffles: int,
+        floor: float,
+        seed: int,
+    ):
+        self.model = model
+        self.graph = graph
+        self.pairs = pairs
+        self.kind = kind
+        self.memory_gb = memory_gb
+        self.shuffles = shuffles
+        self.generator = t.Generator().manual_seed(seed)
+
+        self.scores: dict[str, Tensor] = {}
+        self.bars: dict[str, float] = {}
+        self.looking: dict[str, list[str]] = {}
+        attention = attention_from_places(model, graph, pairs, memory_gb)
+        for role, (query, key) in ROLES.items():
+            self.scores[role] = self.mean_attention(attention[query], position_of(pairs, key))
+            self.bars[role] = max(floor, self.chance_attention(attention[query], position_of(pairs, query)))
+            above = (self.scores[role] > self.bars[role]).flatten().nonzero()[:, 0].tolist()
+            self.looking[role] = [graph.head_names[i] for i in above]
+
+    def name_movers(self) -> list[str]:
+        """From the end they attend to the indirect object and write it to the logits."""
+        return self.acting(self.looking["name mover"], ["logits"])
+
+    def negative_name_movers(self) -> list[str]:
+        """From the end they attend to the indirect object and write against it."""
+        return self.acting(self.looking["negative name mover"], ["logits"], sign=-1)
+
+    def s_inhibition_heads(self, movers: list[str]) -> list[str]:
+        """From the end they attend to the second subject and steer the name movers' queries."""
+        if not movers:
             return []
-        lost = path_losses(model, graph, pairs, receivers, kind, memory_gb)[
-            [graph.writers.index(head) for head in graph.head_names]
-        ]
-        bar = (
-            ((t.randint(2, (shuffles, 1, len(pairs)), generator=generator) * 2.0 - 1) * lost)
-            .mean(-1)
-            .amax(1)
-            .quantile(0.99)
-        )
-        return [head for head in found[role] if sign * lost[graph.head_names.index(head)].mean() > bar]
+        return self.acting(self.looking["S-inhibition"], self.graph.readers(movers, "q"))
 
-    found |= {
-        "name mover": acting("name mover", ["logits"]),
-        "negative name mover": acting("negative name mover", ["logits"], -1),
-    }
-    return (
-        scores,
-        bars,
-        found
-        | {
-            "S-inhibition": acting(
-                "S-inhibition", graph.readers(found["name mover"], "q") if found["name mover"] else []
-            )
-        },
-    )
+    def induction_heads(self) -> list[str]:
+        """From the second subject they attend to what followed the first."""
+        return self.looking["induction"]
+
+    def duplicate_token_heads(self) -> list[str]:
+        """From the second subject they attend to the first."""
+        return self.looking["duplicate token"]
+
+    def previous_token_heads(self) -> list[str]:
+        """From the token behind the first subject they attend to it."""
+        return self.looking["previous token"]
+
+    def mean_attention(self, attention: Tensor, keys: Tensor) -> Tensor:
+        """(layer, head): attention (pair, layer, head, key) to each pair's key, mean over pairs."""
+        return attention[self.pairs.index, :, :, keys].mean(0).cpu()
+
+    def chance_attention(self, attention: Tensor, queries: Tensor) -> float:
+        """99th percentile, over draws of a key at or before each pair's query, of the best head's attention to it."""
+        uniform = t.rand(self.shuffles, len(self.pairs), generator=self.generator).to(queries.device)
+        drawn = (uniform * (queries + 1)).long()  # (shuffle, pair)
+        best = [attention[self.pairs.index, :, :, keys].mean(0).max() for keys in drawn]
+        return t.stack(best).quantile(0.99).item()
+
+    def acting(self, heads: list[str], receivers: list[str], sign: int = 1) -> list[str]:
+        """Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance."""
+        if not heads or not receivers:
+            return []
+        rows = [self.graph.writers.index(head) for head in self.graph.head_names]
+        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.kind, self.memory_gb)
+        lost = losses[rows]  # (head, pair)
+        bar = self.chance_loss(lost)
+        effect = {head: sign * lost[self.graph.head_names.index(head)].mean() for head in heads}
+        return [head for head in heads if effect[head] > bar]
+
+    def chance_loss(self, lost: Tensor) -> Tensor:
+        """99th percentile, over draws of a sign for each pair, of the best head's mean loss."""
+        signs = t.randint(2, (self.shuffles, 1, len(self.pairs)), generator=self.generator) * 2.0 - 1
+        return (signs * lost).mean(-1).amax(1).quantile(0.99)
+
+
+def position_of(pairs: Pairs, place: str) -> Tensor:
+    """The first position (pair) of a place."""
+    return pairs.places[place].float().argmax(1)
+
+
+def attention_from_places(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> dict[str, Tensor]:
+    """{place that a role looks from: attention (pair, layer, head, key)} in clean runs."""
+    names = [act_name("pattern", layer) for layer in range(graph.n_layers)]
+    queries = list(dict.fromkeys(query for query, _ in ROLES.values()))
+    n_pos = pairs.clean.shape[1]
+
+    def look(group: Pairs) -> dict[str, Tensor]:
+        _, cache = cache_from_resid(model, inputs(model, group, "clean"), group.answer_pos, names)
+        shorter = n_pos - group.clean.shape[1]  # groups are cut behind their last answer
+        attention = {}
+        for query in queries:
+            position = position_of(group, query)
+            rows = [cache[name][group.index, :, position].float() for name in names]
+            attention[query] = F.pad(t.stack(rows, 1), (0, shorter))
+        return attention
+
+    n_pairs = rows_that_fit(model, n_pos, memory_gb, graph.n_layers * graph.n_heads * n_pos)
+    parts = by_groups(look, pairs, n_pairs)
+    return {query: t.cat([part[query] for part in parts]) for query in queries}

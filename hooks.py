@@ -1,4 +1,7 @@
-"""Hooks: one way to listen and to intervene, for our own models and any TransformerBridge; a run from the middle; batches that halve when memory runs out."""
+"""
+Hooks: one way to listen and to intervene, for our own models and any TransformerBridge; a run from the middle; batches
+that halve when memory runs out.
+"""
 
 import contextlib
 import difflib
@@ -7,13 +10,15 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from utils import BRIEF, endc, fail, tec, yellow
+from utils import BRIEF, endc, fail, tec, yellow  # first: sets OpenMP's variables before torch is loaded
 
 import numpy as np
 import torch as t
-from torch import Tensor
 import torch.nn as nn
+from torch import Tensor
 from tqdm import tqdm
+
+type Names = str | list[str] | Callable[[str], bool]  # a hook name, a *-pattern, a list of these, or a predicate
 
 
 #%% Hook points, and how they are found
@@ -39,11 +44,14 @@ class HookPoint(nn.Module):
         return x
 
 
+# hooks of a TransformerBridge that fire only after model.set_<...>(True)
 GATES = {
     "hook_result": "use_attn_result",
     "hook_attn_in": "use_attn_in",
     "hook_mlp_in": "use_hook_mlp_in",
-    **{f"hook_{x}_input": "use_split_qkv_input" for x in "qkv"},
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
 }
 LEVELS = itertools.count(1000)  # each `hooks` context removes its own and leaves the others
 
@@ -58,15 +66,17 @@ def hook_points(model: nn.Module) -> dict[str, nn.Module]:
     return points
 
 
-def find_hooks(
-    model: nn.Module, names: str | list[str] | Callable[[str], bool] | None, known: dict[str, nn.Module] | None = None
-) -> list[str]:
-    """Hook names for a name, a *-pattern, a list of these, or a predicate; None is every name. Raises KeyError where nothing fits."""
+def find_hooks(model: nn.Module, names: Names | None, known: dict[str, nn.Module] | None = None) -> list[str]:
+    """
+    The hook names that `names` means; None is every name. Raises KeyError where nothing fits, or where a hook is gated
+    and would never fire. known: hook_points(model), where the caller has them already.
+    """
     known = known or hook_points(model)
     if names is None:
         return list(known)
     if callable(names):
-        if not (found := [name for name in known if names(name)]):
+        found = [name for name in known if names(name)]
+        if not found:
             raise KeyError("no hook name satisfies the predicate")
         return found
     found = []
@@ -76,22 +86,27 @@ def find_hooks(
             raise KeyError(f"unknown hook name {pattern!r}; close: {difflib.get_close_matches(pattern, known, 3, 0.3)}")
         found += hits
     for name in found:
-        gate = GATES.get(name.split(".")[-1])
-        if gate and hasattr(model, f"set_{gate}") and not getattr(model.cfg, gate):
-            raise KeyError(f"{name} is gated and would never fire: call model.set_{gate}(True) first")
+        refuse_gated(model, name)
     return list(dict.fromkeys(found))
+
+
+def refuse_gated(model: nn.Module, name: str) -> None:
+    gate = GATES.get(name.split(".")[-1])
+    if gate and hasattr(model, f"set_{gate}") and not getattr(model.cfg, gate):
+        raise KeyError(f"{name} is gated and would never fire: call model.set_{gate}(True) first")
 
 
 #%% Running with hooks and with a cache
 @contextlib.contextmanager
-def hooks(
-    model: nn.Module, fwd_hooks: list[tuple[str | list[str] | Callable[[str], bool], Callable]], must_fire: bool = True
-) -> Iterator[None]:
+def hooks(model: nn.Module, fwd_hooks: list[tuple[Names, Callable]], must_fire: bool = True) -> Iterator[None]:
     """
     Attach (names, fn) pairs for the length of the context; fn(activation, hook) returns a replacement or None.
     Raises KeyError on an unknown or gated name, and RuntimeError when a hook has not fired by the end.
     """
-    points, level, silent = hook_points(model), next(LEVELS), set()
+    points = hook_points(model)
+    level = next(LEVELS)
+    chosen = [(name, fn) for names, fn in fwd_hooks for name in find_hooks(model, names, points)]
+    silent = set(chosen)  # those that have not fired yet
 
     def counted(name: str, fn: Callable) -> Callable:
         def run(activation: Tensor, hook: nn.Module) -> Tensor | None:
@@ -100,8 +115,6 @@ def hooks(
 
         return run
 
-    chosen = [(name, fn) for names, fn in fwd_hooks for name in find_hooks(model, names, points)]
-    silent.update(chosen)
     try:
         for name, fn in chosen:
             points[name].add_hook(counted(name, fn), level=level)
@@ -118,6 +131,20 @@ def run_with_hooks(model: nn.Module, tokens: Tensor, fwd_hooks: list[tuple], **k
         return model(tokens, **kwargs)
 
 
+ATTENTION_HOOKS = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
+MLP_HOOKS = ("pre", "post")
+
+
+def act_name(short: str, layer: int) -> str:
+    """('z', 3) -> 'blocks.3.attn.hook_z'"""
+    room = ""
+    if short in ATTENTION_HOOKS:
+        room = "attn."
+    if short in MLP_HOOKS:
+        room = "mlp."
+    return f"blocks.{layer}.{room}hook_{short}"
+
+
 class Cache(dict):
     """Activations by hook name; cache['pattern', 0] is cache['blocks.0.attn.hook_pattern'], as in TransformerLens."""
 
@@ -127,23 +154,8 @@ class Cache(dict):
         raise KeyError(f"{key!r} was not cached; cached: {list(self)[:8]} ...")
 
 
-def act_name(short: str, layer: int) -> str:
-    room = (
-        "attn."
-        if short in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
-        else "mlp."
-        if short in ("pre", "post")
-        else ""
-    )
-    return f"blocks.{layer}.{room}hook_{short}"
-
-
 def run_with_cache(
-    model: nn.Module,
-    tokens: Tensor,
-    names: str | list[str] | Callable[[str], bool] | None = None,
-    detach: bool = True,
-    **kwargs,
+    model: nn.Module, tokens: Tensor, names: Names | None = None, detach: bool = True, **kwargs
 ) -> tuple[Tensor, Cache]:
     """
     (logits, cache of the named activations). None caches every hook that fires; a named hook that does not fire raises.
@@ -151,19 +163,14 @@ def run_with_cache(
     """
     cache = Cache()
 
-    def save(name: str) -> Callable:
-        def fn(activation: Tensor, hook: nn.Module) -> None:
-            cache[name] = activation.detach() if detach else activation
+    def save(name: str, activation: Tensor, hook: nn.Module) -> None:
+        cache[name] = activation.detach() if detach else activation
 
-        return fn
-
-    optional = names is None
-    wanted = (
-        [name for name in hook_points(model) if not (optional and name.split(".")[-1] in GATES)]
-        if optional
-        else find_hooks(model, names)
-    )
-    with hooks(model, [(name, save(name)) for name in wanted], must_fire=not optional):
+    if names is None:
+        wanted = [name for name in hook_points(model) if name.split(".")[-1] not in GATES]
+    else:
+        wanted = find_hooks(model, names)
+    with hooks(model, [(name, partial(save, name)) for name in wanted], must_fire=names is not None):
         out = model(tokens, **kwargs)
     return out, cache
 
@@ -183,56 +190,90 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return model.layers if is_streamed(model) else list(model.blocks)
 
 
+def replace_input(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """fn(input) instead of the module's first input; before hooks that are there already. Returns what undoes it."""
+
+    def before(_: nn.Module, args: tuple) -> tuple:
+        return (fn(args[0]), *args[1:])
+
+    return module.register_forward_pre_hook(before, prepend=True).remove
+
+
+def replace_output(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """fn(output) instead of the module's output. Returns what undoes it."""
+
+    def after(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        return fn(out)
+
+    return module.register_forward_hook(after).remove
+
+
+def skip_block(block: nn.Module) -> Callable[[], None]:
+    """The block hands its input on. Returns what undoes it."""
+
+    def identity(x: Tensor, *args, **kwargs) -> Tensor:
+        return x
+
+    block.__dict__["forward"] = identity
+    return partial(block.__dict__.pop, "forward")
+
+
 def run_from(
     model: nn.Module,
     resid: Tensor,
-    at: Callable[[], Tensor] | Tensor | None,
+    answer_pos: Callable[[], Tensor] | Tensor | None,
     layer: int = 0,
-    fwd_hooks: list[tuple] = [],
-    inner: list[tuple] = [],
+    fwd_hooks: list[tuple] = (),
+    inner: list[tuple[nn.Module, str, Callable[[Tensor], Tensor]]] = (),
 ) -> Tensor:
     """
-    Logits (row, d_vocab) at position at (row), or (row, pos, d_vocab) if at is None, of a run that resid (row, pos, d_model) enters at `layer`. inner: (module,
-    'in' or 'out', fn) replaces a module's input or output; it may add rows on the way, where at is a function, called last.
+    Logits of a run that resid (row, pos, d_model) enters at `layer`: (row, d_vocab) at position answer_pos (row) of each
+    row, which alone is unembedded, or (row, pos, d_vocab) if it is None.
+    inner: (module, 'in' or 'out', fn) replaces a module's input or output. It may add rows on the way, where answer_pos
+    is a function, called last.
     """
-    pick = lambda x: x[range(len(x)), at() if callable(at) else at][:, None]
-    entries = [*inner, *([] if at is None else [(model.unembed, "in", pick)])]
-    with contextlib.ExitStack() as stack:
-        if foreign := hasattr(model, "hook_dict") or is_streamed(
-            model
-        ):  # they see one row of zeros, whose mask and positions serve any number of rows that enter
-            entries = [(blocks_of(model)[layer], "in", lambda x: resid), *entries]
+
+    def at_the_answer(x: Tensor) -> Tensor:
+        at = answer_pos() if callable(answer_pos) else answer_pos
+        return x[range(len(x)), at][:, None]
+
+    foreign = hasattr(model, "hook_dict") or is_streamed(model)
+    entries = list(inner)
+    if answer_pos is not None:
+        entries.append((model.unembed, "in", at_the_answer))
+    with contextlib.ExitStack() as undo:
+        if foreign:
+            # they see one row of zeros, whose mask and positions serve any number of rows that enter
             assert layer == 0 or not is_streamed(model), "blocks that are read when they are called are not skipped"
+            entries.insert(0, (blocks_of(model)[layer], "in", lambda x: resid))
             for block in blocks_of(model)[:layer]:
-                block.__dict__["forward"] = lambda x, *args, **kwargs: x
-                stack.callback(block.__dict__.pop, "forward")
-        for module, side, fn in entries[::-1]:  # before the hook points of Streamed, which are hooks themselves
+                undo.callback(skip_block(block))
+        for module, side, fn in reversed(entries):  # each is put before those that are there
             if side == "in":
-                stack.callback(
-                    module.register_forward_pre_hook(
-                        lambda module, args, fn=fn: (fn(args[0]), *args[1:]), prepend=True
-                    ).remove
-                )
+                undo.callback(replace_input(module, fn))
         for module, side, fn in entries:
             if side == "out":
-                stack.callback(module.register_forward_hook(lambda module, args, out, fn=fn: fn(out)).remove)
-        stack.enter_context(hooks(model, fwd_hooks))
-        out = (
-            model(t.zeros(1, resid.shape[1], dtype=t.long, device=resid.device), use_cache=False)
-            if foreign
-            else model(None, start_at_layer=layer, resid=resid)
-        )
-    return out if at is None else out[:, 0]
+                undo.callback(replace_output(module, fn))
+        undo.enter_context(hooks(model, list(fwd_hooks)))
+        if foreign:
+            zeros = t.zeros(1, resid.shape[1], dtype=t.long, device=resid.device)
+            logits = model(zeros, use_cache=False)
+        else:
+            logits = model(None, start_at_layer=layer, resid=resid)
+    return logits if answer_pos is None else logits[:, 0]
 
 
-def cache_from_resid(model: nn.Module, resid: Tensor, at: Tensor | None, names: list[str]) -> tuple[Tensor, Cache]:
-    """(logits at `at`, cache of names)."""
+def cache_from_resid(
+    model: nn.Module, resid: Tensor, answer_pos: Tensor | None, names: list[str]
+) -> tuple[Tensor, Cache]:
+    """(logits at answer_pos, cache of names) of a run that resid (row, pos, d_model) enters at layer 0."""
     cache = Cache()
 
-    def save(name: str, x: Tensor, hook: nn.Module) -> None:
-        cache[name] = x.detach()
+    def save(name: str, activation: Tensor, hook: nn.Module) -> None:
+        cache[name] = activation.detach()
 
-    return run_from(model, resid, at, 0, [(name, partial(save, name)) for name in dict.fromkeys(names)]), cache
+    listening = [(name, partial(save, name)) for name in dict.fromkeys(names)]
+    return run_from(model, resid, answer_pos, 0, listening), cache
 
 
 #%% Memory: batches that halve where it does not suffice, and what a call takes at its peak
@@ -241,18 +282,24 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def in_batches[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int, title: str = "rows") -> Iterator[Out]:
-    """fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are tried again."""
-    start, bar = 0, tqdm(total=len(rows), desc=title, **BRIEF)
+    """
+    fn(rows[i:i + batch]) for all rows in order. Where memory does not suffice the batch is halved and the same rows are
+    tried again.
+    """
+    start = 0
+    bar = tqdm(total=len(rows), desc=title, **BRIEF)
     while start < len(rows):
         part = rows[start : start + batch]
         try:
-            out, fits = fn(part), True
+            out = fn(part)
+            fits = True
         except (t.OutOfMemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             if len(part) == 1:
+                reason = str(error).splitlines()[0]
                 fail(
-                    f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({str(error).splitlines()[0]})"
+                    f"out of memory on a single row: use a smaller model, shorter rows or --device cpu ({reason})",
                 )
             fits = False
         if fits:
@@ -266,26 +313,21 @@ def in_batches[Rows, Out](fn: Callable[[Rows], Out], rows: Rows, batch: int, tit
     bar.close()
 
 
+def rows_that_fit(model: nn.Module, n_pos: int, memory_gb: float, floats: int = 0) -> int:
+    """
+    How many rows of n_pos tokens a run may have: the activations of one layer, the answer's logits, and `floats` per
+    position more, in float32.
+    """
+    cfg = model.cfg
+    per_position = 10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * n_pos + floats
+    per_row = n_pos * per_position + 8 * cfg.d_vocab
+    return max(1, int(memory_gb * 2**28 / per_row))
+
+
 def peak_bytes(run: Callable) -> int:
     """Largest sum of live tensor bytes that run allocates, by the CPU allocator's own record."""
-    with t.profiler.profile(activities=[t.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    with t.profiler.profile(activities=[t.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in record.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    return int(np.cumsum([size for _, size in events]).max())
-
-
-def rows_that_fit(model: nn.Module, T: int, memory_gb: float, floats: int = 0) -> int:
-    """How many rows of T tokens a run may have: activations of one layer, the answer's logits, and `floats` per position more."""
-    cfg = model.cfg
-    return max(
-        1,
-        int(
-            memory_gb
-            * 2**28
-            / (T * (10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * T + floats) + 8 * cfg.d_vocab)
-        ),
-    )
+    memory = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    memory.sort(key=lambda event: (event.start_ns(), event.nbytes()))
+    return int(np.cumsum([event.nbytes() for event in memory]).max())

@@ -7,34 +7,39 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from utils import BRIEF, fail
+from utils import BRIEF, endc, fail, yellow  # first: sets OpenMP's variables before torch is loaded
 from hooks import (
     act_name,
     blocks_of,
+    cache_from_resid,
     device_of,
     in_batches,
     is_streamed,
-    cache_from_resid,
     rows_that_fit,
     run_from,
+    run_with_cache,
     run_with_hooks,
 )
+from layers import next_token_loss
 from weights import encode, token_text
-from world import DRAW, fact_prompts, read_countries
+from world import DRAW, Prompt, fact_prompts, read_countries
 
 import torch as t
-from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 
 #%% Prompt pairs: clean and corrupt in as many tokens, an answer and a wrong answer of one token each, and names for their positions
 @dataclass
 class Pairs:
-    """clean, corrupt (pair, pos), padded on the right; answer, wrong (pair) tokens, read at position at (pair). places: named masks (pair, pos)."""
+    """
+    clean, corrupt (pair, pos): token ids, padded on the right. answer, wrong (pair): token ids, due after position answer_pos (pair).
+    places: named masks (pair, pos).
+    """
 
     clean: Tensor
     corrupt: Tensor
@@ -53,181 +58,247 @@ class Pairs:
 
     def take(self, index: Tensor | slice) -> "Pairs":
         """Some of the pairs, cut behind the last answer."""
-        cut = lambda x: None if x is None else x[index, : int(self.answer_pos[index].max()) + 1]
+        answer_pos = self.answer_pos[index]
+        length = int(answer_pos.max()) + 1
         return Pairs(
-            cut(self.clean),
-            cut(self.corrupt),
-            self.answer[index],
-            self.wrong[index],
-            self.answer_pos[index],
-            {name: cut(mask) for name, mask in self.places.items()},
-            cut(self.corrupt_resid),
+            clean=self.clean[index, :length],
+            corrupt=self.corrupt[index, :length],
+            answer=self.answer[index],
+            wrong=self.wrong[index],
+            answer_pos=answer_pos,
+            places={name: mask[index, :length] for name, mask in self.places.items()},
+            corrupt_resid=None if self.corrupt_resid is None else self.corrupt_resid[index, :length],
         )
 
 
 def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str | None:
     """What keeps the texts from being a pair, in one line."""
-    first, second = encode(model, clean), encode(model, corrupt)
-    if len(first) != len(second):
-        return f"clean has {len(first)} tokens, corrupt {len(second)}: {[token_text(model, i) for i in first]} against {[token_text(model, i) for i in second]}; reword one of them"
+    clean_ids = encode(model, clean)
+    corrupt_ids = encode(model, corrupt)
+    if len(clean_ids) != len(corrupt_ids):
+        clean_tokens = [token_text(model, i) for i in clean_ids]
+        corrupt_tokens = [token_text(model, i) for i in corrupt_ids]
+        return f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}: {clean_tokens} against {corrupt_tokens}; reword one of them"
     for answer in answers:
-        if (whole := encode(model, clean + answer))[:-1] != first:
-            return f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {[token_text(model, i) for i in whole[-3:]]}; a word begins with a space, {' ' + answer.strip()!r}"
+        with_answer = encode(model, clean + answer)
+        if with_answer[:-1] != clean_ids:
+            end = [token_text(model, i) for i in with_answer[-3:]]
+            return f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {end}; a word begins with a space, {' ' + answer.strip()!r}"
     return None
 
 
 def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs:
     """rows of (clean, corrupt, answer, wrong), sorted by length."""
+    encoded = []
     for i, row in enumerate(rows):
-        if error := pair_error(model, *row):
+        error = pair_error(model, *row)
+        if error:
             fail(f"pair {i + 1}: {error}")
-    ids = sorted(
-        (
-            [encode(model, text) for text in (clean, corrupt, clean + answer, clean + wrong)]
-            for clean, corrupt, answer, wrong in rows
-        ),
-        key=lambda row: len(row[0]),
-    )
-    clean, corrupt = (
-        t.tensor([row[i] + row[i][:1] * (len(ids[-1][0]) - len(row[i])) for row in ids], device=device_of(model))
-        for i in (0, 1)
-    )
+        clean, corrupt, answer, wrong = row
+        texts = (clean, corrupt, clean + answer, clean + wrong)
+        encoded.append([encode(model, text) for text in texts])
+    encoded.sort(key=lambda ids: len(ids[0]))
+    device = device_of(model)
+    clean = padded([ids[0] for ids in encoded], device)
+    corrupt = padded([ids[1] for ids in encoded], device)
     if clean.equal(corrupt):
         fail("clean and corrupt are the same: there is nothing to patch")
     pairs = Pairs(
-        clean,
-        corrupt,
-        *(clean.new_tensor([row[i][-1] for row in ids]) for i in (2, 3)),
-        clean.new_tensor([len(row[0]) - 1 for row in ids]),
+        clean=clean,
+        corrupt=corrupt,
+        answer=t.tensor([ids[2][-1] for ids in encoded], device=device),
+        wrong=t.tensor([ids[3][-1] for ids in encoded], device=device),
+        answer_pos=t.tensor([len(ids[0]) - 1 for ids in encoded], device=device),
     )
     return replace(pairs, places=find_places(pairs))
 
 
+def padded(rows: list[list[int]], device: t.device) -> Tensor:
+    """(row, pos), filled up on the right by each row's first token."""
+    longest = max(len(row) for row in rows)
+    return t.tensor([row + row[:1] * (longest - len(row)) for row in rows], device=device)
+
+
 def find_places(pairs: Pairs) -> dict[str, Tensor]:
-    """Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and corrupt has the answer's there; else by what changed."""
-    position, changed, end = (
-        t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device),
-        pairs.clean != pairs.corrupt,
-        pairs.answer_pos[:, None],
-    )
-    begin = changed.float().argmax(1, keepdim=True)
-    io, s1 = (
-        (pairs.clean == name[:, None]).float().argmax(1, keepdim=True) == position
-        for name in (pairs.answer, pairs.wrong)
-    )
-    s2 = changed & (pairs.clean == pairs.wrong[:, None]) & (pairs.corrupt == pairs.answer[:, None]) & ~s1
-    if s2.any(1).all() and (io & (position < begin)).any(1).all():
+    """
+    Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and corrupt has the answer's there; else by what
+    changed. Sorted by where they stand on average; places without a position are left out.
+    """
+    position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
+    changed = pairs.clean != pairs.corrupt
+    first_change = changed.float().argmax(1, keepdim=True)
+    answer_pos = pairs.answer_pos[:, None]
+
+    answer_here = pairs.clean == pairs.answer[:, None]
+    wrong_here = pairs.clean == pairs.wrong[:, None]
+    io = answer_here.float().argmax(1, keepdim=True) == position
+    s1 = wrong_here.float().argmax(1, keepdim=True) == position
+    s2 = changed & wrong_here & (pairs.corrupt == pairs.answer[:, None]) & ~s1
+    io_comes_first = (io & (position < first_change)).any(1).all()
+    if s2.any(1).all() and io_comes_first:
         named = {
             "IO": io,
             "S1": s1,
             "S1+1": F.pad(s1[:, :-1], (1, 0)),
             "S2": s2,
-            "end": position == end,
-            "before S2": position < begin,
-            "after S2": (position > begin) & (position < end),
+            "end": position == answer_pos,
+            "before S2": position < first_change,
+            "after S2": (position > first_change) & (position < answer_pos),
         }
     else:
         named = {
-            "changed": changed & (position != end),
-            "end": position == end,
-            "before": position < begin,
-            "between": (position > begin) & (position < end),
+            "changed": changed & (position != answer_pos),
+            "end": position == answer_pos,
+            "before": position < first_change,
+            "between": (position > first_change) & (position < answer_pos),
         }
+
+    places = {}
     taken = t.zeros_like(changed)
-    for name, mask in named.items():
-        named[name], taken = mask & ~taken, taken | mask
-    return {
-        name: mask
-        for name, mask in sorted(named.items(), key=lambda item: ((item[1] * position).sum() / item[1].sum()).item())
-        if mask.any()
-    }
+    for name, mask in named.items():  # a position belongs to the first place that claims it
+        places[name] = mask & ~taken
+        taken = taken | mask
+    occupied = {name: mask for name, mask in places.items() if mask.any()}
+
+    def mean_position(name: str) -> float:
+        return ((occupied[name] * position).sum() / occupied[name].sum()).item()
+
+    return {name: occupied[name] for name in sorted(occupied, key=mean_position)}
 
 
 def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Tensor]:
     """One place for each of these positions, or for every one."""
-    T = pairs.clean.shape[1]
-    if outside := [p for p in positions if not 0 <= p < T]:
-        fail(f"position {outside[0]} is outside the sequence, whose positions are 0 to {T - 1}")
-    return {
-        str(p): (t.arange(T, device=pairs.answer_pos.device) == p).expand(len(pairs), T) for p in positions or range(T)
-    }
+    length = pairs.clean.shape[1]
+    outside = [p for p in positions if not 0 <= p < length]
+    if outside:
+        fail(f"position {outside[0]} is outside the sequence, whose positions are 0 to {length - 1}")
+    every = t.arange(length, device=pairs.answer_pos.device)
+    return {str(p): (every == p).expand(len(pairs), length) for p in positions or range(length)}
 
 
+#%% Where pairs come from: drawn from a task, read from a file, or typed in
 def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
     """n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held out of models/world's training."""
-    rng, rows = Random(seed), []
-    facts = [fact for fact in fact_prompts(read_countries(), "forward") if fact.taught] if task == "capitals" else []
+    rng = Random(seed)
+    facts = []
+    if task == "capitals":
+        facts = [fact for fact in fact_prompts(read_countries(), "forward") if fact.taught]
+    rows = []
     for _ in range(100 * n):
-        prompt = rng.choice(facts) if facts else DRAW[task](rng, True)
-        other = (
-            rng.choice([fact for fact in facts if fact.labels["phrasing"] == prompt.labels["phrasing"]])
-            if facts
-            else None
-        )  # the same phrasing about another country
-        row = (
-            (prompt.text, other.text, prompt.answer, other.answer)
-            if other
-            else (prompt.text, prompt.corrupt, prompt.answer, prompt.wrong)
-        )
-        if len(set(row)) == 4 and not pair_error(model, *row):
-            rows.append(row)
         if len(rows) == n:
-            return make_pairs(model, rows)
-    fail(
-        f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one length): give your own with --pairs"
-    )
+            break
+        if task == "capitals":
+            row = draw_two_facts(rng, facts)
+        else:
+            prompt = DRAW[task](rng, True)
+            row = (prompt.text, prompt.corrupt, prompt.answer, prompt.wrong)
+        all_differ = len(set(row)) == 4
+        if all_differ and not pair_error(model, *row):
+            rows.append(row)
+    if len(rows) < max(1, n):
+        fail(
+            f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one length): give your own with --pairs"
+        )
+    return make_pairs(model, rows)
+
+
+def draw_two_facts(rng: Random, facts: list[Prompt]) -> tuple[str, str, str, str]:
+    """A fact, and the same phrasing about another country."""
+    fact = rng.choice(facts)
+    other = rng.choice([f for f in facts if f.labels["phrasing"] == fact.labels["phrasing"]])
+    return fact.text, other.text, fact.answer, other.answer
 
 
 def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
     """Rows of a CSV file with the columns clean, corrupt, answer, wrong, or of a JSON list of such objects."""
-    names = ("clean", "corrupt", "answer", "wrong")
+    columns = ("clean", "corrupt", "answer", "wrong")
     try:
-        rows = (
-            json.loads(Path(path).read_text())
-            if path.endswith(".json")
-            else list(csv.DictReader(Path(path).read_text().splitlines()))
-        )
+        text = Path(path).read_text()
+        is_json = path.endswith(".json")
+        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
     except (OSError, json.JSONDecodeError) as error:
         fail(f"--pairs {path} cannot be read: {error}")
-    if bad := [i for i, row in enumerate(rows or [{}]) if not all(name in row and row[name] for name in names)]:
-        fail(f"--pairs {path}: row {bad[0] + 1} lacks one of the columns {', '.join(names)}")
-    return [tuple(row[name] for name in names) for row in rows]
+    for i, row in enumerate(rows or [{}]):
+        if not all(name in row and row[name] for name in columns):
+            fail(f"--pairs {path}: row {i + 1} lacks one of the columns {', '.join(columns)}")
+    return [tuple(row[name] for name in columns) for row in rows]
 
 
+def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
+    """
+    (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer, wrong), a file (cfg.pairs), whose rows go
+    to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n and, by the next seed, cfg.held_out of them).
+    """
+    own = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong)
+    if any(own) and not all(own):
+        fail("a prompt of your own needs all of --clean, --corrupt, --answer and --wrong")
+    if not cfg.pairs and not any(own):
+        pairs = draw_pairs(model, cfg.task, cfg.n, cfg.seed)
+        test_pairs = draw_pairs(model, cfg.task, cfg.held_out, cfg.seed + 1)
+        return cfg.task, pairs, test_pairs
+    rows = read_pairs(cfg.pairs) if cfg.pairs else [own]
+    if len(rows) == 1:
+        print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
+    pairs = make_pairs(model, rows[0::2])
+    test_pairs = make_pairs(model, rows[1::2] or rows)
+    return "own pairs", pairs, test_pairs
+
+
+#%% Pairs as a model's input, and in groups that fit into memory
 def inputs(model: nn.Module, pairs: Pairs, which: str) -> Tensor:
-    """What enters layer 0 in the clean or the corrupt run."""
-    return (
-        pairs.corrupt_resid
-        if which == "corrupt" and pairs.corrupt_resid is not None
-        else model(getattr(pairs, which), stop_at_layer=0)
-    )
+    """What enters layer 0 (pair, pos, d_model) in the clean or the corrupt run."""
+    if which == "corrupt" and pairs.corrupt_resid is not None:
+        return pairs.corrupt_resid
+    return model(getattr(pairs, which), stop_at_layer=0)
 
 
 def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[Out]:
     """fn of the pairs in groups of at most `most`, of fewer where memory does not suffice."""
-    return list(in_batches(lambda index: fn(pairs.take(index)), pairs.index, most))
+
+    def of_group(index: Tensor) -> Out:
+        return fn(pairs.take(index))
+
+    return list(in_batches(of_group, pairs.index, most))
 
 
 #%% Metrics: one number per row, from its logits where the answer is due
 def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """fn(logits (row, d_vocab), pair (row)) -> (row): logit_diff (answer - wrong), log_prob of the answer, or kl from clean_logits (pair, d_vocab)."""
+    """
+    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. kind: logit_diff (answer - wrong), log_prob of the answer
+    in nats, or kl, the divergence from clean_logits (pair, d_vocab) in nats. A difference of two log-probabilities is
+    logit_diff: the normaliser cancels. A new metric is a function here and a name in the stories' --metric.
+    """
 
-    def metric(logits: Tensor, pair: Tensor) -> Tensor:
-        pick, logits = lambda x, ids: x.gather(-1, ids[pair, None])[:, 0], logits.float()
-        if kind == "logit_diff":
-            return pick(logits, pairs.answer) - pick(logits, pairs.wrong)
-        if kind == "log_prob":
-            return pick(logits.log_softmax(-1), pairs.answer)
-        return F.kl_div(
-            logits.log_softmax(-1), clean_logits.float().log_softmax(-1)[pair], log_target=True, reduction="none"
-        ).sum(-1)
+    def logit_diff(logits: Tensor, pair: Tensor) -> Tensor:
+        logits = logits.float()
+        return chosen(logits, pairs.answer[pair]) - chosen(logits, pairs.wrong[pair])
 
-    return metric
+    def log_prob(logits: Tensor, pair: Tensor) -> Tensor:
+        return chosen(logits.float().log_softmax(-1), pairs.answer[pair])
+
+    def kl(logits: Tensor, pair: Tensor) -> Tensor:
+        log_q = logits.float().log_softmax(-1)
+        log_p = clean_logits.float().log_softmax(-1)[pair]
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+    if kind == "logit_diff":
+        return logit_diff
+    if kind == "log_prob":
+        return log_prob
+    if kind == "kl":
+        return kl
+    raise ValueError(f"unknown metric {kind!r}")
+
+
+def chosen(values: Tensor, ids: Tensor) -> Tensor:
+    """(row) values[i, ids[i]]"""
+    return values.gather(-1, ids[:, None])[:, 0]
 
 
 def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
     """Means over the last axis (pair), on the CPU, as a share of the way from corrupt (0) to clean (1)."""
-    if abs(gap := (clean.mean() - corrupt.mean()).item()) < 1e-6:
+    gap = (clean.mean() - corrupt.mean()).item()
+    if abs(gap) < 1e-6:
         fail(
             "clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers differ"
         )
@@ -238,17 +309,177 @@ def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
 def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
     """Metric (pair) of the clean and of the corrupt run."""
 
-    def ends(group: Pairs) -> Tensor:
-        clean, corrupt = (
-            run_from(model, inputs(model, group, which), group.answer_pos) for which in ("clean", "corrupt")
-        )
-        return t.stack([make_metric(group, kind, clean)(logits, group.index) for logits in (clean, corrupt)])
+    def both_runs(group: Pairs) -> Tensor:
+        clean_logits = run_from(model, inputs(model, group, "clean"), group.answer_pos)
+        corrupt_logits = run_from(model, inputs(model, group, "corrupt"), group.answer_pos)
+        metric = make_metric(group, kind, clean_logits)
+        return t.stack([metric(clean_logits, group.index), metric(corrupt_logits, group.index)])
 
-    return tuple(t.cat(by_groups(ends, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb)), -1))
+    groups = by_groups(both_runs, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))
+    clean, corrupt = t.cat(groups, -1)
+    return clean, corrupt
 
 
-#%% Activation patching: one growing batch. The rows of a layer's cells join the two plain runs at that layer, so nothing below it is computed again
-STREAM, HEADS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), ("z", "q", "k", "v", "pattern")
+#%% Activation patching, the plain form: one run of the model for each activation
+STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+HEADS = ("z", "q", "k", "v", "pattern")
+
+
+@t.no_grad()
+def activation_patch(
+    model: nn.Module,
+    pairs: Pairs,
+    site: str,
+    layer: int,
+    position: int | slice = slice(None),
+    head: int | slice = slice(None),
+    kind: str = "logit_diff",
+    direction: Literal["denoise", "noise"] = "denoise",
+) -> Tensor:
+    """
+    Metric (pair) after `site` of one layer, at one position and of one head (default: all of them), was taken from the other run: from the clean run
+    into the corrupt one (denoise), or from the corrupt run into the clean one (noise) (Vig et al. 2020, Meng et al. 2022, Heimersheim & Nanda 2024).
+    """
+    assert pairs.corrupt_resid is None, "the plain form runs on tokens"
+    hook_name = act_name(site, layer)
+    clean_logits, clean_cache = run_with_cache(model, pairs.clean, hook_name)
+    _, corrupt_cache = run_with_cache(model, pairs.corrupt, hook_name)
+    if direction == "denoise":
+        base_tokens = pairs.corrupt
+        donor = clean_cache[hook_name]
+    else:
+        base_tokens = pairs.clean
+        donor = corrupt_cache[hook_name]
+    if site == "pattern":  # (pair, head, query, key)
+        where = (slice(None), head, position)
+    elif site in HEADS:  # (pair, pos, head, d_head)
+        where = (slice(None), position, head)
+    else:  # (pair, pos, d_model)
+        where = (slice(None), position)
+
+    def patch(activation: Tensor, hook: nn.Module) -> None:
+        activation[where] = donor[
+            where
+        ]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
+
+    logits = run_with_hooks(model, base_tokens, [(hook_name, patch)])
+    metric = make_metric(pairs, kind, clean_logits[pairs.index, pairs.answer_pos])
+    return metric(logits[pairs.index, pairs.answer_pos], pairs.index)
+
+
+#%% Activation patching, the fast form: all layers, heads and places in one growing batch
+@dataclass
+class Cells:
+    """
+    The cells of a sweep, an entry each: one layer, head, place and pair. first: the position from which on its run can differ from the plain one.
+    In this order layers come one after the other, so cells join a growing batch in their order.
+    """
+
+    layer: Tensor
+    head: Tensor
+    place: Tensor
+    pair: Tensor
+    first: Tensor
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def take(self, index: Tensor) -> "Cells":
+        return Cells(self.layer[index], self.head[index], self.place[index], self.pair[index], self.first[index])
+
+
+class GrowingBatch:
+    """
+    One forward pass for many cells of a sweep. Its rows: the base run of every pair, which is to be patched; the donor run of every pair, which is patched
+    from; then a row for each cell. Below the layer that it patches a cell's row is its pair's base run, so it joins there, as a copy of that row, and nothing
+    below is computed again. Layer by layer the model calls
+
+        enter     the cells of this layer join
+        patch     what they patch becomes the donor's
+        cut       the MLP reads only positions that can differ from the base run ...
+        restore   ... and everywhere else the base run's output is copied
+
+    n_heads is 1 where all heads are patched together. masks: (place, pair, pos).
+    """
+
+    def __init__(self, model: nn.Module, pairs: Pairs, site: str, cells: Cells, masks: Tensor, n_heads: int):
+        self.model = model
+        self.site = site
+        self.cells_of = {layer: cells.take(cells.layer == layer) for layer in cells.layer.unique().tolist()}
+        self.masks = masks
+        self.n_heads = n_heads
+        self.n_pairs = len(pairs)
+        self.n_layers = model.cfg.n_layers
+        self.answer_pos = pairs.answer_pos
+        self.position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
+        # what changes during the pass
+        self.layer = 0
+        self.pair = t.cat([pairs.index, pairs.index])  # (row) the pair whose run it is
+        self.can_differ = t.ones(2 * len(pairs), len(self.position), dtype=t.bool, device=self.position.device)
+        self.read = ()  # (row), (position) that the MLP of this layer reads
+
+    def run(self, resid: Tensor) -> Tensor:
+        """Logits (row, d_vocab) where the answer is due, after base and donor runs enter with resid (2 * pair, pos, d_model)."""
+        inner = [(block, "in", partial(self.enter, layer)) for layer, block in enumerate(blocks_of(self.model))]
+        patches_in_mlp = "mlp" in act_name(self.site, 0)
+        if not patches_in_mlp and not is_streamed(self.model):
+            for layer in range(self.n_layers):
+                mlp = self.model.blocks[layer].mlp
+                inner.append((mlp, "in", partial(self.cut, layer)))
+                inner.append((mlp, "out", partial(self.restore, layer)))
+        patched_hooks = [act_name(self.site, layer) for layer in self.cells_of]
+        fwd_hooks = [(patched_hooks, self.patch)] if patched_hooks else []
+        return run_from(self.model, resid, self.row_answer_pos, layer=0, fwd_hooks=fwd_hooks, inner=inner)
+
+    def row_answer_pos(self) -> Tensor:
+        return self.answer_pos[self.pair]
+
+    def enter(self, layer: int, resid: Tensor) -> Tensor:
+        """The stream (row, pos, d_model) before this layer, with a copy of the base run's for each of its cells."""
+        self.layer = layer
+        if layer not in self.cells_of:
+            return resid
+        cells = self.cells_of[layer]
+        behind_first = self.position >= cells.first[:, None]
+        before_end = self.position <= self.answer_pos[cells.pair, None]
+        self.pair = t.cat([self.pair, cells.pair])
+        self.can_differ = t.cat([self.can_differ, behind_first & before_end])
+        return t.cat([resid, resid[cells.pair]])
+
+    def patch(self, activation: Tensor, hook: nn.Module) -> None:
+        """In place, in the rows that joined last: a bridge's hook_resid_mid hands out what the MLP reads, which is the stream itself."""
+        cells = self.cells_of[self.layer]
+        donor = activation[self.n_pairs + cells.pair]
+        own = activation[-len(cells) :]
+        activation[-len(cells) :] = t.where(self.patched(cells, activation.ndim), donor, own)
+
+    def patched(self, cells: Cells, ndim: int) -> Tensor:
+        """True where these cells patch, in a shape that broadcasts over the site's activation."""
+        positions = self.masks[cells.place, cells.pair]  # (cell, pos)
+        heads = t.arange(self.n_heads, device=self.position.device) == cells.head[:, None]  # (cell, head or 1)
+        if self.site == "pattern":
+            return positions[:, None, :, None] & heads[:, :, None, None]  # (cell, head, query, 1)
+        if ndim == 4:
+            return positions[:, :, None, None] & heads[:, None, :, None]  # (cell, pos, head, 1)
+        return positions[:, :, None]  # (cell, pos, 1)
+
+    def cut(self, layer: int, resid: Tensor) -> Tensor:
+        """What the MLP reads (1, chosen, d_model): positions that can differ, in the last layer only where the answer is due."""
+        read = self.can_differ
+        if layer == self.n_layers - 1:
+            read = self.position == self.row_answer_pos()[:, None]
+        self.read = read.nonzero(as_tuple=True)
+        return resid[self.read][None]
+
+    def restore(self, layer: int, out: Tensor) -> Tensor:
+        """The MLP's output (row, pos, d_model), where it was not computed the base run's; in the last layer zeros, which nothing reads."""
+        full = out.new_zeros(*self.can_differ.shape, out.shape[-1])
+        full.index_put_(self.read, out[0])
+        if layer < self.n_layers - 1:
+            cells = slice(2 * self.n_pairs, None)
+            base = full[self.pair[cells]]  # row i is the base run of pair i
+            full[cells] = t.where(self.can_differ[cells, :, None], full[cells], base)
+        return full
 
 
 @t.no_grad()
@@ -264,131 +495,202 @@ def sweep(
     skip: bool = True,
 ) -> Tensor:
     """
-    Metric (layer, place, pair), (layer, head, pair) or (layer, head, place, pair) after patching `site` of one layer, there alone: clean activations into the
-    corrupt run (denoise) or the other way round (noise). places: masks (pair, pos), default every position; of a pattern the query is placed. k and v have as
-    many heads as keys. Activations stay within memory_gb, however many the pairs. skip: cells before a pair's first difference are not run, as nothing differs.
+    activation_patch of `site` in every layer, each alone: metric (layer, place, pair), (layer, head, pair) or (layer, head, place, pair). places: masks
+    (pair, pos), default every position; of a pattern the query is placed. k and v have as many heads as keys. Activations stay within memory_gb, however
+    many the pairs. skip: cells before a pair's first difference are not run, as nothing differs there.
     """
+    if by == "head":
+        places = {"all": t.ones_like(pairs.clean, dtype=t.bool)}
+    places = places or position_masks(pairs)
+    for name, mask in places.items():
+        if mask.shape != pairs.clean.shape:
+            fail(f"place {name!r} is not a mask of {tuple(pairs.clean.shape)} (pair, pos)")
     n_rows = rows_that_fit(model, pairs.clean.shape[1], memory_gb)
-    places = {"all": t.ones_like(pairs.clean, dtype=t.bool)} if by == "head" else places or position_masks(pairs)
-    if bad := [name for name, mask in places.items() if mask.shape != pairs.clean.shape]:
-        fail(f"place {bad[0]!r} is not a mask of {tuple(pairs.clean.shape)} (pair, pos)")
-    if len(pairs) > (most := max(1, n_rows // 16)):
-        return t.cat(
-            by_groups(
-                lambda part: sweep(model, part, site, by, kind, direction, part.places, memory_gb, skip),
-                replace(pairs, places=places),
-                most,
-            ),
-            -1,
-        )
-    # the rows of a batch: B plain runs to be patched, B plain runs to be patched from, then the cells of layer 0, of layer 1 ...
-    B, n_layers, position, masks = (
-        len(pairs),
-        model.cfg.n_layers,
-        t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device),
-        t.stack(list(places.values())),
-    )
-    resid = t.cat(
-        [
-            inputs(model, pairs, which)
-            for which in (("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt"))
-        ]
-    )
-    n_heads = 1 if by == "pos" else model.blocks[0].attn.W_K.shape[0] if site in ("k", "v") else model.cfg.n_heads
-    layer, head, place, pair = (
-        x.flatten()
-        for x in t.meshgrid(
-            *(t.arange(n, device=position.device) for n in (n_layers, n_heads, len(masks), B)), indexing="ij"
-        )
-    )
-    reach = ((resid[:B] != resid[B:]).any(-1).cumsum(1) > 0) & (
-        position <= pairs.answer_pos[:, None]
-    )  # behind the answer nothing matters either
-    touched = masks & reach if skip else masks
-    first, needed = touched.float().argmax(-1)[place, pair], (touched.any(-1)[place, pair] | (not skip)).nonzero()[:, 0]
+    most_pairs = max(1, n_rows // 16)
+    if len(pairs) > most_pairs:
 
-    def run(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Metric of the runs to be patched, and of these rows."""
-        joins = {l: rows[layer[rows] == l] for l in layer[rows].unique().tolist()}
-        who, changed, now, seen = (
-            t.cat([pairs.index] * 2),
-            t.ones(2 * B, len(position), dtype=t.bool, device=position.device),
-            0,
-            (),
-        )  # each row's pair, what may differ in it, the layer the batch is in
+        def of_group(group: Pairs) -> Tensor:
+            return sweep(model, group, site, by, kind, direction, group.places, memory_gb, skip)
 
-        def enter(l: int, x: Tensor) -> Tensor:
-            nonlocal who, changed, now
-            now, new = l, pair[joins[l]] if l in joins else pair[:0]
-            if l in joins:
-                who, changed = (
-                    t.cat([who, new]),
-                    t.cat([changed, (position >= first[joins[l], None]) & (position <= pairs.answer_pos[new, None])]),
-                )
-            return t.cat([x, x[new]])
+        return t.cat(by_groups(of_group, replace(pairs, places=places), most_pairs), -1)
 
-        def patch(
-            x: Tensor, hook: nn.Module
-        ) -> None:  # in place: a bridge's hook_resid_mid hands out what the MLP reads, which is the stream itself
-            cells = joins[now]
-            where, own = (
-                masks[place[cells], pair[cells]],
-                (t.arange(n_heads, device=x.device) == head[cells, None]) | (by == "pos"),
-            )
-            where = (
-                where[:, None, :, None] & own[:, :, None, None]
-                if site == "pattern"
-                else (where[:, :, None] & own[:, None])[..., None]
-                if x.ndim == 4
-                else where[..., None]
-            )
-            x[-len(cells) :] = t.where(where, x[B + pair[cells]], x[-len(cells) :])
+    base, donor = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
+    resid = t.cat([inputs(model, pairs, base), inputs(model, pairs, donor)])
+    masks = t.stack(list(places.values()))  # (place, pair, pos)
+    n_heads = 1 if by == "pos" else heads_at(model, site)
+    shape = (model.cfg.n_layers, n_heads, len(masks), len(pairs))
+    touched = masks & can_matter(pairs, resid) if skip else masks
+    cells, touches_any = plan_cells(pairs, shape, touched)
+    needed = touches_any.nonzero()[:, 0] if skip else t.arange(len(cells), device=masks.device)
 
-        def cut(
-            l: int, x: Tensor
-        ) -> Tensor:  # the MLP sees the positions that may differ, in the last layer the answer's; the others keep the plain run's output
-            nonlocal seen
-            seen = (changed if l < n_layers - 1 else position == pairs.answer_pos[who, None]).nonzero(as_tuple=True)
-            return x[seen][None]
+    def run(chosen_cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Metric of the base runs (pair), and of these cells."""
+        some = cells.take(chosen_cells)
+        logits = GrowingBatch(model, pairs, site, some, masks, n_heads).run(resid)
+        base_logits, donor_logits, cell_logits = logits.split([len(pairs), len(pairs), len(some)])
+        metric = make_metric(pairs, kind, donor_logits if direction == "denoise" else base_logits)
+        return metric(base_logits, pairs.index), metric(cell_logits, some.pair)
 
-        def back(l: int, out: Tensor) -> Tensor:
-            full = out.new_zeros(*changed.shape, out.shape[-1]).index_put_(seen, out[0])
-            if l < n_layers - 1:
-                full[2 * B :] = t.where(changed[2 * B :, :, None], full[2 * B :], full[who[2 * B :]])
-            return full
-
-        inner = [(block, "in", partial(enter, l)) for l, block in enumerate(blocks_of(model))]
-        if "mlp" not in act_name(site, 0) and not is_streamed(model):
-            inner += [
-                (model.blocks[l].mlp, side, partial(fn, l))
-                for l in range(n_layers)
-                for side, fn in (("in", cut), ("out", back))
-            ]
-        logits = run_from(
-            model,
-            resid,
-            lambda: pairs.answer_pos[who],
-            0,
-            [([act_name(site, l) for l in joins], patch)] if joins else [],
-            inner,
-        )
-        metric = make_metric(pairs, kind, logits[B : 2 * B] if direction == "denoise" else logits[:B])
-        return metric(logits[:B], pairs.index), metric(logits[2 * B :], who[2 * B :])
-
-    plain, patched = zip(
-        *(in_batches(run, needed, max(1, n_rows - 2 * B), f"patching {site}") if len(needed) else [run(needed)])
-    )
-    table = plain[0][pair].index_put((needed,), t.cat(patched)).view(n_layers, n_heads, len(masks), B)
-    return {"pos": table[:, 0], "head": table[:, :, 0], "head pos": table}[by]
+    if len(needed):
+        done = list(in_batches(run, needed, max(1, n_rows - 2 * len(pairs)), f"patching {site}"))
+    else:
+        done = [run(needed)]
+    unpatched = done[0][0]
+    patched = t.cat([values for _, values in done])
+    table = unpatched[cells.pair].index_put((needed,), patched).view(shape)
+    if by == "pos":
+        return table[:, 0]
+    if by == "head":
+        return table[:, :, 0]
+    return table
 
 
-#%% Ablations: a part is zeroed, set to its mean, to another row's value, or drowned in noise
+def heads_at(model: nn.Module, site: str) -> int:
+    """Keys and values may have fewer heads than queries."""
+    return model.blocks[0].attn.W_K.shape[0] if site in ("k", "v") else model.cfg.n_heads
+
+
+def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:
+    """Mask (pair, pos): from the first position at which the two runs enter differently, up to the answer. resid: (2 * pair, pos, d_model)."""
+    first_run, second_run = resid.split(len(pairs))
+    differs = (first_run != second_run).any(-1)
+    position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
+    return (differs.cumsum(1) > 0) & (position <= pairs.answer_pos[:, None])
+
+
+def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) -> tuple[Cells, Tensor]:
+    """All cells of a sweep of this shape (layer, head, place, pair), and a mask (cell) of those that touch anything. touched: (place, pair, pos)."""
+    axes = [t.arange(n, device=pairs.answer_pos.device) for n in shape]
+    layer, head, place, pair = (axis.flatten() for axis in t.meshgrid(*axes, indexing="ij"))
+    first = touched.float().argmax(-1)[place, pair]
+    return Cells(layer, head, place, pair, first), touched.any(-1)[place, pair]
+
+
+@t.no_grad()
+def sweep_gates(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> dict[str, float]:
+    """
+    What must hold before a sweep is believed, as the largest miss over the largest difference of clean and corrupt: the answer's position unembedded alone
+    has the model's own logits, patching nothing is the corrupt run, patching everything before a layer is the clean run.
+    """
+    clean, corrupt = baselines(model, pairs, kind, memory_gb)
+    logits = model(pairs.clean)[pairs.index, pairs.answer_pos]
+    whole_model = make_metric(pairs, kind, logits)(logits, pairs.index)
+
+    def patch_everywhere(on: bool) -> Tensor:
+        places = {"all": t.full_like(pairs.clean, on, dtype=t.bool)}
+        return sweep(model, pairs, "resid_pre", kind=kind, places=places, memory_gb=memory_gb, skip=False)
+
+    misses = {
+        "answer alone unembedded": whole_model - clean,
+        "nothing patched": patch_everywhere(False) - corrupt,
+        "everything patched": patch_everywhere(True) - clean,
+    }
+    scale = 0.01 + (clean - corrupt).abs().max()
+    return {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}
+
+
+#%% Ablations, the plain form: a part is zeroed, set to its mean, to another row's value, or drowned in noise
 class Part(NamedTuple):
     """Of `site` in a layer: of the change (row, pos, ...) that an ablation makes there, keep lets only the part's own through."""
 
     site: str
     layer: int
     keep: Callable[[Tensor], Tensor] = lambda change: change
+
+    @property
+    def hook_name(self) -> str:
+        return act_name(self.site, self.layer)
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation over text of an activation at one position (...)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def ablated(x: Tensor, how: str, moments: Moments | None, other: Tensor | None, sigma: float = 1.0) -> Tensor:
+    """What an ablation puts in the place of x (row, pos, ...). mean and noise need moments over text, resample needs another run's activation."""
+    if how == "zero":
+        return 0 * x
+    if how == "mean":
+        return moments.mean.to(x)
+    if how == "resample":
+        return other
+    if how == "noise":
+        return x + sigma * moments.std.to(x) * t.randn_like(x)
+    raise ValueError(f"unknown ablation {how!r}")
+
+
+@t.no_grad()
+def ablate(model: nn.Module, tokens: Tensor, part: Part, text: Tensor, how: str, sigma: float = 1.0) -> Tensor:
+    """
+    Logits (row, pos, d_vocab) of a run in which a part is ablated. how: zero; mean over text (row, pos); resample, the row before at the same position
+    (Chan et al. 2022); noise of sigma standard deviations over text. The first position of text, which attends only to itself, is left out.
+    """
+    _, text_cache = run_with_cache(model, text, part.hook_name)
+    over_text = text_cache[part.hook_name][:, 1:].float()
+    moments = Moments(over_text.mean((0, 1)), over_text.std((0, 1), correction=0))
+    _, other_cache = run_with_cache(model, tokens.roll(1, 0), part.hook_name)
+    other = other_cache[part.hook_name]
+
+    def change(x: Tensor, hook: nn.Module) -> Tensor:
+        new = ablated(x, how, moments, other, sigma)
+        return x + part.keep(new - x)
+
+    return run_with_hooks(model, tokens, [(part.hook_name, change)])
+
+
+mean_ablation = partial(ablate, how="mean")  # (Wang et al. 2022)
+
+
+#%% Ablations, the fast form: many of them on the same rows, each from its own layer on
+class AblatedRuns:
+    """
+    Runs of the same tokens (row, pos) with one ablation each. The plain run leaves the stream before every layer, and an ablation's run starts from it at its
+    own layer. Logits are (row, d_vocab) at answer_pos, or (row, pos, d_vocab) where that is None. other_tokens: the rows to resample from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        other_tokens: Tensor,
+        answer_pos: Tensor | None,
+        moments: dict[str, Moments],
+        resampled_hooks: list[str],
+    ):
+        self.model = model
+        self.answer_pos = answer_pos
+        self.moments = moments
+        streams = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
+        unembedded = tokens.new_zeros(len(tokens)) if answer_pos is None else answer_pos
+        self.logits, self.cache = cache_from_resid(model, model(tokens, stop_at_layer=0), unembedded, streams)
+        self.other = {}
+        if resampled_hooks:
+            resid = model(other_tokens, stop_at_layer=0)
+            _, self.other = cache_from_resid(model, resid, unembedded, resampled_hooks)
+
+    def plain(self) -> Tensor:
+        return run_from(self.model, self.cache["resid_pre", 0], self.answer_pos)
+
+    def ablate(self, part: Part, how: str, sigma: float) -> Tensor:
+        moments = self.moments[part.hook_name]
+        other = self.other[part.hook_name] if how == "resample" else None
+
+        def change(x: Tensor, hook: nn.Module) -> Tensor:
+            new = ablated(x, how, moments, other, sigma)
+            return x + part.keep(new - x)
+
+        resid = self.cache["resid_pre", part.layer]
+        return run_from(self.model, resid, self.answer_pos, part.layer, fwd_hooks=[(part.hook_name, change)])
+
+    def scores(self, ablations: list[tuple[Part, str, float]], score: Callable[[Tensor], Tensor]) -> Tensor:
+        """(1 + ablation) score of the plain run's logits, and of each ablation's."""
+        values = [score(self.plain())]
+        for part, how, sigma in tqdm(ablations, desc="ablations", **BRIEF):
+            values.append(score(self.ablate(part, how, sigma)))
+        return t.stack(values)
 
 
 @t.no_grad()
@@ -401,156 +703,150 @@ def ablation_effects(
     memory_gb: float = 1.0,
 ) -> list[tuple[float, float]]:
     """
-    For each (part, how, sigma): the share of the clean metric lost, and the loss added on text rows (row, pos) in nats per token. how: zero; mean over the text;
-    resample (the row before, same position); noise (sigma standard deviations over the text).
+    For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the share of the clean metric lost, and the
+    loss added on that text in nats per token. resample takes the row before, same position.
     """
-    streams, names = (
-        [act_name("resid_pre", l) for l in range(model.cfg.n_layers)],
-        {
-            how: list(dict.fromkeys(act_name(part.site, part.layer) for part, h, _ in ablations if how in (h, "any")))
-            for how in ("any", "resample")
-        },
-    )
-    enter, widths = (
-        lambda tokens: model(tokens, stop_at_layer=0),
-        cache_from_resid(model, model(rows[:1], stop_at_layer=0), rows.new_zeros(1), [*streams, *names["any"]])[1],
-    )
-    floats = 2 * sum(x[0, 0].numel() for x in widths.values())
+    ablated_hooks = unique(part.hook_name for part, _, _ in ablations)
+    resampled_hooks = unique(part.hook_name for part, how, _ in ablations if how == "resample")
+    floats = 2 * cached_floats(model, rows, ablated_hooks)
+    pairs_at_once = rows_that_fit(model, pairs.clean.shape[1], memory_gb, floats)
+    text_at_once = rows_that_fit(model, rows.shape[1], memory_gb, floats)
+    scored_text_at_once = rows_that_fit(model, rows.shape[1], memory_gb, floats + 4 * model.cfg.d_vocab)
+    moments = moments_over_text(model, rows, ablated_hooks, text_at_once)
 
-    def moments(part: Tensor) -> dict[str, Tensor]:
-        """{hook: (mean and mean square, ...)} over text."""
-        _, seen = cache_from_resid(model, enter(part), part.new_zeros(len(part)), names["any"])
-        return {
-            name: t.stack([x[:, 1:].float().pow(power).mean((0, 1)) for power in (1, 2)]) * len(part) / len(rows)
-            for name, x in seen.items()
-        }
+    def metric_of_pairs(index: Tensor) -> Tensor:
+        """Summed over these pairs; the pairs before them are resampled from."""
+        group = pairs.take(index)
+        both = pairs.take(t.cat([index, index - 1]))
+        tokens, other_tokens = both.clean.split(len(index))
+        runs = AblatedRuns(model, tokens, other_tokens, group.answer_pos, moments, resampled_hooks)
+        metric = make_metric(group, kind, runs.logits)
 
-    def scores(tokens: Tensor, at: Tensor, whole: bool, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """(1 + ablation) score of the first half of the rows, unchanged and ablated; the other half is resampled from."""
-        n = len(tokens) // 2
-        (logits, seen), (_, other) = (
-            cache_from_resid(model, enter(tokens[:n]), at[:n], streams),
-            cache_from_resid(model, enter(tokens[n:]), at[n:], names["resample"]),
-        )
+        def score(logits: Tensor) -> Tensor:
+            return metric(logits, group.index).sum()
 
-        def run(part: Part, how: str = "none", sigma: float = 0.0) -> Tensor:
-            name = act_name(part.site, part.layer)
+        return runs.scores(ablations, score) / len(pairs)
 
-            def change(x: Tensor, hook: nn.Module) -> Tensor:
-                new = {
-                    "none": lambda: x,
-                    "zero": lambda: 0 * x,
-                    "mean": lambda: mean[name].to(x),
-                    "resample": lambda: other[name],
-                    "noise": lambda: x + sigma * std[name].to(x) * t.randn_like(x),
-                }[how]()
-                return x + part.keep(new - x)
+    def loss_of_text(index: Tensor) -> Tensor:
+        """Summed over these rows; the rows before them are resampled from."""
+        tokens = rows[index]
+        runs = AblatedRuns(model, tokens, rows[index - 1], None, moments, resampled_hooks)
 
-            return score(
-                run_from(model, seen["resid_pre", part.layer], None if whole else at[:n], part.layer, [(name, change)]),
-                logits,
-            )
+        def score(logits: Tensor) -> Tensor:
+            return next_token_loss(logits, tokens, "sum")
 
-        return t.stack(
-            [run(Part("resid_pre", 0)), *(run(*ablation) for ablation in tqdm(ablations, desc="ablations", **BRIEF))]
-        )
+        return runs.scores(ablations, score) / rows[:, 1:].numel()
 
-    def of_pairs(index: Tensor) -> Tensor:
-        group, both = pairs.take(index), pairs.take(t.cat([index, index - 1]))
-        return scores(
-            both.clean,
-            both.answer_pos,
-            False,
-            lambda answers, plain: make_metric(group, kind, plain)(answers, group.index).sum(),
-        ) / len(pairs)
-
-    def of_text(index: Tensor) -> Tensor:
-        both = rows[t.cat([index, index - 1])]
-        return (
-            scores(
-                both,
-                both.new_zeros(len(both)),
-                True,
-                lambda said, _: F.cross_entropy(
-                    said[:, :-1].flatten(0, 1).float(), both[: len(index), 1:].flatten(), reduction="sum"
-                ),
-            )
-            / rows[:, 1:].numel()
-        )
-
-    summed = list(in_batches(moments, rows, rows_that_fit(model, rows.shape[1], memory_gb, floats)))
-    mean, square = ({name: sum(part[name][i] for part in summed) for name in names["any"]} for i in (0, 1))
-    std = {name: (square[name] - mean[name].pow(2)).clamp(min=0).sqrt() for name in mean}
-    metric = sum(in_batches(of_pairs, pairs.index, rows_that_fit(model, pairs.clean.shape[1], memory_gb, floats)))
-    loss = sum(
-        in_batches(
-            of_text,
-            t.arange(len(rows), device=rows.device),
-            rows_that_fit(model, rows.shape[1], memory_gb, floats + 4 * model.cfg.d_vocab),
-        )
-    )
-    return list(zip((1 - metric[1:] / metric[0]).tolist(), (loss[1:] - loss[0]).tolist()))
+    metric = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
+    loss = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
+    metric_lost = (1 - metric[1:] / metric[0]).tolist()
+    nats_added = (loss[1:] - loss[0]).tolist()
+    return list(zip(metric_lost, nats_added))
 
 
+def unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def cached_floats(model: nn.Module, rows: Tensor, names: list[str]) -> int:
+    """Numbers per position that the stream before every layer and the named activations hold."""
+    streams = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
+    resid = model(rows[:1], stop_at_layer=0)
+    _, cache = cache_from_resid(model, resid, rows.new_zeros(1), [*streams, *names])
+    return sum(x[0, 0].numel() for x in cache.values())
+
+
+def moments_over_text(model: nn.Module, rows: Tensor, names: list[str], at_once: int) -> dict[str, Moments]:
+    """Of each named activation, over rows (row, pos) without the first position, which attends only to itself."""
+
+    def share_of_sums(part: Tensor) -> dict[str, Tensor]:
+        """{hook: (mean and mean square, ...)}, weighted by the share of rows."""
+        resid = model(part, stop_at_layer=0)
+        _, cache = cache_from_resid(model, resid, part.new_zeros(len(part)), names)
+        sums = {}
+        for name, x in cache.items():
+            x = x[:, 1:].float().contiguous()
+            sums[name] = t.stack([x.mean((0, 1)), x.pow(2).mean((0, 1))]) * len(part) / len(rows)
+        return sums
+
+    shares = list(in_batches(share_of_sums, rows, at_once))
+    moments = {}
+    for name in names:
+        mean, mean_square = sum(share[name] for share in shares)
+        moments[name] = Moments(mean, (mean_square - mean.pow(2)).clamp(min=0).sqrt())
+    return moments
+
+
+#%% Parts finer than a head or an MLP: neurons and directions
 @t.no_grad()
 def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.0) -> dict[str, Part]:
     """Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the direction in which the stream before it differs most; beside random ones."""
+    neuron_gap, stream_gap = differences_at_answer(model, pairs, ["post", "resid_pre"], layer, memory_gb)
+    strength = neuron_gap.abs().mean(0) * model.blocks[layer].mlp.W_out.float().norm(dim=-1)
+    strongest = strength.argsort(descending=True)
+    shuffled = t.randperm(len(strongest)).to(strongest.device)
+    parts = {}
+    for title, neurons in (("strongest", strongest), ("random", shuffled)):
+        for n in (1, 4, 16, 64):
+            of_these = F.one_hot(neurons[:n], len(neurons)).sum(0)
+            parts[f"L{layer}: {n} {title} neurons"] = Part("post", layer, partial(t.mul, of_these))
+    largest = t.linalg.svd(stream_gap)[2][0]
+    at_random = t.randn(len(largest))
+    for title, direction in (("direction of largest difference", largest), ("random direction", at_random)):
+        parts[f"before L{layer}: {title}"] = Part("resid_pre", layer, partial(along, direction / direction.norm()))
+    return parts
 
-    def differ(group: Pairs) -> tuple[Tensor, Tensor]:
-        (_, clean), (_, corrupt) = (
-            cache_from_resid(
-                model,
-                inputs(model, group, which),
-                group.answer_pos,
-                [act_name(x, layer) for x in ("post", "resid_pre")],
-            )
-            for which in ("clean", "corrupt")
-        )
-        return tuple(
-            (clean[x, layer] - corrupt[x, layer])[group.index, group.answer_pos].float() for x in ("post", "resid_pre")
-        )
 
-    neurons, stream = map(t.cat, zip(*by_groups(differ, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))))
-    order, top = (
-        (neurons.abs().mean(0) * model.blocks[layer].mlp.W_out.float().norm(dim=-1)).argsort(descending=True),
-        t.linalg.svd(stream)[2][0],
-    )
-    parts = {
-        f"L{layer}: {n} {title} neurons": Part("post", layer, partial(t.mul, F.one_hot(ids[:n], len(ids)).sum(0)))
-        for title, ids in (("strongest", order), ("random", t.randperm(len(order)).to(order.device)))
-        for n in (1, 4, 16, 64)
-    }
-    onto = lambda v: lambda change: (change @ v.to(change))[..., None] * v.to(change)
-    return parts | {
-        f"before L{layer}: {title}": Part("resid_pre", layer, onto(v / v.norm()))
-        for title, v in (("direction of largest difference", top), ("random direction", t.randn(len(top))))
-    }
+def differences_at_answer(
+    model: nn.Module, pairs: Pairs, sites: list[str], layer: int, memory_gb: float
+) -> list[Tensor]:
+    """For each site: clean - corrupt (pair, d) where the answer is due."""
+    names = [act_name(site, layer) for site in sites]
+
+    def differences(group: Pairs) -> list[Tensor]:
+        _, clean = cache_from_resid(model, inputs(model, group, "clean"), group.answer_pos, names)
+        _, corrupt = cache_from_resid(model, inputs(model, group, "corrupt"), group.answer_pos, names)
+        return [(clean[name] - corrupt[name])[group.index, group.answer_pos].float() for name in names]
+
+    groups = by_groups(differences, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))
+    return [t.cat(parts) for parts in zip(*groups)]
+
+
+def along(direction: Tensor, change: Tensor) -> Tensor:
+    """What of a change (row, pos, d_model) lies along a unit direction (d_model)."""
+    direction = direction.to(change)
+    return (change @ direction)[..., None] * direction
 
 
 #%% Attention knock-out
 @t.no_grad()
+def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str) -> Tensor:
+    """Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions of mask (pair, pos) (Geva et al. 2023)."""
+    position = t.arange(pairs.clean.shape[1], device=mask.device)
+    is_answer = position == pairs.answer_pos[:, None]
+    hidden = is_answer[:, :, None] & mask[:, None, :]  # (pair, query, key)
+
+    def hide(scores: Tensor, hook: nn.Module) -> Tensor:
+        return scores.masked_fill(hidden[:, None], -1e9)  # (pair, head, query, key)
+
+    resid = inputs(model, pairs, "clean")
+    scores_hooks = [act_name("attn_scores", layer) for layer in layers]
+    clean_logits = run_from(model, resid, pairs.answer_pos)
+    logits = run_from(model, resid, pairs.answer_pos, layer=0, fwd_hooks=[(scores_hooks, hide)])
+    return make_metric(pairs, kind, clean_logits)(logits, pairs.index)
+
+
 def knock_out(
     model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str, memory_gb: float = 1.0
 ) -> Tensor:
-    """Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions of mask (pair, pos) (Geva et al. 2023)."""
+    """attention_knock_out in groups of pairs that fit into memory."""
+    layers = list(layers)
 
-    def blind(group: Pairs) -> Tensor:
-        query, resid = (
-            t.arange(group.clean.shape[1], device=mask.device) == group.answer_pos[:, None],
-            inputs(model, group, "clean"),
-        )
+    def of_group(group: Pairs) -> Tensor:
+        return attention_knock_out(model, group, layers, group.places["hidden"], kind)
 
-        def hide(scores: Tensor, hook: nn.Module) -> Tensor:
-            return scores.masked_fill((query[:, :, None] & group.places["hidden"][:, None])[:, None], -1e9)
-
-        return make_metric(group, kind, run_from(model, resid, group.answer_pos))(
-            run_from(model, resid, group.answer_pos, 0, [([act_name("attn_scores", l) for l in layers], hide)]),
-            group.index,
-        )
-
-    return t.cat(
-        by_groups(blind, replace(pairs, places={"hidden": mask}), rows_that_fit(model, mask.shape[1], memory_gb))
-    )
+    masked = replace(pairs, places={"hidden": mask})
+    return t.cat(by_groups(of_group, masked, rows_that_fit(model, mask.shape[1], memory_gb)))
 
 
 #%% Edits of an activation by a function, and what they cost in loss over text
@@ -558,7 +854,8 @@ def put(new: Callable[[Tensor], Tensor], first: int = 0) -> Callable:
     """A hook that puts new(x) in the place of x (batch, pos, d_in), from position `first` on."""
 
     def fn(x: Tensor, hook: nn.Module) -> Tensor:
-        return t.cat([x[:, :first], new(x.flatten(2).float()).view_as(x).to(x.dtype)[:, first:]], 1)
+        replaced = new(x.flatten(2).float()).view_as(x).to(x.dtype)
+        return t.cat([x[:, :first], replaced[:, first:]], 1)
 
     return fn
 
@@ -566,11 +863,8 @@ def put(new: Callable[[Tensor], Tensor], first: int = 0) -> Callable:
 @t.no_grad()
 def loss_of(model: nn.Module, rows: Tensor, edits: list[tuple], batch: int = 64) -> float:
     """Mean next-token cross-entropy in nats."""
-    losses = in_batches(
-        lambda part: F.cross_entropy(
-            run_with_hooks(model, part, edits)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
-        ).item(),
-        rows,
-        batch,
-    )
-    return sum(losses) / rows[:, 1:].numel()
+
+    def summed_loss(part: Tensor) -> float:
+        return next_token_loss(run_with_hooks(model, part, edits), part, "sum").item()
+
+    return sum(in_batches(summed_loss, rows, batch)) / rows[:, 1:].numel()

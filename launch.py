@@ -14,7 +14,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import endc, fail, gray, green, in_kernel, purple, red, write_aside, yellow
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    endc,
+    fail,
+    gray,
+    green,
+    in_kernel,
+    purple,
+    red,
+    write_aside,
+    yellow,
+)
 from train import FREE, in_queue, processes
 
 from tabulate import tabulate
@@ -69,78 +79,49 @@ class Task:
 
 
 def flags[Config](
-    config: type[Config], description: str = "", hpc: Config | None = None, sweep: str | None = None
+    config: type[Config],
+    description: str = "",
+    hpc: Config | None = None,
+    sweep: str | None = None,
 ) -> Config:
     """
-    A dataclass of settings from the command line: one --flag per field, and Launch's; in a notebook, its defaults. hpc: the preset of --hpc.
-    sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips finished values and gathers them by itself.
+    A dataclass of settings from the command line: one --flag per field, and Launch's; in a notebook, its defaults.
+    hpc: the preset of --hpc. sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips
+    finished values and gathers them by itself.
     """
     if in_kernel():
         return config()
     sys.excepthook = end_in_a_line
-    import tyro
-
-    argv, script = sys.argv[1:], Path(sys.argv[0]).resolve()
+    argv = sys.argv[1:]
+    script = Path(sys.argv[0]).resolve()
     if "--hpc" in argv and hpc is None:
         fail(f"{script.name} has no --hpc preset")
-
-    def parse(args: list[str]) -> tuple[Config, Launch]:
-        kinds = dict(script=(config, hpc if "--hpc" in args else config()), launch=(Launch, Launch()))
-        both = dataclasses.make_dataclass(
-            "Settings",
-            [
-                (name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=tyro.MISSING))
-                for name, (kind, _) in kinds.items()
-            ],
-        )
-        parsed = tyro.cli(
-            tyro.conf.OmitArgPrefixes[both],
-            args=args,
-            description=description,
-            default=both(*(default for _, default in kinds.values())),
-        )
-        return parsed.script, parsed.launch
-
-    cfg, launch = parse(argv)
+    defaults = hpc if "--hpc" in argv else config()
+    cfg, launch = parse(argv, config, defaults, description)
     launch.slurm |= launch.slurm_wait
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and hasattr(cfg, "resume"):
         cfg = dataclasses.replace(cfg, resume=True)
-    own = launch.slurm and sweep and not launch.sweep and len(getattr(cfg, sweep)) > 1
+    # an array over the script's own tuple of values, which it gathers by itself
+    own = bool(launch.slurm and sweep and not launch.sweep and len(getattr(cfg, sweep)) > 1)
     axes = {sweep: [str(x) for x in getattr(cfg, sweep)]} if own else read_sweep(launch.sweep, cfg)
     if not axes and not launch.slurm:
         processes()
         return cfg
+
     results = Path("results").absolute() / script.stem
-    fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in (*axes, *FREE)}
-    place = (
-        results
-        / f"{'sweep' if axes else 'run'}-{hashlib.sha256(json.dumps([fixed, sorted(axes)], default=str).encode()).hexdigest()[:8]}"
-    )
+    place = results / f"{'sweep' if axes else 'run'}-{settings_key(cfg, axes)}"
     tasks = {}
-    for values in itertools.product(*axes.values()):
-        name = ",".join(f"{field}={value}" for field, value in zip(axes, values)) or script.stem
-        args = [
-            *argv,
-            *(word for field, value in zip(axes, values) for word in as_flag(cfg, field, value)),
-            "--sweep",
-            "--no-slurm",
-            "--no-slurm-wait",
-        ]  # the last of a flag's values holds
-        parse(args)  # refuses a wrong value now
-        folder, elsewhere = place / name.replace("/", "-"), bool(axes) and not own
-        if elsewhere:
-            args = [str(Path(arg).absolute()) if "/" in arg and Path(arg).exists() else arg for arg in args]
-        tasks[name] = Task(str(script), args, folder if elsewhere else Path.cwd(), folder)
+    for name, args in sweep_runs(cfg, axes, argv, script.stem).items():
+        parse(args, config, defaults, description)  # refuses a wrong value now
+        tasks[name] = make_task(name, args, script, place, elsewhere=bool(axes) and not own)
     if axes:
         print(f"{purple}=== {len(tasks)} runs of {script.name}, kept in {place} ==={endc}")
-    failed = compute(
-        {name: task for name, task in tasks.items() if not axes or not (task.folder / "done").exists()},
-        launch,
-        results / "slurm",
-    )
+    before = finished(tasks) if axes else {}
+    missing = {name: task for name, task in tasks.items() if name not in before}
+    failed = compute(missing, launch, results / "slurm")
     if launch.slurm and not launch.slurm_wait and failed is not None:
         raise SystemExit(0)
-    done = {name: task for name, task in tasks.items() if (task.folder / "done").exists()}
+    done = finished(tasks)
     if axes:
         print(f"{green if len(done) == len(tasks) else yellow}{len(done)} of {len(tasks)} runs are done{endc}")
     if own and len(done) == len(tasks):
@@ -148,6 +129,47 @@ def flags[Config](
     if axes and done and not own:
         gather(done, place)
     raise SystemExit(1 if failed else 0)
+
+
+def parse[Config](args: list[str], config: type[Config], defaults: Config, description: str) -> tuple[Config, Launch]:
+    import tyro
+
+    flat = tyro.conf.OmitArgPrefixes
+    fields = []
+    for name, kind in (("script", config), ("launch", Launch)):
+        fields.append((name, flat[kind], dataclasses.field(default=tyro.MISSING)))
+    both = dataclasses.make_dataclass("Settings", fields)
+    parsed = tyro.cli(flat[both], args=args, description=description, default=both(defaults, Launch()))
+    return parsed.script, parsed.launch
+
+
+def settings_key(cfg: object, axes: dict[str, list[str]]) -> str:
+    """Names a sweep by the settings that all its runs share."""
+    fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in (*axes, *FREE)}
+    return hashlib.sha256(json.dumps([fixed, sorted(axes)], default=str).encode()).hexdigest()[:8]
+
+
+def sweep_runs(cfg: object, axes: dict[str, list[str]], argv: list[str], stem: str) -> dict[str, list[str]]:
+    """{name of the run: its arguments}, one for each combination of values."""
+    runs = {}
+    for values in itertools.product(*axes.values()):
+        name = ",".join(f"{field}={value}" for field, value in zip(axes, values)) or stem
+        words = [word for field, value in zip(axes, values) for word in as_flag(cfg, field, value)]
+        runs[name] = [*argv, *words, "--sweep", "--no-slurm", "--no-slurm-wait"]  # the last of a flag's values holds
+    return runs
+
+
+def make_task(name: str, args: list[str], script: Path, place: Path, elsewhere: bool) -> Task:
+    """elsewhere: the run works in its own folder, so that paths among its arguments must be absolute."""
+    folder = place / name.replace("/", "-")
+    if not elsewhere:
+        return Task(str(script), args, Path.cwd(), folder)
+    absolute = [str(Path(arg).absolute()) if "/" in arg and Path(arg).exists() else arg for arg in args]
+    return Task(str(script), absolute, folder, folder)
+
+
+def finished(tasks: dict[str, Task]) -> dict[str, Task]:
+    return {name: task for name, task in tasks.items() if (task.folder / "done").exists()}
 
 
 def end_in_a_line(kind: type[BaseException], error: BaseException, trace: object) -> None:
@@ -159,13 +181,18 @@ def end_in_a_line(kind: type[BaseException], error: BaseException, trace: object
 
 
 def read_sweep(given: tuple[str, ...], cfg: object) -> dict[str, list[str]]:
-    axes = {name.replace("-", "_"): values for name, _, values in (part.partition("=") for part in given)}
-    for name, values in axes.items():
+    """(seed=0,1 ...) -> {seed: [0, 1]}"""
+    axes = {}
+    for part in given:
+        name, _, values = part.partition("=")
+        name = name.replace("-", "_")
         if not hasattr(cfg, name) or not values:
+            settings = ", ".join(field.name for field in dataclasses.fields(cfg))
             fail(
-                f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; settings: {', '.join(f.name for f in dataclasses.fields(cfg))}"
+                f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; settings: {settings}"
             )
-    return {name: list(dict.fromkeys(values.split(","))) for name, values in axes.items()}
+        axes[name] = list(dict.fromkeys(values.split(",")))
+    return axes
 
 
 def as_flag(cfg: object, name: str, value: str) -> list[str]:
@@ -178,31 +205,48 @@ def as_flag(cfg: object, name: str, value: str) -> list[str]:
 #%% Sweeps and Slurm
 def compute(tasks: dict[str, Task], launch: Launch, logs: Path) -> list[str] | None:
     """Run or submit those that are not in the queue already; the names of those that failed, None if there was nothing to do."""
-    missing = {}
-    for name, task in tasks.items():
-        job, log = ticket(task)
-        if job and (state := in_queue(job)):
-            print(f"{gray}{name}: job {job} is {state}, log {log}{endc}")
-        else:
-            if job and not (task.folder / "done").exists():
-                show_end(name, log)
-            missing[name] = task
-            task.folder.mkdir(parents=True, exist_ok=True)
-            (task.folder / "done").unlink(missing_ok=True)
-            if (
-                task.cwd == task.folder and not (link := task.folder / "checkpoints/data").is_symlink()
-            ):  # the text is tokenized once
-                (cache := Path("checkpoints/data").absolute()).mkdir(parents=True, exist_ok=True)
-                link.parent.mkdir(exist_ok=True)
-                link.symlink_to(cache)
+    missing = {name: task for name, task in tasks.items() if not still_queued(name, task)}
+    for task in missing.values():
+        prepare(task)
     if not tasks:
         return None
-    if launch.slurm:
-        if missing:
-            submit(missing, launch, logs)
-        return follow(tasks) if launch.slurm_wait else []
+    if not launch.slurm:
+        return run_here(missing)
+    if missing:
+        submit(missing, launch, logs)
+    return follow(tasks) if launch.slurm_wait else []
+
+
+def still_queued(name: str, task: Task) -> bool:
+    """Says where a submitted task stands; of one that left the queue undone, how its log ends."""
+    job, log = ticket(task)
+    if not job:
+        return False
+    state = in_queue(job)
+    if state:
+        print(f"{gray}{name}: job {job} is {state}, log {log}{endc}")
+        return True
+    if not (task.folder / "done").exists():
+        show_end(name, log)
+    return False
+
+
+def prepare(task: Task) -> None:
+    """A folder for the task; one that works in a folder of its own shares the tokenized text."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    (task.folder / "done").unlink(missing_ok=True)
+    link = task.folder / "checkpoints/data"
+    if task.cwd == task.folder and not link.is_symlink():
+        cache = Path("checkpoints/data").absolute()
+        cache.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(cache)
+
+
+def run_here(tasks: dict[str, Task]) -> list[str]:
+    """One after the other; the names of those that failed."""
     failed = []
-    for name, task in missing.items():
+    for name, task in tasks.items():
         print(f"{purple}=== {name} ==={endc}", flush=True)
         code = subprocess.run([sys.executable, task.script, *task.args], cwd=task.cwd).returncode
         if code == 0:
@@ -219,20 +263,20 @@ def submit(tasks: dict[str, Task], launch: Launch, logs: Path) -> None:
         fail("--slurm: there is no sbatch here: run this on a login node of the cluster, or leave --slurm out")
     import submitit
 
-    repo, n = Path(__file__).parent, max(1, launch.slurm_gpus)
+    repo = Path(__file__).parent
     executor = submitit.SlurmExecutor(logs, max_num_timeout=10**6)
-    asked = dict(
-        partition=launch.slurm_partition,
-        account=launch.slurm_account,
-        constraint=launch.slurm_constraint,
-        mem=launch.slurm_mem and f"{launch.slurm_mem}GB",
-        gpus_per_node=launch.slurm_gpus or None,
-    )
+    asked = {
+        "partition": launch.slurm_partition,
+        "account": launch.slurm_account,
+        "constraint": launch.slurm_constraint,
+        "mem": launch.slurm_mem and f"{launch.slurm_mem}GB",
+        "gpus_per_node": launch.slurm_gpus or None,
+    }
     executor.update_parameters(
         job_name=logs.parent.name,
         time=launch.slurm_time,
         nodes=launch.slurm_nodes,
-        ntasks_per_node=n,
+        ntasks_per_node=max(1, launch.slurm_gpus),
         cpus_per_task=launch.slurm_cpus,
         array_parallelism=launch.slurm_parallel,
         signal_delay_s=120,
@@ -264,8 +308,12 @@ def show_end(name: str, log: str | Path) -> None:
 
 
 def follow(tasks: dict[str, Task]) -> list[str]:
-    """Wait for the jobs of tasks, print the log of a single one as it grows and the last lines of those that fail; the names of these."""
-    states, read = dict.fromkeys(tasks, "new"), 0
+    """
+    Wait for the jobs of tasks, print the log of a single one as it grows and the last lines of those that fail; the
+    names of these.
+    """
+    states = dict.fromkeys(tasks, "new")
+    characters_read = 0
     while any(states.values()):
         time.sleep(1)
         for name, task in tasks.items():
@@ -277,39 +325,37 @@ def follow(tasks: dict[str, Task]) -> list[str]:
                 print(f"{gray}{name}: {state}{endc}", flush=True)
             states[name] = state
             if len(tasks) == 1 and Path(log).exists():
-                print((new := Path(log).read_text()[read:]), end="", flush=True)
-                read += len(new)
-            if state:
-                continue
-            time.sleep(1)  # for a network file system
-            if (task.folder / "done").exists():
-                print(f"{green}{name}: job {job} is done{endc}")
-            else:
-                show_end(name, log)
-    return [name for name, task in tasks.items() if not (task.folder / "done").exists()]
+                new = Path(log).read_text()[characters_read:]
+                print(new, end="", flush=True)
+                characters_read += len(new)
+            if not state:
+                say_how_it_ended(name, task)
+    done = finished(tasks)
+    return [name for name in tasks if name not in done]
+
+
+def say_how_it_ended(name: str, task: Task) -> None:
+    time.sleep(1)  # for a network file system
+    job, log = ticket(task)
+    if (task.folder / "done").exists():
+        print(f"{green}{name}: job {job} is done{endc}")
+    else:
+        show_end(name, log)
 
 
 def gather(done: dict[str, Task], place: Path) -> None:
     """The single numbers of all runs as a table, and everything they wrote in sweep.json."""
-    found = {
-        name: {
-            key: value
-            for file in sorted((task.cwd / "results").glob("*.json"))
-            for key, value in json.loads(file.read_text()).items()
-        }
-        for name, task in done.items()
-    }
-    rows = [
-        key
-        for key in dict.fromkeys(key for numbers in found.values() for key in numbers)
-        if any(isinstance(numbers.get(key), int | float) for numbers in found.values())
-    ]
-    print(
-        tabulate(
-            [[key, *(numbers.get(key) for numbers in found.values())] for key in rows],
-            headers=["", *found],
-            floatfmt=".4g",
-        )
-    )
+    found: dict[str, dict] = {}
+    for name, task in done.items():
+        found[name] = {}
+        for file in sorted((task.cwd / "results").glob("*.json")):
+            found[name] |= json.loads(file.read_text())
+    keys = dict.fromkeys(key for numbers in found.values() for key in numbers)
+    table = []
+    for key in keys:
+        row = [numbers.get(key) for numbers in found.values()]
+        if any(isinstance(number, int | float) for number in row):
+            table.append([key, *row])
+    print(tabulate(table, headers=["", *found], floatfmt=".4g"))
     write_aside(place / "sweep.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     print(f"{gray}numbers: {place / 'sweep.json'}{endc}")

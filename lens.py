@@ -1,60 +1,147 @@
-"""The logit lens and the tuned lens, in the forward pass, gated; and milestones of a prompt."""
+"""
+The logit lens and the tuned lens: what a model would say if it ended after any layer.
+First in their plain forms, to be held against the papers; then the engine that reads many places within one forward pass; milestones of a reading; the classic picture.
+"""
 
-import itertools
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from utils import BAR, cyan, endc, fail, write_aside
-from hooks import device_of, in_batches, hooks, run_with_cache
+from utils import (
+    BAR,
+    ROOT,
+    WORLD,
+    cyan,
+    endc,
+    fail,
+    model_folder,
+    write_aside,
+)  # first: sets OpenMP's variables before torch is loaded
+from plots import imshow, label_tokens, visible
+from hooks import device_of, hooks, in_batches, run_with_cache
+from weights import token_text
 from anatomy import points
 
-from safetensors.torch import load_file, save_file
+import plotly.graph_objects as go
 import torch as t
-from torch import Tensor
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from tabulate import tabulate
+from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import trange
 
 
-#%% The lens: the model's own final norm, unembedding and soft cap, on the stream after any layer
+#%% The logit lens, in its plain form: the model's own final norm, unembedding and soft cap, on the stream after every layer
+def soft_cap(model: nn.Module) -> float:
+    """Gemma 2 squeezes its logits into -cap .. cap; 0 is no cap."""
+    return getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+
+
+@t.no_grad()
+def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits (layer, row, pos, token) after 0 .. n_layers blocks, of tokens (row, pos); the last layer's are the model's own. nostalgebraist 2020."""
+    streams = points(model)
+    _, cache = run_with_cache(model, tokens, streams)
+    cap = soft_cap(model)
+    by_layer = []
+    for stream in streams:
+        logits = model.unembed(model.ln_final(cache[stream]))
+        if cap > 0:
+            logits = cap * (logits / cap).tanh()
+        by_layer.append(logits)
+    return t.stack(by_layer)
+
+
+#%% The tuned lens, in its plain form (Belrose et al. 2023): an affine translator per layer comes before the final norm
+class Translator(nn.Linear):
+    """x + A x + b, the identity at first."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + super().forward(x.float())).to(x.dtype)
+
+
+def tuned_lens_loss(model: nn.Module, translators: nn.ModuleList, tokens: Tensor) -> Tensor:
+    """
+    What the translators are trained to make small: KL (layer, in nats) of the model's final distribution from the one that is read off the translated
+    stream, mean over the positions of tokens (row, pos). All layers but the last. Belrose et al. 2023, section 3.
+    """
+    streams = points(model)[:-1]
+    logits, cache = run_with_cache(model, tokens, streams)
+    final = logits.float().log_softmax(-1)
+    cap = soft_cap(model)
+    by_layer = []
+    for translator, stream in zip(translators, streams):
+        logits = model.unembed(model.ln_final(translator(cache[stream])))
+        if cap > 0:
+            logits = cap * (logits / cap).tanh()
+        by_layer.append(kl_from(final, logits).mean())
+    return t.stack(by_layer)
+
+
+def kl_from(final: Tensor, logits: Tensor) -> Tensor:
+    """KL (...) in nats of the distribution with log-probabilities final (..., token) from that of logits (..., token)."""
+    return (final.exp() * (final - logits.float().log_softmax(-1))).sum(-1)
+
+
+#%% Either lens on any stream, and the gate: on the last layer it must be the model's own output
 class Lens:
-    """Logits from a stream (..., d_model) by the model's own modules. norm 'raw' leaves the final norm out; translators (tuned lens), one per layer but the last, come first."""
+    """
+    Logits (..., token) from a stream (..., d_model) by the model's own modules. norm 'raw' leaves the final norm out, to compare;
+    translators (tuned lens), one for each layer but the last, come first.
+    """
 
     def __init__(self, model: nn.Module, norm: str = "final", translators: nn.ModuleList | None = None):
-        self.norm, self.unembed, self.translators = (
-            model.ln_final if norm == "final" else nn.Identity(),
-            model.unembed,
-            translators,
-        )
-        self.cap, self.exact = getattr(model.cfg, "output_logits_soft_cap", None) or 0, norm == "final"
+        if norm not in ("final", "raw"):
+            raise ValueError(f"unknown norm {norm!r}: the lens knows final and raw")
+        self.exact = norm == "final"  # the last layer's lens is the model's own output
+        self.norm = model.ln_final if self.exact else nn.Identity()
+        self.unembed = model.unembed
+        self.cap = soft_cap(model)
+        self.translators = translators
 
     def __call__(self, x: Tensor, layer: int = -1) -> Tensor:
+        """layer: after how many blocks x was taken; -1 uses no translator."""
         if self.translators and 0 <= layer < len(self.translators):
             x = self.translators[layer](x)
         logits = self.unembed(self.norm(x))
-        return self.cap * (logits / self.cap).tanh() if self.cap > 0 else logits
+        if self.cap > 0:
+            logits = self.cap * (logits / self.cap).tanh()
+        return logits
 
 
 @t.no_grad()
 def gate(model: nn.Module, rows: list[list[int]]) -> float:
     """
-    How far the last layer's lens misses the model's own logits; too far ends the program. float32: at most 1e-4 (times their standard deviation, if above 1).
-    Half precision: root mean square at most 0.02 standard deviations, and the same top-1 wherever its margin exceeds the largest miss.
+    How far the last layer's lens misses the model's own logits, at worst over the rows; too far ends the program. float32: at most 1e-4 (times their
+    standard deviation, if above 1). Half precision: root mean square at most 0.02 standard deviations, and the same top-1 wherever its margin exceeds the
+    largest miss.
     """
-    worst, end = 0.0, points(model)[-1]
+    worst = 0.0
+    last_stream = points(model)[-1]
+    lens = Lens(model)
     for row in rows:
-        logits, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), end)
-        own, seen = logits[0].float(), Lens(model)(cache[end])[0].float()
-        miss, spread, top = (own - seen).abs(), own.std(-1).mean().item(), own.topk(2).values
-        clear = top[:, 0] - top[:, 1] > miss.max()
-        same = logits.dtype == t.float32 or t.equal(own.argmax(-1)[clear], seen.argmax(-1)[clear])
-        error, limit = (
-            (miss.max().item(), 1e-4 * max(1.0, spread))
-            if logits.dtype == t.float32
-            else (miss.pow(2).mean().sqrt().item() / spread, 0.02)
-        )
-        if not same or not error <= limit:
+        logits, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), last_stream)
+        own = logits[0].float()
+        seen = lens(cache[last_stream])[0].float()
+        spread = own.std(-1).mean().item()
+        if logits.dtype == t.float32:
+            error = (own - seen).abs().max().item()
+            limit = 1e-4 * max(1.0, spread)
+            same_top = True
+        else:
+            error = (own - seen).pow(2).mean().sqrt().item() / spread
+            limit = 0.02
+            same_top = same_clear_top(own, seen)
+        if not same_top or not error <= limit:  # an error of nan is no pass
             fail(
                 f"the last layer's lens misses the model's own logits by {error:.1e} (limit {limit:.0e}): they come from more than a final norm, an unembedding and a soft cap, and no lens is read"
             )
@@ -62,34 +149,134 @@ def gate(model: nn.Module, rows: list[list[int]]) -> float:
     return worst
 
 
+def same_clear_top(own: Tensor, seen: Tensor) -> bool:
+    """Both logits (pos, token) have the same top-1 wherever its margin exceeds the largest difference between them."""
+    best, second = own.topk(2).values.unbind(-1)
+    clear = best - second > (own - seen).abs().max()
+    return t.equal(own.argmax(-1)[clear], seen.argmax(-1)[clear])
+
+
+#%% What is asked of logits
 def top_tokens(logits: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
-    """topk of (row, token), exactly and faster: only the k stretches of the vocabulary with the largest maxima can hold the k largest."""
-    whole = logits.shape[1] // width * width
-    if whole < 4 * k * width:
+    """
+    topk of logits (row, token), exactly and faster. The vocabulary is cut into stretches of `width` tokens: only the k stretches with the largest maxima,
+    and the tokens that are left over, can hold the k largest.
+    """
+    n_rows, d_vocab = logits.shape
+    whole = d_vocab // width * width
+    if whole < 4 * k * width:  # then the detour saves nothing
         return logits.topk(k)
-    best = logits[:, :whole].unflatten(1, (-1, width)).amax(-1).topk(k).indices
-    ids = (best[:, :, None] * width + t.arange(width, device=logits.device)).flatten(1)
-    ids = t.cat([ids, t.arange(whole, logits.shape[1], device=logits.device).expand(len(ids), -1)], 1)
-    top = logits.gather(1, ids).topk(k)
-    return top.values, ids.gather(1, top.indices)
+    best_stretches = logits[:, :whole].unflatten(1, (-1, width)).amax(-1).topk(k).indices
+    in_stretches = (best_stretches[:, :, None] * width + t.arange(width, device=logits.device)).flatten(1)
+    left_over = t.arange(whole, d_vocab, device=logits.device).expand(n_rows, -1)
+    candidates = t.cat([in_stretches, left_over], 1)
+    top = logits.gather(1, candidates).topk(k)
+    return top.values, candidates.gather(1, top.indices)
+
+
+def count_above(logits: Tensor, own: Tensor) -> Tensor:
+    """How many logits (place, token) of each place are above own (place, 1)."""
+    counts = []
+    for some, answer in zip(logits.split(32), own.split(32)):
+        above = (some > answer).view(t.int8)  # a sum of booleans is made of integers first
+        counts.append(above.sum(-1, dtype=t.int32))
+    return t.cat(counts)
 
 
 def read_logits(logits: Tensor, answers: Tensor, k: int, final: Tensor | None = None) -> dict[str, Tensor]:
-    """What is asked of logits (place, token), which are used up (overwritten); final: the model's own log-probabilities there."""
+    """
+    What read() tells of logits (place, token) and answers (place). final: the model's own log-probabilities (place, token), for entropy and KL.
+    The logits are used up: all that is computed of them is written over them, so that no second tensor of that size is made.
+    """
     values, ids = top_tokens(logits, k)
     own = logits.gather(1, answers[:, None])
-    rank = t.cat(
-        [(some > at).view(t.int8).sum(-1, dtype=t.int32) for some, at in zip(logits.split(32), own.split(32))]
-    )  # a sum of booleans is made of integers first
+    rank = count_above(logits, own)
     out = {"ids": ids, "answer_logit": own[:, 0], "rank": rank}
     top = values[:, :1]
     raised = logits.sub_(top)
-    total = top + (raised.exp_() if final is None else raised.exp()).sum(-1, keepdim=True).log()
-    out |= {"logp": values - total, "answer_logp": (own - total)[:, 0]}
+    exponentials = raised.exp_() if final is None else raised.exp()
+    total = top + exponentials.sum(-1, keepdim=True).log()  # log-sum-exp
+    del exponentials
+    out["logp"] = values - total
+    out["answer_logp"] = (own - total)[:, 0]
     if final is None:
         return out
     logp = raised.sub_(total - top)
-    return out | {"entropy": -(logp.exp() * logp).sum(-1), "kl": (final.exp() * (final - logp)).sum(-1)}
+    out["entropy"] = -(logp.exp() * logp).sum(-1)
+    out["kl"] = (final.exp() * (final - logp)).sum(-1)
+    return out
+
+
+#%% The engine: the lens at many places of many rows, read within the forward pass
+class LensPass:
+    """
+    One forward pass of a group of rows, in which the lens is read. Of each stream only the asked places are kept; without against_final they are read at
+    once and forgotten, else after the pass, when the final distribution is known. Never more than `chunk` places' logits at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lens: Lens,
+        rows: list[list[int]],
+        positions: list[list[int]],
+        answers: list[int],
+        k: int,
+        against_final: bool,
+        chunk: int,
+    ):
+        """positions: those asked in each row, row by row in the order of answers."""
+        self.model = model
+        self.lens = lens
+        self.k = k
+        self.against_final = against_final
+        self.streams = points(model)
+        self.last = len(self.streams) - 1
+        device = device_of(model)
+        width = max(map(len, rows))
+        padded = [row + [0] * (width - len(row)) for row in rows]  # on the right, which a causal model never sees
+        self.tokens = t.tensor(padded, device=device)
+        flat = []
+        for i, asked in enumerate(positions):
+            flat += [i * width + position for position in asked]
+        self.flat = t.tensor(flat, dtype=t.long, device=device)
+        self.answers = t.tensor(answers, dtype=t.long, device=device)
+        self.chunks = [slice(start, start + chunk) for start in range(0, len(answers), chunk)]
+        self.kept: dict[int, Tensor] = {}  # by layer, the asked places' streams (place, d_model)
+        self.found: list[list[dict[str, Tensor]]] = [[] for _ in self.streams]  # by layer, a reading per chunk
+
+    def run(self) -> list[list[dict[str, Tensor]]]:
+        """What is read, by layer, a piece per chunk of places."""
+        listeners = [(stream, partial(self.listen, layer)) for layer, stream in enumerate(self.streams)]
+        with hooks(self.model, listeners):
+            self.logits = self.model(self.tokens).flatten(0, 1)
+        for places in self.chunks:
+            final = self.logits[self.flat[places]].float().log_softmax(-1) if self.against_final else None
+            for layer in self.kept:
+                self.see(layer, places, final)
+        return self.found
+
+    def listen(self, layer: int, stream: Tensor, hook: nn.Module) -> None:
+        """Keep the asked places of the stream (row, pos, d_model); without against_final read them now, but for the last layer."""
+        self.kept[layer] = stream.flatten(0, 1)[self.flat]
+        if self.against_final or layer == self.last:
+            return
+        for places in self.chunks:
+            self.see(layer, places)
+        del self.kept[layer]
+
+    def see(self, layer: int, places: slice, final: Tensor | None = None) -> None:
+        """Read one chunk of places; final: the model's log-probabilities there."""
+        if layer == self.last and self.lens.exact:
+            logits = self.logits[self.flat[places]]  # the gate has shown that they are the lens's
+        else:
+            logits = self.lens(self.kept[layer][places], layer)
+        reading = read_logits(logits.float(), self.answers[places], self.k, final)
+        if final is not None:
+            here = self.kept[layer][places].float()
+            there = self.kept[self.last][places].float()
+            reading["cosine"] = t.cosine_similarity(here, there, dim=-1)
+        self.found[layer].append({name: x.cpu() for name, x in reading.items()})
 
 
 @t.no_grad()
@@ -107,71 +294,45 @@ def read(
     """
     The lens at places (row, position) of token lists, after 0 .. n_layers blocks. Tensors (layer, place, ...): 'ids' and 'logp' of the k likeliest tokens;
     'answer_logit', 'answer_logp', 'rank' (0 is top) of the place's answer; against_final: 'entropy', 'kl' of the final distribution from the layer's
-    (nats), 'cosine' of the stream with its last. Read within the forward pass, `chunk` places at a time, the last layer from the model's own logits (gate);
-    against_final keeps the asked streams (d_model each) until those are known. Rows are padded on the right, which a causal model never sees.
+    (nats), 'cosine' of the stream with its last. Equal to logit_lens, but read within the forward pass: `chunk` places at a time, about `batch` tokens per
+    pass, the last layer from the model's own logits (gate); against_final keeps the asked streams (d_model each) until those are known.
     """
-    names, device, order, at = (
-        points(model),
-        device_of(model),
-        sorted(range(len(rows)), key=lambda i: len(rows[i])),
-        [[] for _ in rows],
-    )
-    for i, (row, _) in enumerate(places):
-        at[row].append(i)
-    size, last = max(1, batch // len(rows[order[-1]])), len(names) - 1
+    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # little padding within a group
+    rows_at_once = max(1, batch // len(rows[by_length[-1]]))
+    places_of_row: list[list[int]] = [[] for _ in rows]
+    for place, (row, _) in enumerate(places):
+        places_of_row[row].append(place)
 
-    def read_rows(group: list[int]) -> tuple[list[int], list[list[dict[str, Tensor]]]]:
-        """The places in these rows, and what is read there by layer, in pieces."""
-        layers, width, mine = (
-            [[] for _ in names],
-            max(len(rows[i]) for i in group),
-            [i for row in group for i in at[row]],
-        )
-        start = {row: n * width for n, row in enumerate(group)}
-        flat, wanted = (
-            t.tensor([start[places[i][0]] + places[i][1] for i in mine], device=device),
-            t.tensor([answers[i] for i in mine], device=device),
-        )
-        cuts, kept, logits = [slice(i, i + chunk) for i in range(0, len(mine), chunk)], {}, None
+    def read_group(group: list[int]) -> tuple[list[int], list[list[dict[str, Tensor]]]]:
+        """The places in these rows, and what is read there. (A LensPass is let go here: where memory runs out, smaller groups find it free.)"""
+        asked = [place for row in group for place in places_of_row[row]]
+        positions = [[places[place][1] for place in places_of_row[row]] for row in group]
+        group_rows = [rows[row] for row in group]
+        group_answers = [answers[place] for place in asked]
+        return asked, LensPass(model, lens, group_rows, positions, group_answers, k, against_final, chunk).run()
 
-        def see(layer: int, c: slice, final: Tensor | None = None) -> None:
-            seen = logits[flat[c]] if layer == last and lens.exact else lens(kept[layer][c], layer)
-            out = read_logits(seen.float(), wanted[c], k, final)
-            if final is not None:
-                out["cosine"] = t.cosine_similarity(kept[layer][c].float(), kept[last][c].float(), dim=-1)
-            layers[layer].append({name: x.cpu() for name, x in out.items()})
-
-        def listen(x: Tensor, hook: nn.Module, layer: int) -> None:
-            kept[layer] = x.flatten(0, 1)[flat]
-            if against_final or layer == last:
-                return
-            for c in cuts:
-                see(layer, c)
-            del kept[layer]
-
-        with hooks(
-            model, [(name, lambda x, hook, layer=layer: listen(x, hook, layer)) for layer, name in enumerate(names)]
-        ):
-            logits = model(t.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group], device=device)).flatten(
-                0, 1
-            )
-        for c in cuts:
-            final = logits[flat[c]].float().log_softmax(-1) if against_final else None
-            for layer in kept:
-                see(layer, c, final)
-        return mine, layers
-
-    asked, layers = zip(*in_batches(read_rows, order, size, "lens"))
-    back, layers = (
-        t.tensor([*itertools.chain(*asked)]).argsort(),
-        [[*itertools.chain(*pieces)] for pieces in zip(*layers)],
-    )
-    return {
-        name: t.stack([t.cat([piece[name] for piece in pieces])[back] for pieces in layers]) for name in layers[0][0]
-    }
+    order: list[int] = []
+    pieces: list[list[dict[str, Tensor]]] = [[] for _ in points(model)]
+    for asked, found in in_batches(read_group, by_length, rows_at_once, "lens"):
+        order += asked
+        for all_pieces, new_pieces in zip(pieces, found):
+            all_pieces += new_pieces
+    back = t.tensor(order).argsort()  # from the order of reading to that of places
+    by_layer = [joined(layer_pieces, back) for layer_pieces in pieces]
+    return {name: t.stack([layer[name] for layer in by_layer]) for name in by_layer[0]}
 
 
-#%% Milestones of a prompt, and the rules by which something is odd
+def joined(pieces: list[dict[str, Tensor]], back: Tensor) -> dict[str, Tensor]:
+    """One reading of all places, in the order `back`, from a reading per chunk."""
+    return {name: t.cat([piece[name] for piece in pieces])[back] for name in pieces[0]}
+
+
+def token_texts(model: nn.Module, ids: Tensor) -> dict[int, str]:
+    """The text of every token that stands in ids."""
+    return {i: token_text(model, i) for i in ids.unique().tolist()}
+
+
+#%% Milestones of a reading, and the rules by which something is odd
 RULES = {
     "copy collapse": "a piece of the prompt dominates (see copy threshold) at a layer before the answer settles, or where it never does",
     "early punctuation": "in the first half of the layers, punctuation is top-1 with probability 0.5 or more",
@@ -179,6 +340,30 @@ RULES = {
     "last-layer miscalibration": "the last block keeps the top-1 but moves the entropy by more than 1 nat",
 }
 CATEGORIES = {"forward": ("capital", "city", "town"), "reverse": ("country", "state", "nation", "republic", "kingdom")}
+
+
+def has_letters(token: str) -> bool:
+    return any(c.isalnum() for c in token)
+
+
+def is_piece(token: str, prompt: str) -> bool:
+    """A word of the prompt, or three characters or more that stand in it."""
+    text = token.strip()
+    is_word = text in re.findall(r"\w+", prompt)
+    is_part = len(text) > 2 and text in prompt
+    return has_letters(token) and (is_word or is_part)
+
+
+def is_punctuation(token: str) -> bool:
+    return bool(token.strip()) and token.isprintable() and not has_letters(token)
+
+
+def is_junk(token: str) -> bool:
+    return not token.strip() or "�" in token or not token.isprintable()
+
+
+def names_category(tokens: list[str], category: tuple[str, ...]) -> bool:
+    return any(token.strip().lower() in category for token in tokens)
 
 
 def first_layer(true: Tensor, stays: bool = False) -> Tensor:
@@ -199,89 +384,153 @@ def milestones(
     By place, from a reading of answers: 'semantic' (the answer is top-1 from this layer on), 'copied' (a contiguous piece of the prompt, a word or three characters
     or more, is top-1 with probability of at least the threshold), 'category' (such a word is in the top-k before the answer settles), as layers or nan; RULES as booleans.
     """
-    ids, p, layer = found["ids"].tolist(), found["logp"][:, :, 0].exp(), t.arange(len(found["rank"]))[:, None]
-    top1 = lambda rule: t.tensor(
-        [[rule(texts[top[0]], prompt) for top, prompt in zip(places, prompts)] for places in ids]
-    )
+    top_ids = found["ids"].tolist()  # (layer, place, k)
+    top_texts = [[[texts[i] for i in top] for top in layer] for layer in top_ids]
+    copies_prompt = t.tensor([[is_piece(top[0], prompt) for top, prompt in zip(x, prompts)] for x in top_texts])
+    punctuation = t.tensor([[is_punctuation(top[0]) for top in x] for x in top_texts])
+    junk = t.tensor([[is_junk(top[0]) for top in x] for x in top_texts])
+    named = t.tensor([[names_category(top, category) for top, category in zip(x, categories)] for x in top_texts])
+
+    probability = found["logp"][:, :, 0].exp()  # of the top-1
+    n_points = len(top_ids)
+    layer = t.arange(n_points)[:, None]
     semantic = first_layer(found["rank"] == 0, stays=True)
-    before = layer < semantic.nan_to_num(len(layer))
-    is_piece = lambda token, prompt: (
-        any(c.isalnum() for c in token)
-        and (token.strip() in re.findall(r"\w+", prompt) or (len(token.strip()) > 2 and token.strip() in prompt))
-    )
-    copies = top1(is_piece) & (p >= threshold) & (found["rank"] > 0)
-    named = t.tensor(
-        [
-            [any(texts[i].strip().lower() in kinds for i in top) for top, kinds in zip(places, categories)]
-            for places in ids
-        ]
-    )
-    entropy, same = found["entropy"], found["ids"][-1, :, 0] == found["ids"][-2, :, 0]
+    before_it_settles = layer < semantic.nan_to_num(n_points)
+    copies = copies_prompt & (probability >= threshold) & (found["rank"] > 0)
+    early_punctuation = punctuation & (probability >= 0.5) & (layer <= (n_points - 1) / 2)
+    late_junk = junk & (probability >= 0.1) & (layer > 1)
+    same_top = found["ids"][-1, :, 0] == found["ids"][-2, :, 0]
+    entropy_moved = (found["entropy"][-1] - found["entropy"][-2]).abs()
     return {
         "semantic": semantic,
         "copied": first_layer(copies),
-        "category": first_layer(named & before),
-        "copy collapse": (copies & before).any(0),
-        "early punctuation": (
-            top1(lambda token, _: bool(token.strip()) and token.isprintable() and not any(c.isalnum() for c in token))
-            & (p >= 0.5)
-            & (layer <= (len(layer) - 1) / 2)
-        ).any(0),
-        "junk": (
-            top1(lambda token, _: not token.strip() or "�" in token or not token.isprintable())
-            & (p >= 0.1)
-            & (layer > 1)
-        ).any(0),
-        "last-layer miscalibration": same & ((entropy[-1] - entropy[-2]).abs() > 1),
+        "category": first_layer(named & before_it_settles),
+        "copy collapse": (copies & before_it_settles).any(0),
+        "early punctuation": early_punctuation.any(0),
+        "junk": late_junk.any(0),
+        "last-layer miscalibration": same_top & (entropy_moved > 1),
     }
 
 
-#%% Tuned lens (Belrose et al. 2023): an affine translator per layer, trained to give the final distribution
-class Translator(nn.Linear):
-    """x + A x + b, the identity at first."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight), nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x + super().forward(x.float())).to(x.dtype)
-
-
+#%% Training the tuned lens
 def tuned_lens(
     model: nn.Module, batch: Callable[[int], Tensor], steps: int, path: Path, lr: float = 2e-3
 ) -> nn.ModuleList:
-    """Translators of all layers but the last, read back from the path or trained there by the KL divergence of the final distribution from the lens's; batch(step) gives tokens."""
-    names, translators = (
-        points(model)[:-1],
-        nn.ModuleList(Translator(model.cfg.d_model, model.cfg.d_model) for _ in range(model.cfg.n_layers)).to(
-            device_of(model)
-        ),
-    )
+    """Translators of all layers but the last, read back from the path, or trained (by backward_by_layer, whose gradients are tuned_lens_loss's) and kept there; batch(step) gives tokens (row, pos). Belrose et al. 2023."""
+    d_model = model.cfg.d_model
+    translators = nn.ModuleList(Translator(d_model, d_model) for _ in range(model.cfg.n_layers))
+    translators.to(device_of(model))
     if path.is_file():
         translators.load_state_dict(load_file(path))
         return translators.requires_grad_(False)
-    lens, optimizer, bar = (
-        Lens(model, translators=translators),
-        t.optim.Adam(translators.parameters(), lr, betas=(0.9, 0.98)),
-        trange(steps, desc="tuned lens", **BAR),
-    )
+    optimizer = t.optim.Adam(translators.parameters(), lr, betas=(0.9, 0.98))
+    bar = trange(steps, desc="tuned lens", **BAR)
     model.requires_grad_(False)
     for step in bar:
+        warm_up = (step + 1) / 20
+        decay = 2 * (steps - step) / steps  # over the second half
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
-        logits, cache = run_with_cache(model, batch(step).to(device_of(model)), names)
-        final, total = logits.float().log_softmax(-1), 0.0
-        for layer, name in enumerate(names):  # one backward per layer: one layer's logits in memory at a time
-            loss = (final.exp() * (final - lens(cache[name], layer).float().log_softmax(-1))).sum(-1).mean()
-            loss.backward()
-            total += loss.item() / len(names)
-        if not math.isfinite(total):
+            group["lr"] = lr * min(1, warm_up, decay)
+        mean_kl = backward_by_layer(model, translators, batch(step).to(device_of(model)))
+        if not math.isfinite(mean_kl):
             fail(f"the tuned lens diverged at step {step}")
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0:
-            bar.set_description(f"tuned lens KL {cyan}{total:.3f}{endc} nats, mean of layers")
+            bar.set_description(f"tuned lens KL {cyan}{mean_kl:.3f}{endc} nats, mean of layers")
     model.requires_grad_(True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda p: save_file({key: x.cpu() for key, x in translators.state_dict().items()}, p))
+    tensors = {name: x.cpu() for name, x in translators.state_dict().items()}
+    write_aside(path, lambda aside: save_file(tensors, aside))
     return translators.requires_grad_(False)
+
+
+def backward_by_layer(model: nn.Module, translators: nn.ModuleList, tokens: Tensor) -> float:
+    """The gradients of tuned_lens_loss, and its mean over layers; one backward per layer, so that one layer's logits are in memory at a time."""
+    streams = points(model)[:-1]
+    lens = Lens(model, translators=translators)
+    logits, cache = run_with_cache(model, tokens, streams)
+    final = logits.float().log_softmax(-1)
+    mean_kl = 0.0
+    for layer, stream in enumerate(streams):
+        loss = kl_from(final, lens(cache[stream], layer)).mean()
+        loss.backward()
+        mean_kl += loss.item() / len(streams)
+    return mean_kl
+
+
+#%% The classic picture, layer x position
+def layer_labels(found: dict[str, Tensor]) -> list[str]:
+    """Names of the layers of a reading: 'embed' is the stream before any block."""
+    n_layers = len(found["ids"]) - 1
+    return ["embed", *(f"L{layer}" for layer in range(n_layers))]
+
+
+def top_of_layers(found: dict[str, Tensor], texts: dict[int, str]) -> list[list[str]]:
+    """(layer, place) the likeliest token."""
+    return [[visible(texts[i]) for i in layer] for layer in found["ids"][:, :, 0].tolist()]
+
+
+def top_k_of_layers(found: dict[str, Tensor], texts: dict[int, str]) -> list[list[list[str]]]:
+    """(layer, place, k) the likeliest tokens and their probabilities."""
+    cells = []
+    for layer_ids, layer_p in zip(found["ids"].tolist(), found["logp"].exp().tolist()):
+        cells.append([])
+        for ids, ps in zip(layer_ids, layer_p):
+            cells[-1].append([f"{visible(texts[i])} {p:.3f}" for i, p in zip(ids, ps)])
+    return cells
+
+
+def grid_figure(found: dict[str, Tensor], texts: dict[int, str], tokens: list[str], title: str) -> go.Figure:
+    """A reading of the places at `tokens`: the likeliest token in its cell, coloured by its probability; hover for the top-k."""
+    layers = layer_labels(found)
+    fig = imshow(
+        found["logp"][:, :, 0].exp(),
+        title,
+        xlabel="position",
+        ylabel="after layer",
+        x=label_tokens(tokens),
+        y=layers,
+        diverging=False,
+        value="probability",
+    )
+    fig.data[0].update(
+        text=top_of_layers(found, texts),
+        texttemplate="%{text}",
+        hovertext=[["<br>".join(cell) for cell in layer] for layer in top_k_of_layers(found, texts)],
+        hovertemplate="after %{y}, at %{x}<br>%{hovertext}<extra></extra>",
+    )
+    fig.update_layout(height=200 + 45 * len(layers))
+    return fig.update_yaxes(autorange=True)
+
+
+def grid_table(found: dict[str, Tensor], texts: dict[int, str], tokens: list[str], columns: int = 8) -> str:
+    """The same for the terminal: the first positions."""
+    rows = []
+    probabilities = found["logp"][:, :, 0].exp().tolist()
+    for layer, best, ps in zip(layer_labels(found), top_of_layers(found, texts), probabilities):
+        rows.append([layer, *(f"{token} {p:.2f}" for token, p in zip(best[:columns], ps))])
+    return tabulate(rows, headers=["after", *label_tokens(tokens)[:columns]])
+
+
+#%% What the stories of the lens share: a model's name in file names, the key of its files and settings, and whether the world is its corpus
+def slug(name: str) -> str:
+    """A model's name or folder as a file name."""
+    return re.sub(r"[^\w.-]+", "-", name.removeprefix(str(ROOT))).strip("-")
+
+
+def model_key(name: str, settings: list) -> str:
+    """Names what was computed from a model: by the settings that matter, its config, and of each weight file the size and the first megabyte."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    folder = model_folder(name)
+    for path in sorted([*folder.glob("config.json"), *folder.glob("model*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+    return digest.hexdigest()[:12]
+
+
+def knows_world(model: nn.Module) -> bool:
+    """It reads with the world's tokenizer, so it learned the world's facts, whose directions are known."""
+    if not isinstance(model.tokenizer, Tokenizer):
+        return False
+    return model.tokenizer.get_vocab() == Tokenizer.from_file(str(WORLD / "tokenizer.json")).get_vocab()

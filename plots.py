@@ -4,58 +4,68 @@ import html
 import json
 from pathlib import Path
 
-from utils import endc, gray, in_kernel, wandb_run, write_aside
+from utils import endc, gray, in_kernel, wandb_run, write_aside  # first: sets OpenMP's variables before torch is loaded
 
 import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
 PAGES = Path(__file__).parent / "pages"  # HTML and JavaScript of the pages
-COLORS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7F7F7F",
-    "#000000",
-]  # Okabe-Ito: readable by colour-blind eyes
+
+# Okabe-Ito: readable by colour-blind eyes
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]
 
 
 #%% Showing: a notebook shows figures, a script writes them
-def show(fig: go.Figure, name: str) -> None:
-    """name is 'script/figure'. A notebook shows it; a script writes figs/script/figure.html, with one plotly.min.js per folder."""
-    fig.update_layout(template="plotly_white", colorway=COLORS, margin=dict(t=90), title=dict(font=dict(size=16)))
-    if board := wandb_run():
-        board.log({name: fig})
-    if in_kernel():
-        return fig.show()
+def figure_path(name: str) -> Path:
     path = Path("figs") / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda p: fig.write_html(p, include_plotlyjs="directory"))
+    return path
+
+
+def show(fig: go.Figure, name: str) -> None:
+    """
+    name is 'script/figure'. A notebook shows it; a script writes figs/script/figure.html, with one plotly.min.js per
+    folder.
+    """
+    fig.update_layout(template="plotly_white", colorway=COLORS, margin={"t": 90}, title={"font": {"size": 16}})
+    board = wandb_run()
+    if board:
+        board.log({name: fig})
+    if in_kernel():
+        fig.show()
+        return
+    path = figure_path(name)
+    write_aside(path, lambda aside: fig.write_html(aside, include_plotlyjs="directory"))
     print(f"{gray}figure: {path}{endc}")
 
 
-def show_page(html: str, name: str) -> None:
+def show_page(page: str, name: str) -> None:
     """Like show, for a self-contained HTML page."""
     if in_kernel():
         from IPython.display import HTML, display
 
-        return display(
-            HTML(
-                f'<iframe srcdoc="{html.replace("&", "&amp;").replace(chr(34), "&quot;")}" width="100%" height="500"></iframe>'
-            )
-        )
-    path = Path("figs") / f"{name}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda p: p.write_text(html))
+        display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="500"></iframe>'))
+        return
+    path = figure_path(name)
+    write_aside(path, lambda aside: aside.write_text(page))
     print(f"{gray}page: {path}{endc}")
 
 
-#%% Heatmaps, lines and labels
+#%% Heatmaps, lines, bars and labels
 def array(x: Tensor | np.ndarray | list) -> np.ndarray:
-    return x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    if isinstance(x, Tensor):
+        return x.detach().float().cpu().numpy()
+    return np.asarray(x)
+
+
+def color_axis(z: np.ndarray, diverging: bool, value: str, legend: bool) -> dict:
+    """RdBu with midpoint 0 for diverging data, else Blues from 0; values that are not finite do not stretch it."""
+    finite = z[np.isfinite(z)]
+    top = float(np.abs(finite).max()) or 1.0
+    low = -top if diverging else min(0.0, float(finite.min()))
+    colors = "RdBu" if diverging else "Blues"
+    return {"colorscale": colors, "cmin": low, "cmax": top, "colorbar": {"title": value}, "showscale": legend}
 
 
 def imshow(
@@ -73,52 +83,40 @@ def imshow(
     one_scale: bool = True,
 ) -> go.Figure:
     """
-    Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one_scale=False gives each panel its own colour scale.
-    Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like z.
+    Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one_scale=False gives each panel its
+    own colour scale. Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like z.
     """
     from plotly.subplots import make_subplots
 
     z = array(z)
-    z = z if panels else z[None]
+    text = None if hover is None else np.asarray(hover)
+    if not panels:  # a single panel
+        z = z[None]
+        text = None if text is None else text[None]
     n_cols = min(columns, len(z))
     n_rows = -(-len(z) // n_cols)
     fig = make_subplots(
-        n_rows,
-        n_cols,
+        rows=n_rows,
+        cols=n_cols,
         subplot_titles=panels,
         horizontal_spacing=0.04,
         vertical_spacing=0.35 / n_rows if n_rows > 1 else 0.1,
     )
-    text = None if hover is None else (np.asarray(hover) if panels else np.asarray(hover)[None])
+    cell = f"{ylabel} %{{y}}<br>{xlabel} %{{x}}<br>{value} %{{z:.4g}}"
+    if text is not None:
+        cell += "<br>%{text}"
     for i, panel in enumerate(z):
-        cell = (
-            f"{ylabel} %{{y}}<br>{xlabel} %{{x}}<br>{value} %{{z:.4g}}"
-            + ("<br>%{text}" if text is not None else "")
-            + "<extra></extra>"
+        axis = "coloraxis" if one_scale or i == 0 else f"coloraxis{i + 1}"
+        heatmap = go.Heatmap(
+            z=panel,
+            x=x,
+            y=y,
+            text=None if text is None else text[i],
+            hovertemplate=f"{cell}<extra></extra>",
+            coloraxis=axis,
         )
-        fig.add_trace(
-            go.Heatmap(
-                z=panel,
-                x=x,
-                y=y,
-                text=None if text is None else text[i],
-                hovertemplate=cell,
-                coloraxis=f"coloraxis{i + 1 if i and not one_scale else ''}",
-            ),
-            row=i // n_cols + 1,
-            col=i % n_cols + 1,
-        )
-    for i, part in enumerate([z] if one_scale else z):
-        finite = part[np.isfinite(part)]
-        top = float(np.abs(finite).max()) or 1.0
-        scale = dict(
-            colorscale="RdBu" if diverging else "Blues",
-            cmin=-top if diverging else min(0.0, float(finite.min())),
-            cmax=top,
-            colorbar=dict(title=value),
-            showscale=one_scale,
-        )
-        fig.update_layout({f"coloraxis{i + 1 if i else ''}": scale})
+        fig.add_trace(heatmap, row=i // n_cols + 1, col=i % n_cols + 1)
+        fig.update_layout({axis: color_axis(z if one_scale else panel, diverging, value, legend=one_scale)})
     fig.update_layout(title=title, height=max(450, 380 * n_rows))
     fig.update_yaxes(autorange="reversed")
     fig.update_xaxes(title=xlabel, row=n_rows)
@@ -138,14 +136,17 @@ def line(
 ) -> go.Figure:
     """One line per entry of lines; the names in dashed are references (floors, baselines)."""
     fig = go.Figure()
-    for i, (name, y) in enumerate(lines.items()):  # when the colours are used up they come again, dotted
+    for i, (name, y) in enumerate(lines.items()):
+        dash = "solid" if i < len(COLORS) else "dot"  # when the colours are used up they come again, dotted
+        if name in dashed:
+            dash = "dash"
         fig.add_trace(
             go.Scatter(
                 x=None if x is None else array(x),
                 y=array(y),
                 name=name,
                 mode="lines+markers" if markers else "lines",
-                line=dict(dash="dash" if name in dashed else "solid" if i < len(COLORS) else "dot"),
+                line={"dash": dash},
                 hovertemplate=f"{name}<br>{xlabel} %{{x}}<br>{ylabel} %{{y:.4f}}<extra></extra>",
             )
         )
@@ -164,7 +165,10 @@ def bar(
     errors: dict[str, tuple[np.ndarray | list, np.ndarray | list]] | None = None,
     hover: str = "%{x}<br>%{y:.3f}<extra></extra>",
 ) -> go.Figure:
-    """One group of bars per entry of bars, each over the names x. errors: how far the interval of a group reaches (above, below) each bar."""
+    """
+    One group of bars per entry of bars, each over the names x. errors: how far the interval of a group reaches
+    (above, below) each bar.
+    """
     fig = go.Figure()
     for name, heights in bars.items():
         error = None
@@ -187,28 +191,29 @@ def label_tokens(tokens: list[str]) -> list[str]:
 
 
 #%% Pages: features to search and attention to hover
+def fill_page(name: str, title: str, data: list | dict) -> str:
+    """A page of pages/ with its title and its data, which can hold any text: it cannot end the script."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = (PAGES / f"{name}.html").read_text(encoding="utf-8")
+    return page.replace("TITLE", html.escape(title)).replace("DATA", text)
+
+
 def feature_page(entries: list[dict], title: str) -> str:
-    return (
-        (PAGES / "features.html")
-        .read_text()
-        .replace("TITLE", title.replace("<", "&lt;"))
-        .replace("DATA", json.dumps(entries, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-    )
+    """Self-contained HTML to read features by: search, sort, and link to one as page.html#f123."""
+    return fill_page("features", title, entries)
 
 
 def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title: str, start: int = 0) -> str:
     """Self-contained HTML for patterns (head, query, key), one button per head name."""
-    rounded = [[[round(100 * w) for w in row[: q + 1]] for q, row in enumerate(head)] for head in patterns.tolist()]
+    percent = [
+        [[round(100 * weight) for weight in row[: query + 1]] for query, row in enumerate(head)]
+        for head in patterns.tolist()
+    ]
     data = {
         "tokens": [visible(token) for token in tokens],
         "labels": label_tokens(tokens),
-        "patterns": rounded,
+        "patterns": percent,
         "heads": names,
         "start": start,
     }
-    return (
-        (PAGES / "attention.html")
-        .read_text()
-        .replace("TITLE", html.escape(title))
-        .replace("DATA", json.dumps(data).replace("</", "<\\/"))
-    )
+    return fill_page("attention", title, data)

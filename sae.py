@@ -1,6 +1,8 @@
-"""Sparse autoencoders: the objective, training by SAELens, loading by metadata, judging, reading, steering."""
+"""
+Sparse autoencoders: the objective and its training from scratch; then training by SAELens, loading by metadata, judging, reading features,
+and acting on a model through them.
+"""
 
-import copy
 import dataclasses
 import difflib
 import hashlib
@@ -10,28 +12,137 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from utils import BAR, endc, fail, find_folder, gray, load_model, set_seed, yellow
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    BAR,
+    endc,
+    fail,
+    find_folder,
+    gray,
+    load_model,
+    set_seed,
+    yellow,
+)
 from plots import array, visible
-from hooks import find_hooks, in_batches, hook_points, run_with_hooks
-from data import Corpus, str_tokens
+from hooks import find_hooks, hook_points, in_batches, run_with_hooks
+from weights import text_tokenizer
+from data import Corpus, load_corpus, str_tokens
 from train import start_wandb
-from anatomy import harvest, folded_W_U
-from world import Concept, Labelled, Prompt
+from anatomy import folded_W_U, harvest
+from world import judging_rows, load_world
 from interventions import loss_of, put
-from llama_block import Llama
 
 import numpy as np
-from scipy.sparse import csr_matrix, vstack
 import torch as t
-from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.sparse import csc_matrix, csr_matrix, vstack
+from torch import Tensor
 from tqdm import trange
 
-#%% The objective from scratch: an encoder, a decoder, and a loss that asks for x back from few features (Gao et al. 2024; with l1 and no k, Bricken et al. 2023)
-SPARSITY = {
+
+# The method in full is the next cell; stories run it with --architecture own. Their default, batchtopk, and the other
+# architectures are trained by SAELens (train_lens), whose objectives are not in this file.
+#%% The objective from scratch: an encoder, a decoder, and a loss that asks for x back from few features
+class OwnSAE(nn.Module):
+    """
+    x (row, d_in) becomes features (row, d_sae), of which few are not zero, and these become x again. With k, only the k strongest of each row are
+    kept (Gao et al. 2024); with k None, the loss penalises their sum by l1 (Bricken et al. 2023). A decoder row counts as a unit vector: its
+    length belongs to the feature.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, k: int | None, l1: float = 0.0):
+        super().__init__()
+        self.k = k
+        self.l1 = l1
+        directions = F.normalize(t.randn(d_sae, d_in), dim=1)
+        self.W_dec = nn.Parameter(0.1 * directions)
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.b_enc = nn.Parameter(t.zeros(d_sae))
+        self.b_dec = nn.Parameter(t.zeros(d_in))
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        return ((x - self.b_dec) @ self.W_enc + self.b_enc) * self.W_dec.norm(dim=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        acts = self.pre_activations(x).relu()
+        return acts if self.k is None else keep_top(acts, self.k)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        return acts @ F.normalize(self.W_dec, dim=1) + self.b_dec
+
+
+def keep_top(acts: Tensor, k: int) -> Tensor:
+    """acts (row, d_sae) with all but the k largest of each row set to zero."""
+    top = acts.topk(k)
+    return t.zeros_like(acts).scatter(-1, top.indices, top.values)
+
+
+def sae_loss(sae: OwnSAE, x: Tensor, dead: Tensor) -> Tensor:
+    """
+    Squared error of x (row, d_in), summed over d_in; plus l1 times the sum of the features (Bricken et al. 2023), or, where k keeps them few, a loss
+    that brings the dead features (d_sae, bool) back to life (Gao et al. 2024).
+    """
+    acts = sae.encode(x)
+    error = x - sae.decode(acts)
+    loss = error.pow(2).sum(-1).mean() + sae.l1 * acts.sum(-1).mean()
+    if sae.k is None or not dead.any():
+        return loss
+    return loss + dead_feature_loss(sae, x, error.detach(), dead)
+
+
+def dead_feature_loss(sae: OwnSAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+    """
+    AuxK (Gao et al. 2024, A.2): the k_aux strongest dead features learn to say what the living leave over, error (row, d_in). k_aux is half of d_in, as in the
+    paper; the weight is SAELens's, the share of k_aux that is dead, where the paper has 1/32 of a normalised loss.
+    """
+    n_dead = int(dead.sum())
+    k_aux = x.shape[-1] // 2
+    only_dead = sae.pre_activations(x).masked_fill(~dead, -math.inf)
+    acts = keep_top(only_dead, min(k_aux, n_dead))
+    said = sae.decode(acts) - sae.b_dec
+    return min(1.0, n_dead / k_aux) * (said - error).pow(2).sum(-1).mean()
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Up over the first twentieth, down to a tenth over the last third."""
+    warm_up = (step + 1) / (1 + steps // 20)
+    decay = max(0.1, 3 * (1 - step / steps))
+    return min(1.0, warm_up, decay)
+
+
+def train_own(
+    data: Iterator[Tensor], d_sae: int, k: int, steps: int, lr: float, dead_window: int
+) -> tuple[OwnSAE, Tensor]:
+    """
+    The objective, minimised over batches x (row, d_in) of data. Also returns the factor that every x is multiplied by before the SAE sees it, which
+    brings the mean norm of the first batch to sqrt(d_in). A feature is dead that has not fired for dead_window steps.
+    """
+    x = next(data)
+    d_in = x.shape[1]
+    scale = math.sqrt(d_in) / x.norm(dim=1).mean()
+    sae = OwnSAE(d_in, d_sae, k).to(x.device)
+    idle = t.zeros(d_sae, device=x.device)  # steps since each feature fired
+    optimizer = t.optim.Adam(sae.parameters(), lr=lr)
+    for step in trange(steps, desc="own objective", **BAR):
+        optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, steps)
+        x = next(data) * scale
+        sae_loss(sae, x, dead=idle > dead_window).backward()
+        nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with t.no_grad():
+            fired = (sae.encode(x) > 0).any(0)
+        idle = t.where(fired, 0.0, idle + 1)
+    return sae, scale
+
+
+#%% Settings: which SAE of which model, how it is trained, and when it is good enough to be read
+SPARSITY = {  # default by architecture: k of the first four, the penalty of the others
     "topk": 16.0,
     "batchtopk": 14.0,
     "matryoshka": 16.0,
@@ -39,189 +150,195 @@ SPARSITY = {
     "standard": 1.5,
     "gated": 1.5,
     "jumprelu": 0.6,
-}  # k of the first four, the penalty of the others
+}
+Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"]
 
 
-class OwnSAE(nn.Module):
-    """Of each x the k strongest features are kept; or, with k None, their sum is penalised by l1. Decoder rows count as unit vectors."""
+@dataclass
+class SAEConfig:
+    """What decides which SAE is meant; the stories add their own settings. Equal settings find the same finished SAE again."""
 
-    def __init__(self, d_in: int, d_sae: int, k: int | None, l1: float = 0.0):
-        super().__init__()
-        self.k, self.l1 = k, l1
-        self.W_dec = nn.Parameter(0.1 * F.normalize(t.randn(d_sae, d_in), dim=1))
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
-        self.b_enc, self.b_dec = nn.Parameter(t.zeros(d_sae)), nn.Parameter(t.zeros(d_in))
-
-    def offer(self, x: Tensor) -> Tensor:
-        return ((x - self.b_dec) @ self.W_enc + self.b_enc) * self.W_dec.norm(dim=1)
-
-    def keep(self, offered: Tensor, k: int) -> Tensor:
-        top = offered.topk(k)
-        return t.zeros_like(offered).scatter(-1, top.indices, top.values)
-
-    def encode(self, x: Tensor) -> Tensor:
-        offered = self.offer(x).relu()
-        return offered if self.k is None else self.keep(offered, self.k)
-
-    def decode(self, acts: Tensor) -> Tensor:
-        return acts @ F.normalize(self.W_dec, dim=1) + self.b_dec
-
-    def loss(self, x: Tensor, dead: Tensor) -> Tensor:
-        """Squared error, and l1; the dead features (d_sae, bool) learn what the living leave over."""
-        acts = self.encode(x)
-        error = x - self.decode(acts)
-        loss = error.pow(2).sum(-1).mean() + self.l1 * acts.sum(-1).mean()
-        if self.k is None or not (n_dead := int(dead.sum())):
-            return loss
-        half = x.shape[-1] // 2
-        rest = self.decode(self.keep(self.offer(x).masked_fill(~dead, -math.inf), min(half, n_dead))) - self.b_dec
-        return loss + min(1.0, n_dead / half) * (rest - error.detach()).pow(2).sum(-1).mean()
+    model: str | None = None  # a hub name or a folder; default models/world, or what the SAE's metadata names
+    sae: str | None = None  # a local folder with a SAE, instead of training one
+    release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb
+    sae_id: str = ""  # and its SAE, as blocks.8.hook_resid_pre
+    hook: str = "blocks.2.hook_resid_pre"  # where a SAE is trained
+    architecture: Architecture = "batchtopk"  # own is the objective written out in sae.py
+    sparsity: float | None = None  # k of topk, batchtopk, matryoshka, own; penalty of others; default by architecture
+    d_sae: int = 512  # features
+    steps: int = 500
+    batch: int = 1024  # activations per step
+    lr: float = 2e-3
+    buffer: int = 48_000  # activations in memory
+    dead_window: int = 50  # steps without firing after which training counts a feature as dead
+    checkpoints: int = 3  # on the way; a run that was cut off goes on from the last
+    context: int = 64  # tokens per row, unless the SAE's metadata says otherwise
+    # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
+    data: str | None = None
+    heldout: int = 200_000  # tokens that the SAE is judged and read on
+    min_recovered: float = 0.5  # gate: no feature is read below this share of cross-entropy recovered,
+    max_fvu: float = 0.5  # or above this fraction of variance unexplained
+    wandb: bool = False
+    seed: int = 0
 
 
-#%% Training: SAELens's trainer and configs, or the objective above; checkpoints on the way; the result is always opened again from disk
-def variant(text: str, cfg: object) -> object:
+GPT2_PRESET = {  # for --hpc
+    "model": "gpt2",
+    "hook": "blocks.8.hook_resid_pre",
+    "d_sae": 24_576,
+    "sparsity": 32.0,
+    "steps": 50_000,
+    "batch": 4096,
+    "buffer": 500_000,
+    "context": 128,
+    "data": "HuggingFaceFW/fineweb-edu",
+}
+
+
+def variant[Config: SAEConfig](text: str, cfg: Config) -> Config:
     """The settings with another architecture[:sparsity[:width[:hook]]]; what is left out stays, or is the architecture's default."""
-    kind, sparsity, width, hook = (text.split(":") + [""] * 4)[:4]
-    if kind not in SPARSITY:
-        fail(f"unknown architecture {kind!r} in {text!r}: {', '.join(SPARSITY)}")
+    architecture, sparsity, width, hook = (text.split(":") + [""] * 4)[:4]
+    if architecture not in SPARSITY:
+        fail(f"unknown architecture {architecture!r} in {text!r}: {', '.join(SPARSITY)}")
     try:
         new = dataclasses.replace(
             cfg,
-            architecture=kind,
-            sparsity=float(sparsity or SPARSITY[kind]),
+            architecture=architecture,
+            sparsity=float(sparsity or SPARSITY[architecture]),
             d_sae=int(width or cfg.d_sae),
             hook=hook or cfg.hook,
         )
     except ValueError:
         fail(f"{text!r} does not read architecture:sparsity:width:hook, as topk:8:512:blocks.2.hook_resid_pre")
-    if new.sparsity <= 0 or (kind in ("topk", "own") and not 1 <= new.sparsity <= new.d_sae):
-        fail(f"sparsity {new.sparsity:g} makes no sense for {kind} of width {new.d_sae}")
+    counts_features = architecture in ("topk", "own")
+    if new.sparsity <= 0 or (counts_features and not 1 <= new.sparsity <= new.d_sae):
+        fail(f"sparsity {new.sparsity:g} makes no sense for {architecture} of width {new.d_sae}")
     return new
 
 
-def label_of(cfg: object) -> str:
+def with_sparsity[Config: SAEConfig](cfg: Config) -> Config:
+    """The settings with the architecture's usual sparsity where none was given."""
+    given = "" if cfg.sparsity is None else cfg.sparsity
+    return variant(f"{cfg.architecture}:{given}", cfg)
+
+
+def label_of(cfg: SAEConfig) -> str:
     return f"{cfg.architecture} {cfg.sparsity:g} x {cfg.d_sae}, {cfg.hook}"
 
 
+#%% Training by SAELens's trainer and configs, or by the objective above; checkpoints on the way; the result is always opened again from disk
 def stream(
     model: nn.Module, hook: str, batch: Callable[[int], Tensor], size: int, buffer: int, seed: int
 ) -> Iterator[Tensor]:
-    """Shuffled activations (size, d_in) without end, `buffer` of them in memory. batch(i) gives rows of tokens; the beginning-of-text at their head is no text and left out."""
-    generator, store = t.Generator().manual_seed(seed), t.empty(0)
+    """
+    Shuffled activations (size, d_in) without end, about `buffer` of them in memory. batch(i) gives rows of tokens, with beginning-of-text at their head,
+    which is no text and left out.
+    """
+    generator = t.Generator().manual_seed(seed)
+    store = t.empty(0)
     for i in itertools.count():
         new = harvest(model, batch(i), [hook])[hook][:, 1:].flatten(0, 1)
         store = t.cat([store.to(new), new])
         if len(store) < buffer:
             continue
-        store = store[t.randperm(len(store), generator=generator).to(store.device)]
-        while len(store) > max(buffer // 2, size):
+        order = t.randperm(len(store), generator=generator)
+        store = store[order.to(store.device)]
+        while len(store) > max(buffer // 2, size):  # the rest stays, to be shuffled with what comes
             yield store[:size]
             store = store[size:]
 
 
-def training_sae(cfg: object, d_in: int, metadata: dict, device: str):
+def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
     """A fresh TrainingSAE of SAELens. Activations are scaled to a mean norm of sqrt(d_in), so that a penalty means the same everywhere."""
-    import sae_lens
+    import sae_lens as lens
     from sae_lens.saes.sae import SAEMetadata
 
-    penalty, l0 = (
-        dict(l1_coefficient=cfg.sparsity, l1_warm_up_steps=cfg.steps // 5),
-        dict(l0_coefficient=cfg.sparsity, l0_warm_up_steps=cfg.steps // 5),
-    )
-    tanh = dict(
-        jumprelu_bandwidth=0.5,
-        jumprelu_init_threshold=0.1,
-        jumprelu_ste_to_input=True,
-        jumprelu_sparsity_loss_mode="tanh",
-        pre_act_loss_coefficient=3e-3,
-    )  # Anthropic's setup
-    kind, extra = {
-        "standard": ("Standard", penalty),
-        "gated": ("Gated", penalty),
-        "jumprelu": ("JumpReLU", l0 | tanh),
-        "topk": ("TopK", dict(k=int(cfg.sparsity))),
-        "batchtopk": ("BatchTopK", dict(k=cfg.sparsity)),
-        "matryoshka": (
-            "MatryoshkaBatchTopK",
-            dict(k=cfg.sparsity, matryoshka_widths=[max(1, cfg.d_sae // 16), max(2, cfg.d_sae // 4), cfg.d_sae]),
-        ),
-    }[cfg.architecture]
-    config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
-        d_in=d_in,
-        d_sae=cfg.d_sae,
-        normalize_activations="expected_average_only_in",
-        device=device,
-        metadata=SAEMetadata(**metadata),
-        **extra,
-    )
-    return sae_lens.registry.get_sae_training_class(config.architecture())[0](config)
+    common = {
+        "d_in": d_in,
+        "d_sae": cfg.d_sae,
+        "normalize_activations": "expected_average_only_in",
+        "device": device,
+        "metadata": SAEMetadata(**metadata),
+    }
+    warm_up = cfg.steps // 5
+    if cfg.architecture == "topk":
+        return lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(k=int(cfg.sparsity), **common))
+    if cfg.architecture == "batchtopk":
+        return lens.BatchTopKTrainingSAE(lens.BatchTopKTrainingSAEConfig(k=cfg.sparsity, **common))
+    if cfg.architecture == "matryoshka":
+        widths = [max(1, cfg.d_sae // 16), max(2, cfg.d_sae // 4), cfg.d_sae]
+        return lens.MatryoshkaBatchTopKTrainingSAE(
+            lens.MatryoshkaBatchTopKTrainingSAEConfig(k=cfg.sparsity, matryoshka_widths=widths, **common)
+        )
+    if cfg.architecture == "standard":
+        return lens.StandardTrainingSAE(
+            lens.StandardTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
+        )
+    if cfg.architecture == "gated":
+        return lens.GatedTrainingSAE(
+            lens.GatedTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
+        )
+    if cfg.architecture == "jumprelu":
+        anthropics_setup = {
+            "jumprelu_bandwidth": 0.5,
+            "jumprelu_init_threshold": 0.1,
+            "jumprelu_ste_to_input": True,
+            "jumprelu_sparsity_loss_mode": "tanh",
+            "pre_act_loss_coefficient": 3e-3,
+        }
+        return lens.JumpReLUTrainingSAE(
+            lens.JumpReLUTrainingSAEConfig(
+                l0_coefficient=cfg.sparsity, l0_warm_up_steps=warm_up, **anthropics_setup, **common
+            )
+        )
+    raise ValueError(f"SAELens trains no {cfg.architecture!r}")
 
 
-def train_lens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: object, parts: Path, device: str):
-    """SAELens's own loop; goes on from the last checkpoint of a run that was cut off."""
+def train_lens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: SAEConfig, parts: Path, device: str):
+    """SAELens's own loop, with checkpoints under parts; it goes on from the last one of a run that was cut off. batches(step): the data from that step on."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=cfg.steps * cfg.batch,
-            train_batch_size_samples=cfg.batch,
-            lr=cfg.lr,
-            lr_end=cfg.lr / 10,
-            lr_warm_up_steps=cfg.steps // 20,
-            lr_decay_steps=cfg.steps // 3,
-            dead_feature_window=cfg.dead_window,
-            n_batches_for_norm_estimate=16,
-            device=device,
-            n_checkpoints=cfg.checkpoints,
-            checkpoint_path=str(parts),
-            logger=LoggingConfig(log_to_wandb=cfg.wandb),
-        ),
-        sae,
-        batches(0),
+    settings = SAETrainerConfig(
+        total_training_samples=cfg.steps * cfg.batch,
+        train_batch_size_samples=cfg.batch,
+        lr=cfg.lr,
+        lr_end=cfg.lr / 10,
+        lr_warm_up_steps=cfg.steps // 20,
+        lr_decay_steps=cfg.steps // 3,
+        dead_feature_window=cfg.dead_window,
+        n_batches_for_norm_estimate=16,
+        device=device,
+        n_checkpoints=cfg.checkpoints,
+        checkpoint_path=str(parts),
+        logger=LoggingConfig(log_to_wandb=cfg.wandb),
     )
-    if done := sorted(
-        (path.parent for path in parts.glob("*/activation_scaler.json")), key=lambda path: int(path.name)
-    ):
-        sae.load_weights_from_checkpoint(done[-1])
-        trainer.load_trainer_state(done[-1])
+    trainer = SAETrainer(settings, sae, batches(0))
+    finished = [path.parent for path in parts.glob("*/activation_scaler.json")]  # written last
+    if finished:
+        last = max(finished, key=lambda path: int(path.name))
+        sae.load_weights_from_checkpoint(last)
+        trainer.load_trainer_state(last)
         trainer.data_provider = batches(trainer.n_training_steps)
-        print(f"{gray}going on from {done[-1]}{endc}")
+        print(f"{gray}going on from {last}{endc}")
     return trainer.fit()
 
 
-def train_own(batches: Callable[[int], Iterator[Tensor]], cfg: object, metadata: dict, device: str):
-    """The objective from scratch with the same schedule; returned as an inference SAE of SAELens."""
+def as_saelens(own: OwnSAE, scale: Tensor, metadata: dict, device: str):
+    """The same function of unscaled activations, as an inference SAE of SAELens: scale and the decoder's lengths go into the weights."""
     from sae_lens import TopKSAE, TopKSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
-    data = batches(0)
-    d_in, scale = (x := next(data)).shape[1], math.sqrt(x.shape[1]) / x.norm(dim=1).mean()
-    own, idle = OwnSAE(d_in, cfg.d_sae, int(cfg.sparsity)).to(device), t.zeros(cfg.d_sae, device=device)
-    optimizer = t.optim.Adam(own.parameters(), lr=cfg.lr)
-    for step in trange(cfg.steps, desc="own objective", **BAR):
-        optimizer.param_groups[0]["lr"] = cfg.lr * min(
-            1.0, (step + 1) / (1 + cfg.steps // 20), max(0.1, 3 * (1 - step / cfg.steps))
-        )
-        x = next(data) * scale
-        own.loss(x, idle > cfg.dead_window).backward()
-        nn.utils.clip_grad_norm_(own.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with t.no_grad():
-            idle = t.where((own.encode(x) > 0).any(0), 0.0, idle + 1)
-    sae, length = (
-        TopKSAE(TopKSAEConfig(d_in, cfg.d_sae, k=int(cfg.sparsity), device=device, metadata=SAEMetadata(**metadata))),
-        own.W_dec.norm(dim=1),
-    )
-    sae.load_state_dict(
-        {
-            "W_enc": own.W_enc * length * scale,
-            "b_enc": own.b_enc * length,
-            "W_dec": F.normalize(own.W_dec, dim=1) / scale,
-            "b_dec": own.b_dec / scale,
-        }
-    )
+    d_sae, d_in = own.W_dec.shape
+    length = own.W_dec.norm(dim=1)
+    sae = TopKSAE(TopKSAEConfig(d_in, d_sae, k=own.k, device=device, metadata=SAEMetadata(**metadata)))
+    weights = {
+        "W_enc": own.W_enc * length * scale,
+        "b_enc": own.b_enc * length,
+        "W_dec": F.normalize(own.W_dec, dim=1) / scale,
+        "b_dec": own.b_dec / scale,
+    }
+    sae.load_state_dict(weights)
     return sae
 
 
@@ -229,43 +346,56 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(array(model.W_U[:, :256]).tobytes()).hexdigest()[:10]
 
 
-def fit_sae(model: nn.Module, cfg: object, corpus: Corpus, name: str, device: str):
+IDENTITY = ("architecture", "sparsity", "d_sae", "steps", "batch", "lr", "buffer", "dead_window", "seed")
+
+
+def key_of(cfg: SAEConfig, identity: dict) -> str:
+    """The name of a finished SAE's folder, from everything that its weights depend on."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{cfg.architecture}_{cfg.sparsity:g}_{cfg.d_sae}_{cfg.hook}_{digest}"
+
+
+def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device: str):
     """The SAE of these settings, trained or found finished under checkpoints/sae_probe/<key>; either way as SAE.load_from_disk opens it."""
-    if cfg.hook not in hook_points(model):
-        check_fit(model, cfg.hook, 0, t.zeros(1, 1))
-    metadata = dict(
-        model_name=name,
-        hook_name=cfg.hook,
-        prepend_bos=True,
-        context_size=cfg.context,
-        weights=fingerprint(model),
-        data=corpus.key,
-    )
-    same = metadata | {
-        field: getattr(cfg, field)
-        for field in ("architecture", "sparsity", "d_sae", "steps", "batch", "lr", "buffer", "dead_window", "seed")
+    check_hook(model, cfg.hook)
+    metadata = {
+        "model_name": name,
+        "hook_name": cfg.hook,
+        "prepend_bos": True,
+        "context_size": cfg.context,
+        "weights": fingerprint(model),
+        "data": corpus.key,
     }
-    key = f"{cfg.architecture}_{cfg.sparsity:g}_{cfg.d_sae}_{cfg.hook}_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]}"
+    identity = metadata | {field: getattr(cfg, field) for field in IDENTITY}
+    key = key_of(cfg, identity)
     folder = Path("checkpoints/sae_probe") / key
     if folder.is_dir():
         print(f"{gray}trained before: {folder}{endc}")
         return open_folder(folder, device)
-    print(
-        f"{gray}training {label_of(cfg)} of {name} on {cfg.steps * cfg.batch / 1e3:.0f}k activations, {cfg.buffer / 1e3:.0f}k of them in memory ...{endc}"
-    )
+    seen = f"{cfg.steps * cfg.batch / 1e3:.0f}k activations, {cfg.buffer / 1e3:.0f}k of them in memory"
+    print(f"{gray}training {label_of(cfg)} of {name} on {seen} ...{endc}")
     set_seed(cfg.seed)
-    batch = lambda step, i: corpus.batch(
-        np.random.default_rng((cfg.seed, step, i)), max(1, cfg.buffer // 4 // cfg.context), cfg.context
-    ).to(device)
-    batches = lambda step: stream(model, cfg.hook, lambda i: batch(step, i), cfg.batch, cfg.buffer, cfg.seed + step)
-    parts, aside = folder.with_name(f"{key}.parts"), folder.with_name(f".{key}")
+    n_rows = max(1, cfg.buffer // 4 // cfg.context)
+
+    def token_rows(step: int, i: int) -> Tensor:
+        """The i-th rows of tokens of a run that starts, or goes on, at `step`."""
+        rng = np.random.default_rng((cfg.seed, step, i))
+        return corpus.batch(rng, n_rows, cfg.context).to(device)
+
+    def batches(step: int) -> Iterator[Tensor]:
+        return stream(model, cfg.hook, partial(token_rows, step), cfg.batch, cfg.buffer, cfg.seed + step)
+
+    parts = folder.with_name(f"{key}.parts")
+    aside = folder.with_name(f".{key}")
     if cfg.architecture == "own":
-        train_own(batches, cfg, metadata, device).save_model(aside)
+        own, scale = train_own(batches(0), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
+        as_saelens(own, scale, metadata, device).save_model(aside)
     else:
         if cfg.wandb:
-            start_wandb("sae_probe", same)
-        d_in = harvest(model, batch(0, 0)[:1], [cfg.hook])[cfg.hook].shape[-1]
-        train_lens(training_sae(cfg, d_in, metadata, device), batches, cfg, parts, device).save_inference_model(aside)
+            start_wandb("sae_probe", identity)
+        d_in = harvest(model, token_rows(0, 0)[:1], [cfg.hook])[cfg.hook].shape[-1]
+        sae = training_sae(cfg, d_in, metadata, device)
+        train_lens(sae, batches, cfg, parts, device).save_inference_model(aside)
     sae = open_folder(aside, device)
     if not all(p.isfinite().all() for p in sae.parameters()):
         fail(f"training {label_of(cfg)} diverged: lower --lr")
@@ -278,38 +408,42 @@ def fit_sae(model: nn.Module, cfg: object, corpus: Corpus, name: str, device: st
 def open_folder(folder: str | Path, device: str):
     from sae_lens import SAE
 
-    if not all((Path(folder) / file).is_file() for file in ("cfg.json", "sae_weights.safetensors")):
-        fail(
-            f"--sae {folder}: no cfg.json and sae_weights.safetensors there (SAELens's save_inference_model writes them)"
-        )
+    needed = ("cfg.json", "sae_weights.safetensors")
+    if not all((Path(folder) / file).is_file() for file in needed):
+        fail(f"--sae {folder}: no {' and '.join(needed)} there (SAELens's save_inference_model writes them)")
     try:
         return ready(SAE.load_from_disk(folder, device=device))
     except Exception as error:
-        fail(f"--sae {folder} cannot be read: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        reason = str(error).splitlines()[0][:200]
+        fail(f"--sae {folder} cannot be read: {type(error).__name__}: {reason}")
 
 
-def open_release(release: str, sae_id: str, device: str):
-    """From SAELens's registry, whose list is read without importing the package (15 s): a typo is answered at once."""
+def known_releases() -> dict[str, list[str]]:
+    """{release: ids of its SAEs} of SAELens's registry, read without importing the package (15 s): a typo is answered at once."""
     import yaml
 
     path = Path(importlib.util.find_spec("sae_lens").origin).parent / "pretrained_saes.yaml"
-    known = {
-        name: [sae["id"] for sae in entry["saes"]]
-        for name, entry in yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items()
-    }
-    near = lambda asked, names: ", ".join(difflib.get_close_matches(asked, names, 5, 0.3)) or f"none of {len(names)}"
+    entries = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {release: [sae["id"] for sae in entry["saes"]] for release, entry in entries.items()}
+
+
+def nearest(asked: str, names: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(asked, names, 5, 0.3)) or f"none of {len(names)}"
+
+
+def open_release(release: str, sae_id: str, device: str):
+    known = known_releases()
     if "/" not in release and release not in known:
-        fail(f"no release {release!r} in SAELens's registry; near: {near(release, known)}")
+        fail(f"no release {release!r} in SAELens's registry; near: {nearest(release, list(known))}")
     if release in known and sae_id not in known[release]:
-        fail(f"no SAE {sae_id!r} in {release}; near: {near(sae_id, known[release])}")
+        fail(f"no SAE {sae_id!r} in {release}; near: {nearest(sae_id, known[release])}")
     from sae_lens import SAE
 
     try:
         return ready(SAE.from_pretrained(release, sae_id, device=device))
     except Exception as error:
-        fail(
-            f"cannot fetch {release} {sae_id} (no network? --sae takes a local folder): {type(error).__name__}: {str(error).splitlines()[0][:160]}"
-        )
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        fail(f"cannot fetch {release} {sae_id} (no network? --sae takes a local folder): {reason}")
 
 
 def ready(sae):
@@ -333,24 +467,25 @@ PROCESSING = (
 )
 
 
-def model_for(sae, asked: str | None, device: str) -> tuple[nn.Module, str]:
-    """The model an SAE was trained on, its weights processed as the metadata states; and its name."""
+def model_for(sae, asked: str | None, ours: tuple[type, ...], device: str) -> tuple[nn.Module, str]:
+    """The model an SAE was trained on, its weights processed as the metadata states; and its name. ours: see load_model."""
     meta = sae.cfg.metadata
-    name, loading = (
-        asked or meta.model_name,
-        {key for key, value in (meta.model_from_pretrained_kwargs or {}).items() if value},
-    )
+    name = asked or meta.model_name
     if name is None:
         fail("this SAE does not name its model: give it by --model")
     if meta.model_name and find_folder(name) != find_folder(meta.model_name):
         fail(f"this SAE was trained on {meta.model_name}, not on {name}: leave --model out")
-    if unknown := loading - {*PROCESSING, "dtype", "device", "n_devices"}:
+    loading = {key for key, value in (meta.model_from_pretrained_kwargs or {}).items() if value}
+    unknown = loading - {*PROCESSING, "dtype", "device", "n_devices"}
+    if unknown:
         fail(f"this SAE's model is loaded with {', '.join(sorted(unknown))}, which is not built here")
     processing = loading & set(PROCESSING)
-    model = load_model(find_folder(name), () if processing else (Llama,), device)
     if processing:
+        model = load_model(find_folder(name), (), device)
         model.enable_compatibility_mode(disable_warnings=True, **{key: key in processing for key in PROCESSING})
         print(f"{gray}its weights processed as the SAE's metadata says: {', '.join(sorted(processing))}{endc}")
+    else:
+        model = load_model(find_folder(name), ours, device)
     if meta.weights and meta.weights != fingerprint(model):
         fail(
             f"this SAE was trained on other weights of {name} ({meta.weights}, here {fingerprint(model)}): train it again"
@@ -358,234 +493,245 @@ def model_for(sae, asked: str | None, device: str) -> tuple[nn.Module, str]:
     return model, name
 
 
-def check_fit(model: nn.Module, hook: str | None, d_in: int, tokens: Tensor) -> None:
-    """The hook exists, fires and is as wide as the SAE."""
+def check_hook(model: nn.Module, hook: str | None) -> None:
     try:
         find_hooks(model, hook or "")
     except KeyError as error:
         fail(f"no place {hook!r} in this model: {error.args[0]}")
+    if hook not in hook_points(model):
+        fail(f"no place {hook!r} in this model: give the whole name of one")
+
+
+def check_fit(model: nn.Module, hook: str | None, d_in: int, tokens: Tensor) -> None:
+    """The hook exists, fires and is as wide as the SAE."""
+    check_hook(model, hook)
     width = harvest(model, tokens, [hook])[hook].shape[-1]
     if width != d_in:
         fail(f"the SAE takes {d_in} numbers, {hook} of this model gives {width}: it belongs to another model or hook")
 
 
+#%% What the stories start from: a model, the SAE of one of its hooks, and held-out text as that SAE wants it
+@dataclass
+class Subject:
+    model: nn.Module
+    name: str
+    sae: nn.Module
+    hook: str
+    corpus: Corpus
+    tokenizer: object
+    rows: Tensor  # (row, pos), held out
+    bos: list[int]  # what stands before every row: beginning-of-text, or nothing
+    about: str  # for titles
+
+    @property
+    def first(self) -> int:
+        """The first position that is text."""
+        return len(self.bos)
+
+
+def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject:
+    """--sae or --release decide the model, else the SAE of these settings is trained, or found finished. ours: see load_model."""
+    if cfg.sae or cfg.release:
+        sae = open_folder(cfg.sae, device) if cfg.sae else open_release(cfg.release, cfg.sae_id, device)
+        model, name = model_for(sae, cfg.model, ours, device)
+    else:
+        name = cfg.model or "models/world"
+        model = load_model(find_folder(name), ours, device)
+    model.requires_grad_(False)
+    corpus = text_for(model, name, cfg.data)
+    if not (cfg.sae or cfg.release):
+        sae = fit_sae(model, cfg, corpus, name, device)
+    meta = sae.cfg.metadata
+    bos = [corpus.bos] if meta.prepend_bos in (None, True) else []
+    rows = heldout_rows(corpus, cfg.heldout, meta.context_size or cfg.context, bool(bos), cfg.seed).to(device)
+    check_fit(model, meta.hook_name, sae.cfg.d_in, rows[:1])
+    kind = meta.training_architecture or sae.cfg.architecture()
+    about = f"{name}, {meta.hook_name}, {kind} of width {sae.cfg.d_sae}"
+    return Subject(model, name, sae, meta.hook_name, corpus, text_tokenizer(model), rows, bos, about)
+
+
+def text_for(model: nn.Module, name: str, data: str | None) -> Corpus:
+    if data is None:
+        data = "world" if find_folder(name) == find_folder("models/world") else "stdlib"
+    corpus = load_world() if data == "world" else load_corpus(data, tokenizer=find_folder(name))
+    if corpus.d_vocab > model.W_U.shape[1]:
+        fail(
+            f"the text has {corpus.d_vocab} kinds of tokens, the model {model.W_U.shape[1]}: --data world is for models/world"
+        )
+    return corpus
+
+
+def heldout_rows(corpus: Corpus, tokens: int, context: int, with_bos: bool, seed: int) -> Tensor:
+    """Rows (row, context) with at least `tokens` tokens of text."""
+    if with_bos:
+        n_rows = math.ceil(tokens / (context - 1))
+        return judging_rows(corpus, n_rows, context, seed)
+    n_rows = math.ceil(tokens / context)
+    return judging_rows(corpus, n_rows, context + 1, seed)[:, 1:]
+
+
 #%% Judging: what the codes of held-out text are, how much of the variance they miss, and what it costs the model to live on them
 def sparse(acts: Tensor) -> csr_matrix:
     row, feature = (acts != 0).nonzero(as_tuple=True)
-    return csr_matrix((array(acts[row, feature]), (row.cpu().numpy(), feature.cpu().numpy())), acts.shape)
+    places = (row.cpu().numpy(), feature.cpu().numpy())
+    return csr_matrix((array(acts[row, feature]), places), acts.shape)
 
 
 @t.no_grad()
-def judge(model: nn.Module, sae, rows: Tensor, first: int, ce_rows: int = 256) -> tuple[dict[str, float], csr_matrix]:
-    """
-    Numbers for rows it was not trained on, from position `first` on, and their codes (token, feature). Cross-entropies are of the first ce_rows,
-    the recovered share nan where removing the activation costs nothing.
-    """
+def encode_rows(model: nn.Module, sae, rows: Tensor, first: int) -> tuple[csr_matrix, float, Tensor]:
+    """Codes (token, feature) of rows from position `first` on; the fraction of variance unexplained; the mean activation (d_in)."""
     hook = sae.cfg.metadata.hook_name
 
     def rebuild(part: Tensor) -> tuple[csr_matrix, float, float, Tensor]:
         x = harvest(model, part, [hook])[hook][:, first:].flatten(0, 1)
         acts = sae.encode(x)
-        return sparse(acts), (x - sae.decode(acts)).pow(2).sum().item(), x.pow(2).sum().item(), x.sum(0)
+        missed = (x - sae.decode(acts)).pow(2).sum().item()
+        return sparse(acts), missed, x.pow(2).sum().item(), x.sum(0)
 
-    parts, *sums = zip(*in_batches(rebuild, rows, 64))
-    codes, (missed, squares, total) = vstack(parts, format="csr"), map(sum, sums)
-    n, density, rows = codes.shape[0], codes.getnnz(0) / codes.shape[0], rows[:ce_rows]
-    mean = total / n
-    clean, spliced, without, zero = (
-        loss_of(model, rows, [(hook, put(new, first))])
-        for new in (lambda x: x, lambda x: sae.decode(sae.encode(x)), lambda x: mean.expand_as(x), t.zeros_like)
-    )
-    recovered = lambda removed: (removed - spliced) / (removed - clean) if removed - clean > 0.02 else math.nan
-    return {
-        "l0": codes.nnz / n,
-        "fvu": missed / (squares - n * mean.pow(2).sum().item()),
-        "ce_recovered": recovered(without),
-        "ce_recovered_zero_ablation": recovered(zero),
+    parts, missed, squares, totals = zip(*in_batches(rebuild, rows, 64))
+    codes = vstack(parts, format="csr")
+    n_tokens = codes.shape[0]
+    mean = sum(totals) / n_tokens
+    variance = sum(squares) - n_tokens * mean.pow(2).sum().item()
+    return codes, sum(missed) / variance, mean
+
+
+def recovered(clean: float, spliced: float, removed: float) -> float:
+    """The share of the cross-entropy lost with the activation that the SAE gives back; nan where removing it costs nothing."""
+    if removed - clean <= 0.02:
+        return math.nan
+    return (removed - spliced) / (removed - clean)
+
+
+@t.no_grad()
+def judge(model: nn.Module, sae, rows: Tensor, first: int, ce_rows: int = 256) -> tuple[dict[str, float], csr_matrix]:
+    """
+    Numbers for rows it was not trained on, from position `first` on, and their codes (token, feature). Cross-entropies, in nats, are of the first ce_rows:
+    of the model as it is, with the SAE's reconstruction in the place of the activation, and with its mean or zero there.
+    """
+    hook = sae.cfg.metadata.hook_name
+    codes, fvu, mean = encode_rows(model, sae, rows, first)
+    n_tokens = codes.shape[0]
+    density = codes.getnnz(0) / n_tokens
+
+    def loss_with(new: Callable[[Tensor], Tensor]) -> float:
+        return loss_of(model, rows[:ce_rows], [(hook, put(new, first))])
+
+    clean = loss_with(lambda x: x)
+    spliced = loss_with(lambda x: sae.decode(sae.encode(x)))
+    mean_ablated = loss_with(lambda x: mean.expand_as(x))
+    zero_ablated = loss_with(t.zeros_like)
+    numbers = {
+        "l0": codes.nnz / n_tokens,
+        "fvu": fvu,
+        "ce_recovered": recovered(clean, spliced, mean_ablated),
+        "ce_recovered_zero_ablation": recovered(clean, spliced, zero_ablated),
         "dead_fraction": float((density == 0).mean()),
         "dense_fraction": float((density > 0.1).mean()),
         "ce_clean": clean,
         "ce_sae": spliced,
-        "ce_mean_ablated": without,
-        "ce_zero_ablated": zero,
-        "n_tokens": n,
-    }, codes
+        "ce_mean_ablated": mean_ablated,
+        "ce_zero_ablated": zero_ablated,
+        "n_tokens": n_tokens,
+    }
+    return numbers, codes
+
+
+def gate(judged: dict[str, float], cfg: SAEConfig, hook: str) -> None:
+    """No feature is read of an SAE that does not rebuild what the model lives on."""
+    reasons = "wrong model, hook or processing, or too little training"
+    fvu = judged["fvu"]
+    share = judged["ce_recovered"]
+    if not fvu <= cfg.max_fvu:  # nan too
+        fail(f"gate: the SAE leaves {fvu:.2f} of the variance unexplained (at most --max-fvu {cfg.max_fvu}): {reasons}")
+    if share < cfg.min_recovered:
+        fail(
+            f"gate: {share:.2f} of the cross-entropy is recovered (at least --min-recovered {cfg.min_recovered}): {reasons}"
+        )
+    if math.isnan(share):
+        print(f"{yellow}removing {hook} costs this model nothing: cross-entropy recovered has no meaning here{endc}")
+
+
+def firing_order(codes: csr_matrix) -> list[int]:
+    """The features that ever fire, the most frequent first."""
+    density = codes.getnnz(0) / codes.shape[0]
+    return [int(f) for f in np.argsort(-density) if density[f] > 0]
 
 
 def neighbours(directions: Tensor) -> Tensor:
     """(feature, feature) cosines of decoder rows, -1 with themselves."""
-    return (F.normalize(directions.float(), dim=1) @ F.normalize(directions.float(), dim=1).T).fill_diagonal_(-1.0)
+    unit = F.normalize(directions.float(), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-1.0)
 
 
 #%% Reading: for each feature its strongest contexts, the tokens it promotes, what fires with it and what points its way, as one page
+def words_of(tokenizer, ids: Tensor) -> list[str]:
+    return [visible(word) for word in str_tokens(tokenizer, ids)]
+
+
+def five_most(scores: np.ndarray) -> list[list]:
+    """[feature, score] of the five largest, those above 0.02."""
+    return [[int(j), round(float(scores[j]), 2)] for j in np.argsort(-scores)[:5] if scores[j] > 0.02]
+
+
+def strongest_places(column: csc_matrix, width: int, n: int = 8) -> list[tuple[int, int]]:
+    """(row, pos) of the largest of a feature's codes, at most one in a row of `width` tokens."""
+    tokens = column.indices[np.argsort(-column.data)]
+    _, best_of_row = np.unique(tokens // width, return_index=True)
+    return [divmod(int(token), width) for token in tokens[np.sort(best_of_row)][:n]]
+
+
 def read_features(model: nn.Module, sae, codes: csr_matrix, rows: Tensor, tokenizer, chosen: list[int]) -> list[dict]:
-    """One entry per feature of codes (token, feature), the codes of the last tokens of each of rows; contexts are from different rows, in per cent of the feature's largest."""
-    columns, fired, counts, width = (
-        codes.tocsc(),
-        (codes != 0).astype(np.float32),
-        codes.getnnz(0),
-        codes.shape[0] // len(rows),
-    )
-    both, cosines, first = (
-        (fired[:, chosen].T @ fired).toarray(),
-        array(neighbours(sae.W_dec)),
-        rows.shape[1] - codes.shape[0] // len(rows),
-    )
-    effects = (
-        F.normalize(sae.W_dec[chosen].float(), dim=1) @ folded_W_U(model)
-        if sae.cfg.d_in == len(model.W_U)
-        else t.zeros(len(chosen), 0)
-    )
-    words = lambda ids: [visible(word) for word in str_tokens(tokenizer, ids)]
-    most = lambda scores: [[int(j), round(float(scores[j]), 2)] for j in np.argsort(-scores)[:5] if scores[j] > 0.02]
+    """
+    One entry of the page for each chosen feature of codes (token, feature), which are of the last tokens of each of rows. Contexts are from different rows,
+    with shades in per cent of the feature's largest code; 'with' is the share of tokens with either feature that have both.
+    """
+    n_tokens, n_features = codes.shape
+    width = n_tokens // len(rows)  # tokens of a row that have codes
+    first = rows.shape[1] - width
+    columns = codes.tocsc()
+    counts = codes.getnnz(0)
+    fired = (codes != 0).astype(np.float32)
+    both = (fired[:, chosen].T @ fired).toarray()
+    cosines = array(neighbours(sae.W_dec))
+    effects = logit_effects(model, sae, chosen)
+    n_words = min(8, effects.shape[1])
+
+    def context(f: int, row: int, pos: int, top: float) -> list:
+        """[words, shades] around a place."""
+        start = max(0, pos - 12)
+        stop = min(width, pos + 5)
+        shades = codes[row * width + start : row * width + stop, [f]].toarray()[:, 0]
+        words = words_of(tokenizer, rows[row, first:][start:stop])
+        return [words, (100 * shades / top).round().astype(int).tolist()]
+
     entries = []
     for i, f in enumerate(chosen):
-        values, places = columns[:, [f]].data, columns[:, [f]].indices
-        order, top, contexts = np.argsort(-values), float(values.max(initial=0)), []
-        _, best_of_row = np.unique(places[order] // width, return_index=True)
-        for row, at in (divmod(int(place), width) for place in places[order[np.sort(best_of_row)][:8]]):
-            span = slice(max(0, at - 12), min(width, at + 5))
-            shades = codes[row * width + span.start : row * width + span.stop, [f]].toarray()[:, 0]
-            contexts.append([words(rows[row, first:][span]), (100 * shades / top).round().astype(int).tolist()])
-        together = both[i] / np.maximum(counts[f] + counts - both[i], 1) * (np.arange(len(counts)) != f)
-        up, down = (words((sign * effects[i]).topk(min(8, effects.shape[1])).indices) for sign in (1, -1))
-        entries.append(
-            {
-                "id": f,
-                "density": counts[f] / codes.shape[0],
-                "max": round(top, 2),
-                "contexts": contexts,
-                "histogram": np.histogram(values, 20, (0, top or 1.0))[0].tolist(),
-                "concepts": [],
-                "up": up,
-                "down": down,
-                "with": most(together),
-                "near": most(cosines[f]),
-            }
-        )
+        column = columns[:, [f]]
+        top = float(column.data.max(initial=0))
+        either = np.maximum(counts[f] + counts - both[i], 1)
+        others = np.arange(n_features) != f
+        entry = {
+            "id": f,
+            "density": counts[f] / n_tokens,
+            "max": round(top, 2),
+            "contexts": [context(f, row, pos, top) for row, pos in strongest_places(column, width)],
+            "histogram": np.histogram(column.data, 20, (0, top or 1.0))[0].tolist(),
+            "concepts": [],
+            "up": words_of(tokenizer, effects[i].topk(n_words).indices),
+            "down": words_of(tokenizer, (-effects[i]).topk(n_words).indices),
+            "with": five_most(both[i] / either * others),
+            "near": five_most(cosines[f]),
+        }
+        entries.append(entry)
     return entries
 
 
-#%% Concepts with known labels, and probes of them
-def harvest_labelled(
-    model: nn.Module, labelled: Labelled, names: list[str], bos: list[int], device: str
-) -> dict[str, Tensor]:
-    """{hook: (kept token, d)}. bos: what stands before every row."""
-    found: dict[str, list] = {name: [None] * len(labelled.rows) for name in names}
-
-    def keep(same: list[int]) -> None:
-        for name, x in harvest(model, t.tensor([bos + labelled.rows[i] for i in same], device=device), names).items():
-            for i, y in zip(same, x.cpu()):
-                found[name][i] = y[len(bos) :]
-
-    for length in sorted({len(row) for row in labelled.rows}):
-        list(in_batches(keep, [i for i, row in enumerate(labelled.rows) if len(row) == length], 128))
-    place = np.cumsum([0, *map(len, labelled.rows)])[labelled.row] + labelled.pos
-    return {name: t.cat(rows)[place] for name, rows in found.items()}
-
-
-def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Probability that a positive outscores a negative, ties half; one per row of weights (resample, token)."""
-    order = np.argsort(score, kind="stable")
-    y, score, weights = y[order], score[order], np.ones((1, len(y))) if weights is None else weights[:, order]
-    starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])
-    positive, negative = np.add.reduceat(weights * y, starts, 1), np.add.reduceat(weights * ~y, starts, 1)
-    with np.errstate(invalid="ignore"):
-        return (positive * (negative.cumsum(1) - negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
-
-
-def split(concept: Concept, seed: int) -> np.ndarray:
-    """0 train (half), 1 validation (a fifth), 2 test, by group; groups with and without positives are dealt out apart."""
-    rng, part = np.random.default_rng(seed), {}
-    positive = set(concept.group[concept.y])
-    for groups in (sorted(positive), sorted(set(concept.group) - positive)):
-        part |= {
-            group: int(np.searchsorted((0.5, 0.7), (i + 0.5) / len(groups)))
-            for i, group in enumerate(rng.permutation(groups))
-        }
-    return np.array([part[group] for group in concept.group])
-
-
-def by_difference(x: csr_matrix, y: np.ndarray, n: int) -> np.ndarray:
-    """The n columns whose means differ most, in standard deviations, higher in the positives."""
-    mean = lambda z: np.asarray(z.mean(0)).ravel()
-    return np.argsort(
-        -(mean(x[y]) - mean(x[~y])) / (np.sqrt(np.maximum(mean(x.multiply(x)) - mean(x) ** 2, 0)) + 1e-6)
-    )[:n]
-
-
-def fit_probe(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Logistic regression on standardised columns; returns its score as a function."""
-    from sklearn.linear_model import LogisticRegression
-
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    probe = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-2, class_weight="balanced").fit(
-        (x - mean) / std, y
-    )
-    return lambda z: probe.decision_function((z - mean) / std)
-
-
-KS = (1, 2, 4, 8, 16, 32)
-
-
-def run_probes(
-    concept: Concept, codes: dict[str, csr_matrix], dense: dict[str, np.ndarray], seed: int
-) -> dict[str, dict]:
-    """{method: 'validation' and 'test' AUROC, 'boot' the same on 100 resamples of the test groups}. Columns are picked from codes; dense is probed whole."""
-    rng, y, found, part = np.random.default_rng(seed), concept.y, {}, split(concept, seed)
-    train, validation, test = (np.flatnonzero(part == i) for i in range(3))
-    train = np.concatenate(
-        [rng.permutation(train[y[train] == label])[:size] for label, size in ((True, 400), (False, 800))]
-    )
-    groups, member = np.unique(concept.group, return_inverse=True)
-    weights = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), 100)[:, member[test]]
-    share = np.bincount(member, y) / np.bincount(member)
-    dealt = (
-        rng.permutation(share > 0.5)[member] if set(share) == {0.0, 1.0} else rng.permutation(y)
-    )  # every group has another's label; or every token, where groups are mixed
-
-    def keep(
-        method: str,
-        score: Callable[[np.ndarray], np.ndarray],
-        x: np.ndarray,
-        y: np.ndarray = y,
-        units: list[int] | None = None,
-    ) -> None:
-        on_test = score(x[test])
-        found[method] = {
-            "validation": float(auroc(y[validation], score(x[validation]))[0]),
-            "test": float(auroc(y[test], on_test)[0]),
-            "boot": auroc(y[test], on_test, weights),
-            "units": units,
-        }
-
-    for source, x in codes.items():
-        order = by_difference(x[concept.index[train]], y[train], KS[-1])
-        x = x[concept.index][:, order].toarray()
-        best = int(np.argmax([auroc(y[validation], column)[0] for column in x[validation].T]))
-        keep(f"single {source}", lambda x: x[:, 0], x[:, [best]], units=[int(order[best])])
-        for k in () if not dense else KS if source == "features" else KS[3:4]:
-            keep(f"{k} {source}", fit_probe(x[train, :k], y[train]), x[:, :k], units=order[:k].tolist())
-    for source, x in dense.items():
-        x = x[concept.index]
-        keep(f"dense {source}", fit_probe(x[train], y[train]), x)
-        keep(
-            f"difference of means {source}", lambda z: z @ (x[train][y[train]].mean(0) - x[train][~y[train]].mean(0)), x
-        )
-    if dense and 0 < dealt[train].sum() < len(train):
-        keep("shuffled labels", fit_probe(x[train], dealt[train]), x, dealt)
-    return found
-
-
-def random_twin(model: nn.Module, name: str, device: str, seed: int) -> nn.Module:
-    """The same shape with every matrix drawn anew at its own scale (Heap et al. 2025): its SAE shows what is in the text alone."""
-    generator = t.Generator().manual_seed(seed)
-    twin = copy.deepcopy(model) if isinstance(model, Llama) else load_model(find_folder(name), (), device)
-    with t.no_grad():
-        for p in twin.parameters():
-            if p.ndim > 1:
-                p.copy_(t.randn(p.shape, generator=generator).to(p) * p.float().std().to(p))
-    return twin
+def logit_effects(model: nn.Module, sae, chosen: list[int]) -> Tensor:
+    """(feature, token): what a unit step along each decoder row adds to the logits directly; no tokens where the hook is not the residual stream."""
+    if sae.cfg.d_in != len(model.W_U):
+        return t.zeros(len(chosen), 0)
+    return F.normalize(sae.W_dec[chosen].float(), dim=1) @ folded_W_U(model)
 
 
 #%% Acting: a feature added, clamped, ablated or projected out; and an answer traced to features, with what the SAE misses as a node
@@ -597,61 +743,61 @@ def change(sae, feature: int, how: str, x: Tensor, amount: float) -> Tensor:
         return amount * unit.expand_as(x)
     if how == "project":
         return -(x @ unit)[..., None] * unit
-    return ((amount if how == "clamp" else 0.0) - sae.encode(x)[..., feature])[..., None] * row
+    now = sae.encode(x)[..., feature]
+    if how == "clamp":
+        return (amount - now)[..., None] * row
+    if how == "ablate":
+        return (0.0 - now)[..., None] * row
+    raise ValueError(f"unknown edit {how!r}")
 
 
-def attribute(
-    model: nn.Module, sae, tokens: Tensor, weights: Tensor
-) -> tuple[dict[str, Tensor], Callable[[int, int | None], float]]:
+class Attribution:
     """
-    Gradient x activation of `weights` (d_vocab) . last logits: 'features' (pos, feature) and 'error' (pos), what the SAE misses; 'value', the metric; 'moved', how
-    far putting features + error in the place of the activation moves it. And a function that says how far the metric falls when a node is really ablated.
+    Why this answer: the metric, weights (d_vocab) . last logits of tokens (1, pos), as a function of the SAE's features and of its error at every
+    position (Marks et al. 2024).
+        features (pos, feature), error (pos)   gradient x activation of each node: by how much the metric falls, to first order, when it is ablated
+        value                                  the metric
+        moved                                  how far putting features + error in the place of the activation moves it; the gate: nothing
     """
-    hook = sae.cfg.metadata.hook_name
-    x = harvest(model, tokens, [hook])[hook]
-    with t.no_grad():
-        acts, clean = sae.encode(x), model(tokens)[0, -1].float() @ weights
-    error = (x - sae.decode(acts)).requires_grad_()
-    acts.requires_grad_()
 
-    def run(acts: Tensor, error: Tensor) -> Tensor:
-        def rebuild(y: Tensor) -> Tensor:
-            sae.encode(y)  # some SAEs keep the norms here that decode puts back
-            return sae.decode(acts) + error
+    def __init__(self, model: nn.Module, sae, tokens: Tensor, weights: Tensor):
+        self.model = model
+        self.sae = sae
+        self.tokens = tokens
+        self.weights = weights
+        self.hook = sae.cfg.metadata.hook_name
+        x = harvest(model, tokens, [self.hook])[self.hook]
+        with t.no_grad():
+            self.acts = sae.encode(x)
+            clean = self.metric(model(tokens))
+        self.missed = (x - sae.decode(self.acts)).requires_grad_()
+        self.acts.requires_grad_()
+        value = self.run(self.acts, self.missed)
+        value.backward()
+        self.features = (self.acts.grad * self.acts)[0].detach()
+        self.error = (self.missed.grad * self.missed)[0].sum(-1).detach()
+        self.value = value.detach()
+        self.moved = (self.value - clean).abs()
 
-        return run_with_hooks(model, tokens, [(hook, put(rebuild))])[0, -1].float() @ weights
+    def metric(self, logits: Tensor) -> Tensor:
+        return logits[0, -1].float() @ self.weights
+
+    def run(self, acts: Tensor, missed: Tensor) -> Tensor:
+        """The metric when the SAE's output for these features, plus what it misses, is in the place of the activation."""
+
+        def rebuild(x: Tensor) -> Tensor:
+            self.sae.encode(x)  # some SAEs keep the norms here that decode puts back
+            return self.sae.decode(acts) + missed
+
+        return self.metric(run_with_hooks(self.model, self.tokens, [(self.hook, put(rebuild))]))
 
     @t.no_grad()
-    def falls(pos: int, feature: int | None) -> float:
-        """feature None: the error node."""
-        without = [acts.clone(), error.clone()]
-        without[feature is None][(0, pos) if feature is None else (0, pos, feature)] = 0
-        return (value - run(*without)).item()
-
-    value = run(acts, error)
-    value.backward()
-    return {
-        "features": (acts.grad * acts)[0].detach(),
-        "error": (error.grad * error)[0].sum(-1).detach(),
-        "value": value.detach(),
-        "moved": (value - clean).detach().abs(),
-    }, falls
-
-
-def country_prompts(tokenizer, prompts: list[Prompt], bos: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (prompt, pos), padded on the right; each prompt's last position; and 1.0 (prompt, pos, 1) from its country's last token on."""
-    encoded = [tokenizer.encode(p.text, add_special_tokens=False) for p in prompts]
-    last = t.tensor([len(bos) + len(e.ids) - 1 for e in encoded])
-    start = t.tensor(
-        [
-            len(bos)
-            + next(
-                j
-                for j, (_, end) in enumerate(e.offsets)
-                if end >= p.text.index(p.labels["country"]) + len(p.labels["country"])
-            )
-            for e, p in zip(encoded, prompts)
-        ]
-    )
-    tokens = nn.utils.rnn.pad_sequence([t.tensor(bos + e.ids) for e in encoded], batch_first=True)
-    return tokens, last, (t.arange(tokens.shape[1]) >= start[:, None]).float()[..., None]
+    def falls(self, pos: int, feature: int | None) -> float:
+        """How far the metric falls when a node is really ablated; feature None: the error node."""
+        acts = self.acts.clone()
+        missed = self.missed.clone()
+        if feature is None:
+            missed[0, pos] = 0
+        else:
+            acts[0, pos, feature] = 0
+        return (self.value - self.run(acts, missed)).item()

@@ -1,14 +1,17 @@
-"""The standard decoder, GPT-2's shape: trained live or opened from Hugging Face, each logit taken apart exactly, heads and neurons catalogued."""
+"""
+The standard decoder, GPT-2's shape: trained live or opened from Hugging Face, each logit taken apart exactly, heads and
+neurons catalogued.
+"""
 
 import dataclasses
 import html
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import (
+# The model, the first half of this file, uses utils, hooks, layers and weights alone; the experiment uses the rest.
+from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
@@ -22,34 +25,29 @@ from utils import (
     save_results,
     set_seed,
 )
-from plots import attention_page, imshow, label_tokens, show, show_page, visible
 from hooks import HookPoint, run_with_cache
-from weights import read_tensors, take_tensors, tensor_table
 from layers import Attention
-from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
-from train import (
-    TrainConfig,
-    bench_against_hf,
-    first_goes_on,
-    keep_freed_memory,
-    language_loss,
-    repeat_batches,
-    train,
-)
-from launch import flags
+from weights import read_tensors, take_tensors, tensor_table
+
 from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
+from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
+from launch import flags
+from plots import attention_page, bar, imshow, label_tokens, show, show_page, visible
+from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
 
 import numpy as np
-import plotly.graph_objects as go
-from tabulate import tabulate
-from tokenizers import Tokenizer
 import torch as t
-from torch import Tensor
 import torch.nn as nn
 import torch.nn.functional as F
+from tabulate import tabulate
+from tokenizers import Tokenizer
+from torch import Tensor
+
+ACTIVATIONS = ("gelu_new", "gelu")
+POSITIONS = ("learned", "sinusoidal")
 
 
-#%% The model: embed + positions, then in each block attention and a GELU MLP read the normalised stream and add to it; norm, unembed
+#%% The shape of a model
 @dataclass
 class TinyConfig:
     n_layers: int = 3
@@ -67,9 +65,10 @@ class TinyConfig:
     def __post_init__(self):
         if self.d_model % self.n_heads:
             fail(f"d_model {self.d_model} does not divide into {self.n_heads} heads")
-        if self.act not in ACTS or self.positions not in ("learned", "sinusoidal"):
+        if self.act not in ACTIVATIONS or self.positions not in POSITIONS:
             fail(
-                f"not built here: activation {self.act!r} with {self.positions!r} positions (built: {', '.join(ACTS)}; learned, sinusoidal)"
+                f"not built here: activation {self.act!r} with {self.positions!r} positions "
+                f"(built: {', '.join(ACTIVATIONS)}; {', '.join(POSITIONS)})"
             )
 
     @property
@@ -77,41 +76,40 @@ class TinyConfig:
         return self.d_model // self.n_heads
 
 
-ACTS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
-
-
+#%% LayerNorm: subtract the mean, divide by the standard deviation, then a weight and a bias
 class LayerNorm(nn.Module):
     """hook_normalized is (x - mean) / scale, before weight and bias."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.bias, self.eps, self.hook_scale, self.hook_normalized = (
-            nn.Parameter(t.ones(size)),
-            nn.Parameter(t.zeros(size)),
-            eps,
-            HookPoint(),
-            HookPoint(),
-        )
+        self.weight = nn.Parameter(t.ones(size))
+        self.bias = nn.Parameter(t.zeros(size))
+        self.eps = eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.hook_scale.fwd_hooks and not self.hook_normalized.fwd_hooks:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        nobody_listens = not self.hook_scale.fwd_hooks and not self.hook_normalized.fwd_hooks
+        if nobody_listens:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # the same, faster
         centred = x.float() - x.float().mean(-1, keepdim=True)
-        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized((centred / scale).to(x.dtype)) * self.weight + self.bias
+        scale = (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = self.hook_scale(scale)
+        normalized = self.hook_normalized((centred / scale).to(x.dtype))
+        return normalized * self.weight + self.bias
 
 
+#%% MLP: each neuron reads one direction of the stream and writes another
 class MLP(nn.Module):
     """W_in is (d_model, d_mlp), W_out is (d_mlp, d_model); a neuron is one of the d_mlp."""
 
     def __init__(self, cfg: TinyConfig):
         super().__init__()
-        self.inp, self.out, self.act = (
-            nn.Linear(cfg.d_model, cfg.d_mlp),
-            nn.Linear(cfg.d_mlp, cfg.d_model),
-            ACTS[cfg.act],
-        )
-        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+        self.inp = nn.Linear(cfg.d_model, cfg.d_mlp)
+        self.out = nn.Linear(cfg.d_mlp, cfg.d_model)
+        self.act = gelu_new if cfg.act == "gelu_new" else F.gelu
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
 
     @property
     def W_in(self) -> Tensor:
@@ -122,20 +120,29 @@ class MLP(nn.Module):
         return self.out.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.hook_post(self.act(self.hook_pre(self.inp(x)))))
+        pre = self.hook_pre(self.inp(x))  # (batch, pos, d_mlp)
+        neurons = self.hook_post(self.act(pre))
+        return self.out(neurons)
 
 
+def gelu_new(x: Tensor) -> Tensor:
+    """GPT-2's GELU, by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+#%% The block: attention and the MLP each read the normalised stream and add to it
 class Block(nn.Module):
     def __init__(self, cfg: TinyConfig):
         super().__init__()
-        self.ln1, self.attn, self.ln2, self.mlp = (
-            LayerNorm(cfg.d_model, cfg.eps),
-            Attention(cfg),
-            LayerNorm(cfg.d_model, cfg.eps),
-            MLP(cfg),
-        )
-        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
-            setattr(self, f"hook_{name}", HookPoint())
+        self.ln1 = LayerNorm(cfg.d_model, cfg.eps)
+        self.attn = Attention(cfg)
+        self.ln2 = LayerNorm(cfg.d_model, cfg.eps)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.hook_resid_pre(x)
@@ -143,9 +150,10 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
 
 
+#%% The model: embedding + positions, the blocks, a last norm, unembedding
 def sinusoids(n_ctx: int, d_model: int) -> Tensor:
     """(pos, d_model): sin in even, cos in odd dimensions, wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017)."""
-    angle = t.arange(n_ctx)[:, None] / 10000 ** (t.arange(0, d_model, 2) / d_model)
+    angle = t.arange(n_ctx)[:, None] / 10000 ** (t.arange(0, d_model, 2) / d_model)  # (pos, d_model / 2)
     return t.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]
 
 
@@ -154,20 +162,18 @@ class TinyTransformer(nn.Module):
 
     def __init__(self, cfg: TinyConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.embed, self.unembed = (
-            nn.Embedding(cfg.d_vocab, cfg.d_model),
-            nn.Linear(cfg.d_model, cfg.d_vocab, bias=False),
-        )
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         if cfg.positions == "learned":
             self.W_pos = nn.Parameter(0.02 * t.randn(cfg.n_ctx, cfg.d_model))
         else:
             self.register_buffer("W_pos", sinusoids(cfg.n_ctx, cfg.d_model), persistent=False)
-        self.blocks, self.ln_final = (
-            nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers)),
-            LayerNorm(cfg.d_model, cfg.eps),
-        )
-        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = LayerNorm(cfg.d_model, cfg.eps)
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
         self.init_weights()
         if cfg.tied:
             self.unembed.weight = self.embed.weight
@@ -177,12 +183,11 @@ class TinyTransformer(nn.Module):
         for name, linear in self.blocks.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            nn.init.normal_(
-                linear.weight, std=(0.3 if name.endswith((".q", ".k")) else 1.0) / math.sqrt(linear.in_features)
-            )
+            gain = 0.3 if name.endswith((".q", ".k")) else 1.0
+            nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
             nn.init.zeros_(linear.bias)
-        for weight in (self.unembed.weight, self.embed.weight):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.unembed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
 
     @property
     def W_E(self) -> Tensor:
@@ -193,71 +198,100 @@ class TinyTransformer(nn.Module):
         return self.unembed.weight.T
 
     def forward(
-        self, tokens: Tensor, start_at_layer: int = 0, resid: Tensor | None = None, stop_at_layer: int | None = None
+        self,
+        tokens: Tensor,
+        start_at_layer: int = 0,
+        resid: Tensor | None = None,
+        stop_at_layer: int | None = None,
     ) -> Tensor:
-        """Logits (batch, pos, d_vocab). Given resid, the stream enters at start_at_layer; with stop_at_layer the stream before that layer is returned."""
-        if tokens.shape[1] > self.cfg.n_ctx:
-            fail(f"{tokens.shape[1]} tokens are too many: the model has positions for {self.cfg.n_ctx}")
-        x = (
-            self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.W_pos[: tokens.shape[1]][None])
-            if resid is None
-            else resid
-        )
+        """
+        Logits (batch, pos, d_vocab). Given resid (batch, pos, d_model), the residual stream enters at start_at_layer
+        and the blocks below are skipped; with stop_at_layer the residual stream before that layer is returned.
+        """
+        n_pos = tokens.shape[1]
+        if n_pos > self.cfg.n_ctx:
+            fail(f"{n_pos} tokens are too many: the model has positions for {self.cfg.n_ctx}")
+        x = resid
+        if x is None:
+            x = self.hook_embed(self.embed(tokens)) + self.hook_pos_embed(self.W_pos[:n_pos][None])
         for block in self.blocks[start_at_layer:stop_at_layer]:
             x = block(x)
-        return self.unembed(self.ln_final(x)) if stop_at_layer is None else x
+        if stop_at_layer is not None:
+            return x
+        return self.unembed(self.ln_final(x))
 
     @classmethod
     def from_hf(cls, hf_model: nn.Module, tokenizer: Tokenizer | None = None) -> "TinyTransformer":
         """The same model out of a transformers model in memory; every tensor must find its place."""
-        return take_tensors(
-            cls(read_hf_config(hf_model.config.to_dict()), tokenizer),
-            ((name, x.clone()) for name, x in hf_model.state_dict().items()),
-        ).eval()
+        model = cls(cls.read_config(hf_model.config.to_dict()), tokenizer)
+        return take_tensors(model, ((name, x.clone()) for name, x in hf_model.state_dict().items())).eval()
 
     @classmethod
     def from_folder(cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32) -> "TinyTransformer":
         """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json."""
-        if not (file := Path(folder) / "tokenizer.json").is_file():
+        tokenizer = Path(folder) / "tokenizer.json"
+        if not tokenizer.is_file():
             fail(f"no tokenizer.json in {folder}: copy the tokenizer there (tokenizer.save_pretrained)")
         with t.device("meta"):
-            model = cls(read_hf_config(read_config(folder)), Tokenizer.from_file(str(file)))
+            model = cls(cls.read_config(read_config(folder)), Tokenizer.from_file(str(tokenizer)))
         return take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder))).eval()
 
     def to_hf(self, folder: Path, dtype: t.dtype | None = None) -> None:
         """Write an ordinary Hugging Face folder; sinusoidal positions become a table there."""
-        cfg, state = self.cfg, self.state_dict() | {"W_pos": self.W_pos.data}
-        hf = {
-            ROOT * (theirs != "lm_head.weight") + theirs: state[ours]
-            for theirs, ours in TOP_NAMES.items()
-            if not (cfg.tied and ours == "unembed.weight")
-        }
-        for layer, (theirs, ours) in itertools.product(range(cfg.n_layers), BLOCK_NAMES.items()):
-            joined = t.cat([state[f"blocks.{layer}.{name}"] for name in ours])
-            hf[f"{ROOT}h.{layer}.{theirs}"] = joined.mT if joined.ndim == 2 else joined
+        tensors = {name: x.to(dtype or x.dtype) for name, x in self.hf_tensors().items()}
+        write_folder(folder, tensors, self.write_config(), self.tokenizer)
+
+    # The same model as a file of GPT-2's: its configuration and its tensors, read and written (names: the next cell)
+    @classmethod
+    def read_config(cls, hf: dict) -> TinyConfig:
+        """From a config.json; whatever is not built here ends the program rather than being left out."""
+        unnamed = "GPT2LMHeadModel" if hf.get("model_type") == "gpt2" else "unknown"
+        architecture = (hf.get("architectures") or [unnamed])[0]
+        if architecture not in cls.architectures:
+            fail(
+                f"architecture {architecture} is not built here (built: {', '.join(cls.architectures)}); "
+                "llama_block.py opens Llama's relatives, load_model anything"
+            )
+        for key, built in BUILT.items():
+            if hf.get(key, built) != built:
+                fail(f"{key}={hf[key]} is not built here")
+        return TinyConfig(
+            n_layers=hf["n_layer"],
+            n_heads=hf["n_head"],
+            d_model=hf["n_embd"],
+            d_mlp=hf.get("n_inner") or 4 * hf["n_embd"],
+            d_vocab=hf["vocab_size"],
+            n_ctx=hf["n_positions"],
+            tied=hf.get("tie_word_embeddings", True),
+            act=hf.get("activation_function", "gelu_new"),
+            eps=hf.get("layer_norm_epsilon", 1e-5),
+        )
+
+    def write_config(self) -> dict:
+        """read_config's inverse: a config.json that transformers reads."""
+        cfg = self.cfg
         bos = int(to_tokens(self.tokenizer, "")) if self.tokenizer else None
-        sizes = dict(
-            vocab_size=cfg.d_vocab,
-            n_positions=cfg.n_ctx,
-            n_embd=cfg.d_model,
-            n_layer=cfg.n_layers,
-            n_head=cfg.n_heads,
-            n_inner=cfg.d_mlp,
-            bos_token_id=bos,
-            eos_token_id=bos,
-        )
-        config = dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            **sizes,
-            activation_function=cfg.act,
-            layer_norm_epsilon=cfg.eps,
-            tie_word_embeddings=cfg.tied,
-        )
-        write_folder(folder, {name: x.to(dtype or x.dtype) for name, x in hf.items()}, config, self.tokenizer)
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": cfg.d_vocab,
+            "n_positions": cfg.n_ctx,
+            "n_embd": cfg.d_model,
+            "n_layer": cfg.n_layers,
+            "n_head": cfg.n_heads,
+            "n_inner": cfg.d_mlp,
+            "bos_token_id": bos,
+            "eos_token_id": bos,
+            "activation_function": cfg.act,
+            "layer_norm_epsilon": cfg.eps,
+            "tie_word_embeddings": cfg.tied,
+        }
 
     def place(self, name: str, x: Tensor) -> dict[str, Tensor]:
-        """Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as one."""
+        """
+        Where a tensor of Hugging Face's goes: {our name: our tensor}. GPT-2 stores weights (in, out), and q, k, v as
+        one.
+        """
         name = name.removeprefix(ROOT)
         if not name.startswith("h."):
             return {TOP_NAMES.get(name, name): x}
@@ -265,13 +299,27 @@ class TinyTransformer(nn.Module):
         if rest in ("attn.bias", "attn.masked_bias"):
             return {}  # old files carry the causal mask
         ours = BLOCK_NAMES.get(rest, [rest])
-        return {
-            f"blocks.{layer}.{y}": part.contiguous()
-            for y, part in zip(ours, (x.mT if x.ndim == 2 else x).chunk(len(ours)))
-        }
+        turned = x.mT if x.ndim == 2 else x
+        parts = turned.chunk(len(ours))
+        return {f"blocks.{layer}.{ours_name}": part.contiguous() for ours_name, part in zip(ours, parts)}
+
+    def hf_tensors(self) -> dict[str, Tensor]:
+        """place's inverse: {Hugging Face's name: tensor}."""
+        state = self.state_dict() | {"W_pos": self.W_pos.data}
+        hf = {}
+        for theirs, ours in TOP_NAMES.items():
+            if self.cfg.tied and ours == "unembed.weight":
+                continue
+            root = "" if ours == "unembed.weight" else ROOT
+            hf[root + theirs] = state[ours]
+        for layer in range(self.cfg.n_layers):
+            for theirs, ours in BLOCK_NAMES.items():
+                joined = t.cat([state[f"blocks.{layer}.{name}"] for name in ours])
+                hf[f"{ROOT}h.{layer}.{theirs}"] = joined.mT if joined.ndim == 2 else joined
+        return hf
 
 
-#%% Names: where each tensor of GPT-2's files goes, and files read tensor by tensor
+#%% Names: where each tensor of GPT-2's files goes
 ROOT = "transformer."
 TOP_NAMES = {
     "wte.weight": "embed.weight",
@@ -288,38 +336,13 @@ MODULES = {
     "mlp.c_fc": ["mlp.inp"],
     "mlp.c_proj": ["mlp.out"],
 }
-BLOCK_NAMES = {
-    f"{theirs}.{kind}": [f"{name}.{kind}" for name in ours]
-    for theirs, ours in MODULES.items()
-    for kind in ("weight", "bias")
-}
-UNBUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+BLOCK_NAMES: dict[str, list[str]] = {}  # "attn.c_attn.bias": ["attn.q.bias", "attn.k.bias", "attn.v.bias"], ...
+for module, our_modules in MODULES.items():
+    for kind in ("weight", "bias"):
+        BLOCK_NAMES[f"{module}.{kind}"] = [f"{name}.{kind}" for name in our_modules]
 
-
-def read_hf_config(hf: dict) -> TinyConfig:
-    """From a config.json; whatever is not built here ends the program rather than being left out."""
-    name = (hf.get("architectures") or ["GPT2LMHeadModel" if hf.get("model_type") == "gpt2" else "unknown"])[0]
-    if name not in TinyTransformer.architectures:
-        fail(
-            f"architecture {name} is not built here (built: {', '.join(TinyTransformer.architectures)}); llama_block.py opens Llama's relatives, load_model anything"
-        )
-    for key, built in UNBUILT.items():
-        if hf.get(key, built) != built:
-            fail(f"{key}={hf[key]} is not built here")
-    sizes = dict(
-        n_layers=hf["n_layer"],
-        n_heads=hf["n_head"],
-        d_model=hf["n_embd"],
-        d_mlp=hf.get("n_inner") or 4 * hf["n_embd"],
-        d_vocab=hf["vocab_size"],
-        n_ctx=hf["n_positions"],
-    )
-    return TinyConfig(
-        **sizes,
-        tied=hf.get("tie_word_embeddings", True),
-        act=hf.get("activation_function", "gelu_new"),
-        eps=hf.get("layer_norm_epsilon", 1e-5),
-    )
+# settings of GPT-2's relatives, with the one value that is built here
+BUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
@@ -332,299 +355,233 @@ class Config(TrainConfig):
     positions: Literal["learned", "sinusoidal"] = "learned"
     tied: bool = True  # the unembedding is the embedding
     steps: int = 400
-    contexts: tuple[int, ...] = (
-        64,
-    )  # with learned positions short rows teach soonest: every position is trained at every step
+    # with learned positions short rows teach soonest: every position is trained at every step
+    contexts: tuple[int, ...] = (64,)
     context_steps: tuple[float, ...] = ()
     lr: float = 1e-2
-    repeats: float = 0.45  # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
+    # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
+    repeats: float = 0.45
     english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     vocab: int = 512  # size of the byte-level BPE trained on the text
     tokenizer: str | None = None  # use this one instead: a folder, a tokenizer.json or a hub name
-    model: str | None = (
-        None  # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
-    )
+    # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
+    model: str | None = None
     prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."
     answer: str | None = None  # token whose logit is taken apart; default the model's own prediction
-    bench: bool = False  # only compare training speed with Hugging Face's GPT-2
 
+
+# --hpc: an A100 with 40 GB
+HPC = Config(
+    n_layers=12,
+    n_heads=12,
+    d_model=768,
+    d_mlp=3072,
+    vocab=8192,
+    contexts=(1024,),
+    tokens_per_step=262144,
+    accumulate=16,
+    steps=10000,
+    lr=3e-3,
+    autocast="on",
+    compile=True,
+)
 
 if __name__ == "__main__":
-    cfg = flags(
-        Config,
-        __doc__,
-        hpc=Config(
-            n_layers=12,
-            n_heads=12,
-            d_model=768,
-            d_mlp=3072,
-            vocab=8192,
-            contexts=(1024,),
-            tokens_per_step=262144,
-            accumulate=16,
-            steps=10000,
-            lr=3e-3,
-            autocast="on",
-            compile=True,
-        ),
-    )  # --hpc: an A100 with 40 GB
+    cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    shape = dict(
+    numbers: dict = {}
+
+#%% Someone's model: where each of its tensors stands here
+if __name__ == "__main__" and cfg.model:
+    print(f"{purple}=== Opening {cfg.model}, {device} ==={endc}")
+    TinyTransformer.read_config(read_config(full_name(cfg.model)))  # refuse before anything is fetched
+    folder = str(model_folder(cfg.model))
+    model = TinyTransformer.from_folder(folder, device)
+    n_tensors = 0
+    table = []
+    for name, shape, _, norm in tensor_table(folder):
+        n_tensors += 1
+        if "h." in name and ".0." not in name and "h.0." not in name:
+            continue  # the first block stands for the others
+        our_names = model.place(name, t.zeros(shape, device="meta"))
+        table.append([name, shape, norm, ", ".join(our_names) or "(the causal mask)"])
+    print(tabulate(table, headers=["tensor", "shape", "norm", "here"], floatfmt=".2f"))
+    print(
+        f"{gray}{n_tensors} tensors, blocks after the first not shown; W_E is embed, W_U "
+        f"unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_in W_out mlp.inp out{endc}"
+    )
+    corpus = load_corpus(cfg.data, tokenizer=folder)
+    numbers["tensors"] = n_tensors
+
+#%% Or a model trained before your eyes, saved for transformers
+if __name__ == "__main__" and not cfg.model:
+    print(f"{purple}=== Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
+    corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
+    if cfg.answer:
+        find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
+    shape = TinyConfig(
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
         d_model=cfg.d_model,
         d_mlp=cfg.d_mlp,
+        d_vocab=corpus.d_vocab,
         n_ctx=max(cfg.contexts),
         positions=cfg.positions,
         tied=cfg.tied,
     )
-    numbers: dict = {}
-
-#%% Speed against Hugging Face's GPT-2 with its default attention (--bench): 6 layers of width 512, and this script's own shape
-if __name__ == "__main__" and cfg.bench:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    keep_freed_memory()
-    for name, rows, more in (
-        (
-            "6 layers, d_model 512, 8 x 128 tokens",
-            (8, 128),
-            dict(n_layers=6, n_heads=8, d_model=512, d_mlp=2048, n_ctx=128),
-        ),
-        ("this script's shape", (cfg.tokens_per_step // cfg.contexts[-1], cfg.contexts[-1]), {}),
-    ):
-        ours = TinyTransformer(TinyConfig(**shape | more, d_vocab=cfg.vocab)).to(device)
-        sizes = dict(
-            n_layer=ours.cfg.n_layers,
-            n_head=ours.cfg.n_heads,
-            n_embd=ours.cfg.d_model,
-            n_inner=ours.cfg.d_mlp,
-            n_positions=ours.cfg.n_ctx,
-            vocab_size=cfg.vocab,
-            tie_word_embeddings=cfg.tied,
-        )
-        hf_model = GPT2LMHeadModel(
-            GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        ).to(device)
-        numbers[name] = bench_against_hf(ours, hf_model, t.randint(cfg.vocab, rows, device=device))
-        print(
-            f"training throughput / Hugging Face's, {name}: {cyan}{numbers[name]:.2f}{endc} (median of 7 pairs, {t.get_num_threads()} threads, {device})"
-        )
-    save_results("tiny_transformer_bench", cfg, throughput_vs_hf=min(numbers.values()), **numbers)
-    raise SystemExit
-
-#%% A model: trained before your eyes, or opened from Hugging Face with every tensor in its place
-if __name__ == "__main__":
-    print(
-        f"{purple}=== {f'Opening {cfg.model}' if cfg.model else f'Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}'}, {device} ==={endc}"
+    model = TinyTransformer(shape, corpus.tokenizer)
+    history = train(
+        model.to(device),
+        repeat_batches(corpus, cfg),
+        cfg,
+        "tiny_transformer",
+        shape=dataclasses.asdict(model.cfg),
+        data=corpus.key,
     )
-    if cfg.model:
-        read_hf_config(read_config(full_name(cfg.model)))  # before anything is fetched
-        folder = str(model_folder(cfg.model))
-        model = TinyTransformer.from_folder(folder, device)
-        table = [
-            [*row[:2], row[3], ", ".join(model.place(row[0], t.zeros(row[1], device="meta"))) or "(the causal mask)"]
-            for row in tensor_table(folder)
-        ]
-        print(
-            tabulate(
-                [row for row in table if "h." not in row[0] or ".0." in row[0] or "h.0." in row[0]],
-                headers=["tensor", "shape", "norm", "here"],
-                floatfmt=".2f",
-            )
-        )
-        print(
-            f"{gray}{len(table)} tensors, blocks after the first not shown; W_E is embed, W_U unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_in W_out mlp.inp out{endc}"
-        )
-        corpus, numbers["tensors"] = load_corpus(cfg.data, tokenizer=folder), len(table)
-    else:
-        corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-        if cfg.answer:
-            find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
-        model = TinyTransformer(TinyConfig(**shape, d_vocab=corpus.d_vocab), corpus.tokenizer)
-        history = train(
-            model.to(device),
-            repeat_batches(corpus, cfg),
-            cfg,
-            "tiny_transformer",
-            shape=dataclasses.asdict(model.cfg),
-            data=corpus.key,
-        )
-        model.to_hf(folder := Path("checkpoints/tiny_transformer"))
-        first_goes_on()
-        numbers |= {
-            "train_seconds": history["seconds"],
-            "tokens_per_second": history["tokens_per_second"],
-            "loss": float(np.mean(history["loss"][-20:])),
-        }
-        print(
-            f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, saved to {folder} as a Hugging Face folder{endc}"
-        )
-    n_layers, n_heads, n_params = model.cfg.n_layers, model.cfg.n_heads, sum(p.numel() for p in model.parameters())
-    head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
-    about = f"{n_layers}-layer GPT-2 shape, {n_params / 1e6:.1f}M parameters"
+    folder = Path("checkpoints/tiny_transformer")
+    model.to_hf(folder)
+    first_goes_on()
+    numbers |= {
+        "train_seconds": history["seconds"],
+        "tokens_per_second": history["tokens_per_second"],
+        "loss": float(np.mean(history["loss"][-20:])),
+    }
+    print(
+        f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s "
+        f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, "
+        f"saved to {folder} as a Hugging Face folder{endc}"
+    )
 
 #%% What flows through: shapes forward, gradient norms backward
 if __name__ == "__main__":
+    n_layers = model.cfg.n_layers
+    n_heads = model.cfg.n_heads
+    n_params = sum(p.numel() for p in model.parameters())
+    layer_names = [f"L{layer}" for layer in range(n_layers)]
+    head_names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+    about = f"{n_layers}-layer GPT-2 shape, {n_params / 1e6:.1f}M parameters"
+
     prompt = to_tokens(model.tokenizer, cfg.prompt).to(device)
     if prompt.shape[1] < 3:
         fail("--prompt is too short: give a few words")
-    labels = label_tokens(str_tokens(model.tokenizer, prompt[0]))
+    prompt_tokens = str_tokens(model.tokenizer, prompt[0])
+    labels = label_tokens(prompt_tokens)
     with t.no_grad():
         logits, cache = run_with_cache(model, prompt)
+    shapes = []
+    for name, x in cache.items():
+        if "blocks" not in name or "blocks.0." in name:
+            shapes.append([name, tuple(x.shape)])
+    shapes.append(["logits", tuple(logits.shape)])
     print(f"{purple}=== Forward: {prompt.shape[1]} tokens of {cfg.prompt!r} ==={endc}")
-    print(
-        tabulate(
-            [[name, tuple(x.shape)] for name, x in cache.items() if "blocks" not in name or "blocks.0." in name]
-            + [["logits", tuple(logits.shape)]],
-            headers=["hook (blocks after the first alike)", "shape"],
-        )
-    )
+    print(tabulate(shapes, headers=["hook (blocks after the first alike)", "shape"]))
+
     ctx = min(256, model.cfg.n_ctx)
     natural = t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 64, ctx, "heldout")).to(device)
     loss = language_loss(model, natural[:16])
     loss.backward()
     grads = {name: p.grad.norm().item() for name, p in model.named_parameters() if name.endswith(("weight", "W_pos"))}
     model.zero_grad()
-    print(
-        f"{purple}=== Backward: gradient norms of the loss on 16 x {ctx} held-out tokens, {cyan}{loss:.3f} nats{purple} ==={endc}"
-    )
     kinds = list(dict.fromkeys(name.split(".", 2)[2].removesuffix(".weight") for name in grads if "blocks" in name))
+    by_layer = [[f"L{i}", *(grads[f"blocks.{i}.{kind}.weight"] for kind in kinds)] for i in range(n_layers)]
+    outside = [f"{name} {norm:.3f}" for name, norm in grads.items() if "blocks" not in name]
     print(
-        tabulate(
-            [[f"L{layer}", *(grads[f"blocks.{layer}.{kind}.weight"] for kind in kinds)] for layer in range(n_layers)],
-            headers=["layer", *kinds],
-            floatfmt=".3f",
-        )
+        f"{purple}=== Backward: gradient norms of the loss on 16 x {ctx} held-out tokens, "
+        f"{cyan}{loss:.3f} nats{purple} ==={endc}"
     )
-    print(
-        f"{gray}{', '.join(f'{name} {x:.3f}' for name, x in grads.items() if 'blocks' not in name)}{' (tied: W_U too)' * model.cfg.tied}{endc}"
-    )
+    print(tabulate(by_layer, headers=["layer", *kinds], floatfmt=".3f"))
+    print(f"{gray}{', '.join(outside)}{' (tied: W_U too)' * model.cfg.tied}{endc}")
     numbers |= {"n_params": n_params, "heldout_loss": loss.item(), "gradient_norms": grads}
 
-#%% The gates: hooks change nothing, attention sums to one, parts sum to the logit, folding keeps log-probabilities, integrated gradients are complete
+#%% Gates: hooks change nothing, attention sums to one, parts sum to the logit, folding keeps log-probabilities, integrated gradients are complete
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
     folded = fold_norm(model)
-    with t.no_grad():
-        errors = {
-            "hooks": ((logits - model(prompt)).abs().max() / logits.abs().max()).item(),
-            "fold_norm": (folded(prompt).log_softmax(-1) - logits.log_softmax(-1)).abs().max().item(),
-        }
-    errors["rows"] = max((cache["pattern", layer].sum(-1) - 1).abs().max().item() for layer in range(n_layers))
-    errors["attribution"] = max(
-        parts_error(logit_parts(model, natural[[i]], int(natural[i, -1]), position))
-        for i in range(8)
-        for position in (-1, ctx // 2, 1)
-    )
     maps = [ff_maps(model, prompt, layer) for layer in range(n_layers)]
-    errors["integrated_gradients"] = max(x["error"].item() for x in maps)
-    numbers |= {f"{name}_max_error": x for name, x in errors.items()}
+    with t.no_grad():
+        hooks_gap = (logits - model(prompt)).abs().max() / logits.abs().max()
+        folding_gap = (folded(prompt).log_softmax(-1) - logits.log_softmax(-1)).abs().max()
+    row_gaps = [(cache["pattern", layer].sum(-1) - 1).abs().max().item() for layer in range(n_layers)]
+    sum_gaps = []
+    for i in range(8):
+        for position in (-1, ctx // 2, 1):
+            parts = logit_parts(model, natural[[i]], int(natural[i, -1]), position)
+            sum_gaps.append(parts_error(parts))
+    errors = {
+        "hooks": hooks_gap.item(),
+        "fold_norm": folding_gap.item(),
+        "rows": max(row_gaps),
+        "attribution": max(sum_gaps),
+        "integrated_gradients": max(x["error"].item() for x in maps),
+    }
+    numbers |= {f"{name}_max_error": error for name, error in errors.items()}
     assert max(errors.values()) < 1e-4, errors
-    print(
-        f"{cyan}"
-        + ", ".join(f"{name.replace('_', ' ')} {x:.0e}" for name, x in errors.items())
-        + f"{gray}: all within 1e-4{endc}"
-    )
+    said_errors = [f"{name.replace('_', ' ')} {error:.0e}" for name, error in errors.items()]
+    print(f"{cyan}{', '.join(said_errors)}{gray}: all within 1e-4{endc}")
 
 #%% What comes next, and where every head looks
 if __name__ == "__main__":
     probs = logits[0, -1].float().softmax(-1)
     top = probs.topk(20)
+    top_names = [visible(token) for token in str_tokens(model.tokenizer, top.indices)]
     answer = find_tokens(model.tokenizer, cfg.answer)[0] if cfg.answer else int(top.indices[0])
-    said, names = (
-        visible(str_tokens(model.tokenizer, [answer])[0]),
-        [visible(x) for x in str_tokens(model.tokenizer, top.indices)],
+    said = visible(str_tokens(model.tokenizer, [answer])[0])
+    patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])  # (head of any layer, query, key)
+    likeliest = [f"{name} {cyan}{p:.3f}{endc}" for name, p in zip(top_names[:8], top.values.tolist())]
+    print(f"{purple}=== After {cfg.prompt!r} ==={endc}")
+    print(", ".join(likeliest))
+
+#%% ... as bars of the next token, and as maps of every head's attention
+if __name__ == "__main__":
+    fig = bar(
+        {"probability": top.values},
+        f"Next token after {cfg.prompt[-60:]!r} ({about})",
+        xlabel="token (id)",
+        ylabel="probability",
+        x=[f"{name} ({i})" for name, i in zip(top_names, top.indices.tolist())],
+        hover="%{x}<br>probability %{y:.4f}<extra></extra>",
     )
-    print(
-        f"{purple}=== After {cfg.prompt!r} ==={endc}\n"
-        + ", ".join(f"{name} {cyan}{p:.3f}{endc}" for name, p in zip(names[:8], top.values.tolist()))
+    show(fig, "tiny_transformer/next_token")
+    fig = imshow(
+        patterns,
+        f"Attention of every head on the prompt ({about})",
+        "key",
+        "query",
+        labels,
+        labels,
+        head_names,
+        diverging=False,
+        value="attention",
     )
-    show(
-        go.Figure(
-            go.Bar(
-                x=[f"{name} ({i})" for name, i in zip(names, top.indices.tolist())],
-                y=top.values.tolist(),
-                hovertemplate="%{x}<br>probability %{y:.4f}<extra></extra>",
-            )
-        ).update_layout(
-            title=f"Next token after {cfg.prompt[-60:]!r} ({about})",
-            xaxis_title="token (id)",
-            yaxis_title="probability",
-        ),
-        "tiny_transformer/next_token",
-    )
-    patterns = t.cat([cache["pattern", layer][0] for layer in range(n_layers)])
-    show(
-        imshow(
-            patterns,
-            f"Attention of every head on the prompt ({about})",
-            "key",
-            "query",
-            labels,
-            labels,
-            head_names,
-            diverging=False,
-            value="attention",
-        ),
-        "tiny_transformer/attention",
-    )
-    show_page(
-        attention_page(str_tokens(model.tokenizer, prompt[0]), patterns, head_names, f"Attention of a {about}"),
-        "tiny_transformer/attention_text",
-    )
+    show(fig, "tiny_transformer/attention")
+    page = attention_page(prompt_tokens, patterns, head_names, f"Attention of a {about}")
+    show_page(page, "tiny_transformer/attention_text")
 
 #%% Which parts made that logit? Embedding, positions, every head x source token, every neuron, every bias
 if __name__ == "__main__":
     parts = logit_parts(model, prompt, answer)
     assert parts_error(parts) < 1e-4
-    single = {
-        "embed": parts["embed"],
-        "positions": parts["pos_embed"],
-        "attention biases": parts["attn_bias"].sum(),
-        "MLP biases": parts["mlp_bias"].sum(),
-        "final norm's bias": parts["constant"],
-    }
-    ranked = [[name, labels[-1] if name == "embed" else "", x.item()] for name, x in single.items()]
-    ranked += [
-        [name, labels[j], x.item()]
-        for name, row in zip(head_names, parts["heads"].flatten(0, 1))
-        for j, x in enumerate(row)
+    ranked = [
+        ["embed", labels[-1], parts["embed"].item()],
+        ["positions", "", parts["pos_embed"].item()],
+        ["attention biases", "", parts["attn_bias"].sum().item()],
+        ["MLP biases", "", parts["mlp_bias"].sum().item()],
+        ["final norm's bias", "", parts["constant"].item()],
     ]
-    ranked += [
-        [f"L{layer}N{i}", "", x] for layer, row in enumerate(parts["neurons"].tolist()) for i, x in enumerate(row)
-    ]
+    for name, row in zip(head_names, parts["heads"].flatten(0, 1)):
+        ranked += [[name, labels[source], x.item()] for source, x in enumerate(row)]
+    for layer, row in enumerate(parts["neurons"].tolist()):
+        ranked += [[f"L{layer}N{neuron}", "", x] for neuron, x in enumerate(row)]
     ranked.sort(key=lambda part: -abs(part[2]))
+    others = [f"the other {len(ranked) - 12}", "", sum(part[2] for part in ranked[12:])]
+    table = [*ranked[:12], others, ["sum = logit", "", parts["logit"].item()]]
     print(
-        f"{purple}=== Logit of '{said}' (probability {probs[answer]:.2f}), final norm's scale frozen; weights as trained, the final norm's folded into W_U ==={endc}"
+        f"{purple}=== Logit of '{said}' (probability {probs[answer]:.2f}), final norm's scale frozen; "
+        f"weights as trained, the final norm's folded into W_U ==={endc}"
     )
-    print(
-        tabulate(
-            [
-                *ranked[:12],
-                [f"the other {len(ranked) - 12}", "", sum(part[2] for part in ranked[12:])],
-                ["sum = logit", "", parts["logit"].item()],
-            ],
-            headers=["part", "source", "logit"],
-            floatfmt=".3f",
-        )
-    )
-    by_layer = t.cat([parts["heads"].sum(-1), parts["attn_bias"][:, None], parts["mlp"][:, None]], 1)
-    rest = sum(parts[name].item() for name in ("embed", "pos_embed", "constant"))
-    show(
-        imshow(
-            by_layer,
-            f"Logit of '{said}' = {parts['logit']:.2f} = {rest:.2f} (embedding, positions, final bias) + these, final norm's scale frozen ({about})",
-            "part",
-            "layer",
-            [*(f"H{head}" for head in range(n_heads)), "attn bias", "MLP"],
-            [f"L{layer}" for layer in range(n_layers)],
-            value="logit",
-        ),
-        "tiny_transformer/attribution",
-    )
+    print(tabulate(table, headers=["part", "source", "logit"], floatfmt=".3f"))
     numbers |= {
         "answer": said,
         "answer_logit": parts["logit"],
@@ -632,145 +589,169 @@ if __name__ == "__main__":
         "heads_logit": parts["heads"].sum(),
     }
 
+#%% ... as a map of layers and parts
+if __name__ == "__main__":
+    by_layer = t.cat([parts["heads"].sum(-1), parts["attn_bias"][:, None], parts["mlp"][:, None]], 1)  # (layer, part)
+    rest = sum(parts[name].item() for name in ("embed", "pos_embed", "constant"))
+    fig = imshow(
+        by_layer,
+        f"Logit of '{said}' = {parts['logit']:.2f} = {rest:.2f} (embedding, positions, final bias) + these, "
+        f"final norm's scale frozen ({about})",
+        "part",
+        "layer",
+        [*(f"H{head}" for head in range(n_heads)), "attn bias", "MLP"],
+        layer_names,
+        value="logit",
+    )
+    show(fig, "tiny_transformer/attribution")
+
 #%% Head catalogue on random tokens said twice: who does what, above what shuffling gives
 if __name__ == "__main__":
-    rows = random_repeats(corpus, 24, half := min(50, (model.cfg.n_ctx - 1) // 2), cfg.seed).to(device)
+    half = min(50, (model.cfg.n_ctx - 1) // 2)
+    rows = random_repeats(corpus, 24, half, cfg.seed).to(device)
     scores, bars, roles = catalogue(model, rows)
+    table = []
+    for i, name in enumerate(head_names):
+        table.append([name, *(f"{x.flatten()[i]:.2f}" for x in scores.values()), ", ".join(roles[name])])
+    table.append(["bar", *(f"{x:.2f}" for x in bars.values()), ""])
     print(
-        f"{purple}=== Heads on {len(rows)} x {half} random tokens said twice; a role is named above its bar (floor, or 99th percentile of the best head under shuffling) ==={endc}"
+        f"{purple}=== Heads on {len(rows)} x {half} random tokens said twice; a role is named above its bar "
+        f"(floor, or 99th percentile of the best head under shuffling) ==={endc}"
     )
-    print(
-        tabulate(
-            [
-                *(
-                    [name, *(f"{x.flatten()[i]:.2f}" for x in scores.values()), ", ".join(roles[name])]
-                    for i, name in enumerate(head_names)
-                ),
-                ["bar", *(f"{x:.2f}" for x in bars.values()), ""],
-            ],
-            headers=["head", *scores, "named"],
-        )
-    )
-    show(
-        imshow(
-            t.stack(list(scores.values())),
-            f"Head scores on {len(rows)} x {half} random tokens said twice ({about})",
-            "head",
-            "layer",
-            [f"H{h}" for h in range(n_heads)],
-            [f"L{layer}" for layer in range(n_layers)],
-            [f"{role} (bar {bars[role]:.2f})" for role in scores],
-            columns=3,
-            diverging=False,
-            value="score",
-        ),
-        "tiny_transformer/heads",
-    )
+    print(tabulate(table, headers=["head", *scores, "named"]))
     numbers |= {
         "roles": {name: x for name, x in roles.items() if x},
         "bars": bars,
         "best_scores": {role: x.max() for role, x in scores.items()},
     }
 
-#%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
+#%% ... as one map for each role
 if __name__ == "__main__":
-    words, table, page = [str_tokens(model.tokenizer, row) for row in natural], [], []
-    for layer, found in ((layer, x) for layer in range(n_layers) for x in neuron_catalogue(model, natural, layer)):
-        near = lambda ids: " ".join(visible(x) for x in str_tokens(model.tokenizer, ids))
-        raised, lowered, name = (
-            near(found["effect"].topk(6).indices),
-            near((-found["effect"]).topk(6).indices),
-            f"L{layer}N{found['neuron']}",
-        )
-        contexts = [(act, words[row][max(0, at - 10) : at], words[row][at]) for act, row, at in found["peaks"]]
-        table.append(
-            [
-                name,
-                f"{contexts[0][0]:.1f}",
-                " | ".join(visible("".join(before[-3:])) + f"[{visible(token)}]" for _, before, token in contexts[:3]),
-                raised,
-                lowered,
-            ]
-        )
-        page.append(
-            f"<h2>{name}</h2><p>raises {html.escape(raised)}<br>lowers {html.escape(lowered)}</p>"
-            + "".join(
-                f"<pre>{act:6.2f} {html.escape(visible(''.join(before)))}<b>{html.escape(visible(token))}</b></pre>"
-                for act, before, token in contexts
+    fig = imshow(
+        t.stack(list(scores.values())),
+        f"Head scores on {len(rows)} x {half} random tokens said twice ({about})",
+        "head",
+        "layer",
+        [f"H{head}" for head in range(n_heads)],
+        layer_names,
+        [f"{role} (bar {bars[role]:.2f})" for role in scores],
+        columns=3,
+        diverging=False,
+        value="score",
+    )
+    show(fig, "tiny_transformer/heads")
+
+
+#%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
+def token_list(model: TinyTransformer, tokens: Tensor) -> str:
+    return " ".join(visible(token) for token in str_tokens(model.tokenizer, tokens))
+
+
+if __name__ == "__main__":
+    words = [str_tokens(model.tokenizer, row) for row in natural]
+    neurons = []
+    for layer in range(n_layers):
+        for found in neuron_catalogue(model, natural, layer):
+            peaks = [(act, words[row][max(0, pos - 10) : pos], words[row][pos]) for act, row, pos in found["peaks"]]
+            neurons.append(
+                {
+                    "name": f"L{layer}N{found['neuron']}",
+                    "peaks": peaks,  # (activation, ten tokens before, token), strongest first
+                    "raises": token_list(model, found["effect"].topk(6).indices),
+                    "lowers": token_list(model, (-found["effect"]).topk(6).indices),
+                }
             )
-        )
+    table = []
+    for neuron in neurons:
+        fires = [visible("".join(before[-3:])) + f"[{visible(token)}]" for _, before, token in neuron["peaks"][:3]]
+        peak = f"{neuron['peaks'][0][0]:.1f}"
+        table.append([neuron["name"], peak, " | ".join(fires), neuron["raises"], neuron["lowers"]])
     print(
-        f"{purple}=== Neurons: top contexts in {len(natural)} x {ctx} held-out tokens; logit effect by the direct path, weights with the final norm folded ==={endc}"
+        f"{purple}=== Neurons: top contexts in {len(natural)} x {ctx} held-out tokens; logit effect by the direct "
+        f"path, weights with the final norm folded ==={endc}"
     )
     print(tabulate(table, headers=["neuron", "peak", "fires at [token]", "raises", "lowers"]))
-    show_page(
-        f"<!doctype html><meta charset='utf-8'><title>Neurons</title><style>body{{font:15px sans-serif;margin:24px}}b{{background:#E69F00}}</style><h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>"
-        + "".join(page),
-        "tiny_transformer/neurons",
-    )
 
-#%% The feed-forward block through attention maps: who is in a position's stream before it, and after
+
+#%% ... as a page to read
+def neuron_entry(neuron: dict) -> str:
+    entry = (
+        f"<h2>{neuron['name']}</h2><p>raises {html.escape(neuron['raises'])}"
+        f"<br>lowers {html.escape(neuron['lowers'])}</p>"
+    )
+    for act, before, token in neuron["peaks"]:
+        context = html.escape(visible("".join(before)))
+        entry += f"<pre>{act:6.2f} {context}<b>{html.escape(visible(token))}</b></pre>"
+    return entry
+
+
 if __name__ == "__main__":
-    before, after = ([mixing(x[name]) for x in maps] for name in ("attn_res", "ff_res"))
-    panels = {
-        f"L{layer} {text}": maps[layer][name]
-        for layer in range(n_layers)
-        for name, text in (
-            ("attn_res", "attention + residual"),
-            ("ff", "feed-forward (IG)"),
-            ("ff_res", "feed-forward + residual"),
+    page = (
+        "<!doctype html><meta charset='utf-8'><title>Neurons</title>"
+        "<style>body{font:15px sans-serif;margin:24px}b{background:#E69F00}</style>"
+        f"<h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>"
+    )
+    page += "".join(neuron_entry(neuron) for neuron in neurons)
+    show_page(page, "tiny_transformer/neurons")
+
+#%% The feed-forward block through attention maps: how much of a stream comes from other positions, before it and after
+if __name__ == "__main__":
+    before_ff = [mixing(x["attn_res"]) for x in maps]
+    after_ff = [mixing(x["ff_res"]) for x in maps]
+    numbers |= {"mixing_before_ff": before_ff, "mixing_after_ff": after_ff}
+    print(f"{purple}=== Share of the stream that comes from other positions ==={endc}")
+    for layer in range(n_layers):
+        print(
+            f"layer {layer}: {cyan}{before_ff[layer]:.3f}{endc} after attention, "
+            f"{cyan}{after_ff[layer]:.3f}{endc} after the feed-forward block"
         )
-    }
-    show(
-        imshow(
-            t.stack(list(panels.values())),
-            f"||what the key's stream brings to the query||, through attention and then the feed-forward block ({about}); each panel on its own scale",
-            "key",
-            "query",
-            labels,
-            labels,
-            list(panels),
-            columns=3,
-            diverging=False,
-            value="norm",
-            one_scale=False,
-        ),
-        "tiny_transformer/feed_forward_maps",
+
+#%% ... as maps of who is in whose stream
+if __name__ == "__main__":
+    panels = {}
+    for layer in range(n_layers):
+        panels[f"L{layer} attention + residual"] = maps[layer]["attn_res"]
+        panels[f"L{layer} feed-forward (IG)"] = maps[layer]["ff"]
+        panels[f"L{layer} feed-forward + residual"] = maps[layer]["ff_res"]
+    fig = imshow(
+        t.stack(list(panels.values())),
+        "||what the key's stream brings to the query||, through attention and then the feed-forward block "
+        f"({about}); each panel on its own scale",
+        "key",
+        "query",
+        labels,
+        labels,
+        list(panels),
+        columns=3,
+        diverging=False,
+        value="norm",
+        one_scale=False,
     )
-    show(
-        imshow(
-            t.cat([x["weighted"] for x in maps]),
-            f"Norm-based attention of every head: ||alpha f(x)||, layer norm and values included ({about})",
-            "key",
-            "query",
-            labels,
-            labels,
-            head_names,
-            diverging=False,
-            value="norm",
-        ),
-        "tiny_transformer/norm_based",
+    show(fig, "tiny_transformer/feed_forward_maps")
+    fig = imshow(
+        t.cat([x["weighted"] for x in maps]),
+        f"Norm-based attention of every head: ||alpha f(x)||, layer norm and values included ({about})",
+        "key",
+        "query",
+        labels,
+        labels,
+        head_names,
+        diverging=False,
+        value="norm",
     )
-    numbers |= {"mixing_before_ff": before, "mixing_after_ff": after}
-    print(
-        f"{purple}=== Share of the stream that comes from other positions ==={endc}\n"
-        + "\n".join(
-            f"layer {l}: {cyan}{a:.3f}{endc} after attention, {cyan}{b:.3f}{endc} after the feed-forward block"
-            for l, (a, b) in enumerate(zip(before, after))
-        )
-    )
+    show(fig, "tiny_transformer/norm_based")
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
     save_results("tiny_transformer", cfg, **numbers)
-    named = (
-        "; ".join(
-            f"{role}: {', '.join(heads)}"
-            for role in scores
-            if (heads := [name for name, x in roles.items() if role in x])
-        )
-        or "no head has a role"
-    )
+    named = []
+    for role in scores:
+        heads = [name for name, has in roles.items() if role in has]
+        if heads:
+            named.append(f"{role}: {', '.join(heads)}")
+    rest = parts["logit"] - parts["heads"].sum() - parts["mlp"].sum()
     print(
-        f"{green}'{said}' gets its logit of {parts['logit']:.2f} from heads {parts['heads'].sum():+.2f}, MLPs {parts['mlp'].sum():+.2f}, the rest {parts['logit'] - parts['heads'].sum() - parts['mlp'].sum():+.2f}. {named}. Gate: attribution exact to {errors['attribution']:.0e}.{endc}"
+        f"{green}'{said}' gets its logit of {parts['logit']:.2f} from heads {parts['heads'].sum():+.2f}, MLPs "
+        f"{parts['mlp'].sum():+.2f}, the rest {rest:+.2f}. {'; '.join(named) or 'no head has a role'}. "
+        f"Gate: attribution exact to {errors['attribution']:.0e}.{endc}"
     )

@@ -1,4 +1,4 @@
-"""The one training loop (Muon and AdamW, exact resume, many processes), and how a script is launched: flags, presets, sweeps, Slurm."""
+"""The one training loop: Muon and AdamW, checkpoints, exact resume, many processes, signals."""
 
 import contextlib
 import copy
@@ -20,15 +20,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from utils import BAR, cyan, endc, fail, gray, in_kernel, pick_device, secret, tec, write_aside, yellow
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    BAR,
+    cyan,
+    endc,
+    fail,
+    gray,
+    in_kernel,
+    pick_device,
+    secret,
+    tec,
+    write_aside,
+    yellow,
+)
 from hooks import out_of_memory
+from layers import next_token_loss
 
 import numpy as np
 import torch as t
-from torch import Tensor
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
@@ -50,9 +62,11 @@ class TrainConfig:
     clip: float = 1.0  # gradient norm; 0 does not clip
     autocast: Literal["auto", "on", "off"] = "auto"  # bfloat16 in training: auto is on where it is faster
     activation_checkpointing: bool = (
-        False  # compute each block's activations again in the backward pass: less memory, a third more time
+        False  # compute activations again in the backward pass: less memory, a third more time
     )
-    fsdp: bool = False  # several processes: share out parameters, gradients and optimizer states (FSDP2), where a copy for each (DDP) does not fit
+    fsdp: bool = (
+        False  # several processes share out parameters, gradients and optimizer states (FSDP2) where DDP does not fit
+    )
     compile: bool = False
     wandb: bool = False
     save_every: int = 200  # steps between checkpoints; 0 writes none
@@ -63,8 +77,14 @@ class TrainConfig:
 
 #%% Speed on a CPU: keep freed memory, and use bfloat16 where a 10 ms probe finds it faster
 def keep_freed_memory() -> None:
-    """glibc returns every large temporary to the system and faults it in again; keeping them makes a step up to 1.7x faster."""
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    """
+    glibc returns every large temporary to the system and faults it in again; keeping them makes a step up to 1.7x
+    faster.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -88,27 +108,21 @@ def bf16_is_faster(device: str) -> bool:
 #%% Optimizers and schedule
 def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[t.optim.Optimizer]:
     """Muon for the weight matrices of linear layers inside blocks, AdamW for the rest."""
-    hidden = (
-        {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name}
-        if cfg.optimizer == "muon"
-        else set()
-    )
+    hidden = set()
+    if cfg.optimizer == "muon":
+        linears = [
+            module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name
+        ]
+        hidden = {id(linear.weight) for linear in linears}
+    matrices = [p for p in model.parameters() if id(p) in hidden]
     rest = [p for p in model.parameters() if id(p) not in hidden and p.requires_grad]
-    optimizers: list[t.optim.Optimizer] = [
-        t.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    ]
-    if hidden:
-        optimizers.append(
-            t.optim.Muon(
-                [p for p in model.parameters() if id(p) in hidden],
-                lr=cfg.muon_lr,
-                weight_decay=cfg.weight_decay,
-                momentum=0.95,
-            )
-        )
+    adamw = t.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    optimizers: list[t.optim.Optimizer] = [adamw]
+    if matrices:
+        optimizers.append(t.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+            group["base_lr"] = group["lr"]  # what schedule takes a share of
     return optimizers
 
 
@@ -120,43 +134,44 @@ def schedule(step: int, cfg: TrainConfig) -> float:
     return rise * min(1.0, (cfg.steps - step) / max(1, cfg.decay * cfg.steps))
 
 
+def set_learning_rates(optimizers: list[t.optim.Optimizer], step: int, cfg: TrainConfig) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule(step, cfg)
+
+
 def context_at(step: int, cfg: TrainConfig) -> int:
-    return cfg.contexts[sum(step >= share * cfg.steps for share in cfg.context_steps[: len(cfg.contexts) - 1])]
+    """The context length at a step."""
+    begins = cfg.context_steps[: len(cfg.contexts) - 1]
+    stage = sum(step >= share * cfg.steps for share in begins)
+    return cfg.contexts[stage]
 
 
 #%% Checkpoints: written aside, then renamed; refused where they do not fit
-FREE = (
-    "resume",
-    "wandb",
-    "save_every",
-    "device",
-    "compile",
-    "fsdp",
-    "activation_checkpointing",
-)  # settings that may differ between a run and its continuation
+# settings that may differ between a run and its continuation
+FREE = ("resume", "wandb", "save_every", "device", "compile", "fsdp", "activation_checkpointing")
 
 
 def identity(cfg: TrainConfig, **more) -> dict:
-    """What two runs must share for one to go on from the other's checkpoint: the training settings, and what the script adds (shape, data)."""
-    return {
-        **{field.name: getattr(cfg, field.name) for field in dataclasses.fields(TrainConfig) if field.name not in FREE},
-        **more,
-    }
+    """
+    What two runs must share for one to go on from the other's checkpoint: the training settings, and what the script
+    adds (shape, data).
+    """
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in FREE]
+    return {**{name: getattr(cfg, name) for name in names}, **more}
 
 
 def save_checkpoint(path: Path, run: dict, step: int, model: nn.Module, optimizers: list[dict], history: dict) -> bool:
     """False where the disk is full: the checkpoint before is kept, and training can go on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = dict(run=run, step=step, model=model.state_dict(), optimizers=optimizers, history=history)
+    state = {"run": run, "step": step, "model": model.state_dict(), "optimizers": optimizers, "history": history}
     try:
-        write_aside(path, lambda p: t.save(state, p))
+        write_aside(path, lambda aside: t.save(state, aside))
     except (OSError, RuntimeError) as error:
-        print(
-            f"{yellow}step {step}: {path} was not written, the one before is kept: {str(error).splitlines()[0]}{endc}"
-        )
-    else:
-        return True
-    return False
+        reason = str(error).splitlines()[0]
+        print(f"{yellow}step {step}: {path} was not written, the one before is kept: {reason}{endc}")
+        return False
+    return True
 
 
 def load_checkpoint(path: Path, run: dict) -> dict:
@@ -177,16 +192,7 @@ def processes() -> tuple[int, int]:
     """(rank, number) of the processes that torchrun or srun started; the first call joins them into one group."""
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        ).stdout.split()
-        env.update(
-            RANK=env["SLURM_PROCID"],
-            WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"],
-            LOCAL_RANK=env["SLURM_LOCALID"],
-            MASTER_ADDR=nodes[0],
-            MASTER_PORT=str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
-        )
+        env.update(torchrun_variables(env))
     if int(env.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not dist.is_initialized():
@@ -194,8 +200,21 @@ def processes() -> tuple[int, int]:
             t.cuda.set_device(int(env["LOCAL_RANK"]) % t.cuda.device_count())
         dist.init_process_group(timeout=timedelta(hours=2))
         if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
     return dist.get_rank(), dist.get_world_size()
+
+
+def torchrun_variables(env: dict[str, str]) -> dict[str, str]:
+    """What torchrun would set, from what srun set."""
+    asked = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+    nodes = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "MASTER_ADDR": nodes[0],
+        "MASTER_PORT": str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+    }
 
 
 def first_goes_on() -> None:
@@ -211,18 +230,25 @@ def first_goes_on() -> None:
 
 
 def share_of(rows: Tensor, rank: int, size: int) -> tuple[Tensor, float]:
-    """This process's rows, and the weight of their mean that makes the mean over processes the mean over all rows. Without rows: one row of weight 0, so that nobody waits."""
+    """
+    This process's rows, and the weight of their mean that makes the mean over processes the mean over all rows. Without
+    rows: one row of weight 0, so that nobody waits.
+    """
     mine = rows[rank::size]
-    return (mine, len(mine) * size / len(rows)) if len(mine) else (rows[:1], 0.0)
+    if len(mine) == 0:
+        return rows[:1], 0.0
+    return mine, len(mine) * size / len(rows)
 
 
 def agree(loss: float, stop: int, size: int) -> tuple[float, int]:
     """(mean loss, highest signal) of all processes."""
     if size == 1:
         return loss, stop
-    both = t.tensor([loss / size, stop], dtype=t.float64)
-    dist.all_reduce(both[:1]), dist.all_reduce(both[1:], dist.ReduceOp.MAX)
-    return both[0].item(), int(both[1])
+    mean_loss = t.tensor(loss / size, dtype=t.float64)
+    highest = t.tensor(stop, dtype=t.float64)
+    dist.all_reduce(mean_loss)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return mean_loss.item(), int(highest)
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -246,72 +272,97 @@ def collect(model: nn.Module, parts: nn.Module) -> None:
 
 def whole_state(optimizer: t.optim.Optimizer) -> dict:
     """Its state_dict with whole tensors, so that a checkpoint fits any number of processes."""
-    return t.utils._pytree.tree_map(
-        lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x, optimizer.state_dict()
-    )
+
+    def whole(x: object) -> object:
+        return x.full_tensor().cpu() if hasattr(x, "full_tensor") else x
+
+    return t.utils._pytree.tree_map(whole, optimizer.state_dict())
 
 
 def load_state(optimizer: t.optim.Optimizer, saved: dict) -> None:
+    """The way back: whole tensors are shared out as their parameters are."""
     from torch.distributed.tensor import distribute_tensor
 
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    part = lambda p, x: (
-        distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-        if hasattr(p, "full_tensor") and x.shape == p.shape
-        else x
-    )
-    optimizer.load_state_dict(
-        {
-            **saved,
-            "state": {i: {key: part(params[i], x) for key, x in state.items()} for i, state in saved["state"].items()},
-        }
-    )
+
+    def part(p: Tensor, x: object) -> object:
+        if hasattr(p, "full_tensor") and x.shape == p.shape:
+            return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+        return x
+
+    state = {}
+    for i, values in saved["state"].items():
+        state[i] = {key: part(params[i], x) for key, x in values.items()}
+    optimizer.load_state_dict({**saved, "state": state})
 
 
 #%% Memory: what a run will need
 def expected_memory(
-    make_model: Callable[[], nn.Module], cfg: TrainConfig, device: str = "cuda", low: bool = True
+    make_model: Callable[[], nn.Module],
+    cfg: TrainConfig,
+    device: str = "cuda",
+    low: bool = True,
 ) -> dict[str, float]:
-    """Gigabytes of one process at the peak of a step, from shapes alone (no such device is needed). low: bfloat16 autocast. Not for models whose shapes depend on data (experts)."""
+    """
+    Gigabytes of one process at the peak of a step, from shapes alone (no such device is needed). low: bfloat16
+    autocast. Not for models whose shapes depend on data (experts).
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    with FakeTensorMode(), t.device(device):
+        model = make_model()
+        optimizers = make_optimizers(model, cfg)
+        if cfg.activation_checkpointing:
+            recompute_blocks(model)
+        kept = kept_for_backward(model, cfg, device, low)
+        sizes = [x.untyped_storage().nbytes() for x in kept]
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        states = 0
+        for optimizer in optimizers:
+            moments = 1 if isinstance(optimizer, t.optim.Muon) else 2
+            for group in optimizer.param_groups:
+                states += sum(moments * p.numel() * p.element_size() for p in group["params"])
+    parts = {
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer": states,
+        # the largest, the logits, has its gradient beside it, twice for a moment
+        "activations": sum(sizes) + 2 * max(sizes),
+    }
+    parts["total"] = sum(parts.values())
+    return {name: size / 1e9 for name, size in parts.items()}
+
+
+def kept_for_backward(model: nn.Module, cfg: TrainConfig, device: str, low: bool) -> list[Tensor]:
+    """The tensors, one per storage, that a forward pass of one micro-batch keeps, without the parameters."""
     saved: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
         saved[x.untyped_storage()._cdata] = x
         return x
 
-    before = t.is_autocast_enabled(device), t.get_autocast_dtype(device)
-    with FakeTensorMode(), t.device(device):
-        model, ctx = make_model(), max(cfg.contexts)
-        optimizers = make_optimizers(model, cfg)
-        if cfg.activation_checkpointing:
-            recompute_blocks(model)
-        try:  # autocast() itself refuses a device that is not there
-            t.set_autocast_enabled(device, low), t.set_autocast_dtype(device, t.bfloat16)
-            with t.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                language_loss(model, t.zeros(cfg.tokens_per_step // cfg.accumulate // ctx, ctx, dtype=t.long))
-        finally:
-            t.set_autocast_enabled(device, before[0]), t.set_autocast_dtype(device, before[1])
-        for p in model.parameters():
-            saved.pop(p.untyped_storage()._cdata, None)
-        states = sum(
-            p.numel() * p.element_size() * (1 if isinstance(o, t.optim.Muon) else 2)
-            for o in optimizers
-            for group in o.param_groups
-            for p in group["params"]
-        )
-        weights, sizes = (
-            sum(p.numel() * p.element_size() for p in model.parameters()),
-            [x.untyped_storage().nbytes() for x in saved.values()],
-        )
-    parts = dict(
-        parameters=weights, gradients=weights, optimizer=states, activations=sum(sizes) + 2 * max(sizes)
-    )  # the largest, the logits, has its gradient beside it, twice for a moment
-    return {name: size / 1e9 for name, size in {**parts, "total": sum(parts.values())}.items()}
+    def unpack(x: Tensor) -> Tensor:
+        return x
+
+    context = max(cfg.contexts)
+    rows = cfg.tokens_per_step // cfg.accumulate // context
+    was_enabled = t.is_autocast_enabled(device)
+    was_dtype = t.get_autocast_dtype(device)
+    try:  # autocast() itself refuses a device that is not there
+        t.set_autocast_enabled(device, low)
+        t.set_autocast_dtype(device, t.bfloat16)
+        with t.autograd.graph.saved_tensors_hooks(pack, unpack):
+            language_loss(model, t.zeros(rows, context, dtype=t.long))
+    finally:
+        t.set_autocast_enabled(device, was_enabled)
+        t.set_autocast_dtype(device, was_dtype)
+    for p in model.parameters():
+        saved.pop(p.untyped_storage()._cdata, None)
+    return list(saved.values())
 
 
 def recompute_blocks(model: nn.Module) -> None:
+    """Keep no activations inside blocks: they are computed again in the backward pass."""
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -319,20 +370,22 @@ def recompute_blocks(model: nn.Module) -> None:
 #%% Signals: preemption and time limits save at the end of a step; a Slurm job goes back to the queue
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """The signals (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) that arrived inside the context, which are otherwise ignored there; a second Ctrl-C is not."""
+    """
+    The signals (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) that arrived inside the context, which are otherwise ignored there;
+    a second Ctrl-C is not.
+    """
     caught: list[int] = []
     if in_kernel() or threading.current_thread() is not threading.main_thread():
-        return (yield caught)
+        yield caught
+        return
 
     def catch(number: int, frame: object) -> None:
         caught.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    before = {
-        number: signal.signal(number, catch)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -343,35 +396,28 @@ def caught_signals() -> Iterator[list[int]]:
 def slurm_id() -> str | None:
     """Of the job this process runs in: 12, or 12_3 in an array."""
     env = os.environ
-    return (
-        f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-        if "SLURM_ARRAY_JOB_ID" in env
-        else env.get("SLURM_JOB_ID")
-    )
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
 
 
 def in_queue(job: str) -> str:
     """'PENDING (Priority)', 'RUNNING (None)' ...; nothing once it has left the queue."""
     if not shutil.which("squeue"):
         return ""
-    asked = subprocess.run(
-        ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%T (%r)"], capture_output=True, text=True
-    )
-    return (
-        f"UNKNOWN ({asked.stderr.strip()})"
-        if asked.returncode and "Invalid job id" not in asked.stderr
-        else asked.stdout.strip()
-    )
+    command = ["squeue", "--noheader", "--array", "--jobs", job, "--format", "%T (%r)"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        return f"UNKNOWN ({asked.stderr.strip()})"
+    return asked.stdout.strip()
 
 
 def give_way(number: int, rank: int, at: str) -> NoReturn:
     """The checkpoint is written. A preempted job requeues itself, a cancelled one is no longer RUNNING and just ends."""
     job = slurm_id()
     requeue = rank == 0 and job is not None and in_queue(job).startswith("RUNNING")
-    print(
-        f"{yellow}{signal.Signals(number).name}: saved {at}; {f'job {job} goes back to the queue' if requeue else 'go on with --resume'}{endc}",
-        flush=True,
-    )
+    then = f"job {job} goes back to the queue" if requeue else "go on with --resume"
+    print(f"{yellow}{signal.Signals(number).name}: saved {at}; {then}{endc}", flush=True)
     if requeue:
         subprocess.run(["scontrol", "requeue", job], check=True)
     raise SystemExit(128 + number if rank == 0 else 0)
@@ -380,8 +426,7 @@ def give_way(number: int, rank: int, at: str) -> NoReturn:
 #%% The loop
 def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over all positions but the first."""
-    logits = model(tokens)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return next_token_loss(model(tokens), tokens)
 
 
 def train(
@@ -397,116 +442,180 @@ def train(
     **fits,
 ) -> dict:
     """
-    Train in place. batch(i) gives micro-batch i and must depend on i alone, so that a resumed run sees the same data; several processes split its rows,
-    over which loss_fn(model, rows) averages (split=False: each takes them all). watch(step) -> numbers to keep, every watch_every steps, on every process.
+    Train in place. batch(i) gives micro-batch i and must depend on i alone, so that a resumed run sees the same data;
+    several processes split its rows, over which loss_fn(model, rows) averages (split=False: each takes them all).
+    watch(step) -> numbers to keep, every watch_every steps, on every process.
     Returns the history: step, tokens, loss, watch, seconds, tokens_per_second.
     The checkpoint is checkpoints/<name>.pt; fits: what else it must share with the run (data, model shape).
     """
-    (rank, size), device, path = processes(), pick_device(cfg.device), Path("checkpoints") / f"{name}.pt"
-    if cfg.fsdp and size == 1:
-        fail(
-            "--fsdp shares a model out over several processes: start them by torchrun --nproc-per-node N, or --slurm --slurm-gpus N"
-        )
-    model.to("cpu" if cfg.fsdp else device).train()
-    if device == "cpu":
-        keep_freed_memory()
-    low = cfg.autocast == "on" or (cfg.autocast == "auto" and bf16_is_faster(device))
-    history: dict = {"step": [], "tokens": [], "loss": [], "watch": [], "seconds": 0.0}
-    run, state, first = identity(cfg, **fits), None, 0
-    if cfg.resume and path.exists():
-        state = load_checkpoint(path, run)
-        model.load_state_dict(state["model"])
-        history, first = state["history"], state["step"]
-        print(f"{gray}resumed {path} at step {first} of {cfg.steps}{endc}")
-    elif cfg.resume:
-        print(f"{yellow}--resume: no checkpoint {path} yet, starting from step 0{endc}")
-    work = sharded(model) if cfg.fsdp else model
-    if cfg.activation_checkpointing:
-        recompute_blocks(work)
-    optimizers = make_optimizers(work, cfg)
-    for optimizer, saved in zip(optimizers, state["optimizers"] if state else []):
-        load_state(optimizer, saved)
-    forward = ddp = (
-        nn.parallel.DistributedDataParallel(work, find_unused_parameters=True) if size > 1 and not cfg.fsdp else work
-    )
-    if cfg.compile:
-        forward = t.compile(forward)
-    board = start_wandb(name, run) if cfg.wandb and rank == 0 else None
-    seen, start = history["tokens"][-1] if history["tokens"] else 0, time.perf_counter() - history["seconds"]
-    bar = trange(first, cfg.steps, initial=first, total=cfg.steps, desc=f"{name}", disable=rank > 0, **BAR)
+    run = Run(model, cfg, name, fits)
+    bar = trange(run.first, cfg.steps, initial=run.first, total=cfg.steps, desc=name, disable=run.rank > 0, **BAR)
     with caught_signals() as caught:
         for step in bar:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * schedule(step, cfg)
-            total = 0.0
+            done = step + 1
+            is_last = done == cfg.steps
+            set_learning_rates(run.optimizers, step, cfg)
             try:
-                for micro in range(cfg.accumulate):
-                    tokens = batch(step * cfg.accumulate + micro)
-                    seen += tokens_per_batch or tokens.numel()
-                    tokens, weight = share_of(tokens, rank, size) if split else (tokens, 1.0)
-                    with ddp.no_sync() if ddp is not work and micro + 1 < cfg.accumulate else contextlib.nullcontext():
-                        with t.autocast(device.split(":")[0], t.bfloat16, enabled=low):
-                            loss = loss_fn(forward, tokens.to(device)) * weight / cfg.accumulate
-                        loss.backward()
-                    total += loss.item()
-                total, stop = agree(total, max(caught, default=0), size)
-                if not math.isfinite(total):
-                    fail(f"the loss is {total} at step {step}: lower --lr and --muon-lr")
-                if cfg.clip:
-                    nn.utils.clip_grad_norm_(work.parameters(), cfg.clip)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+                loss = run.gradients(step, batch, loss_fn, tokens_per_batch, split)
+                loss, stop = agree(loss, max(caught, default=0), run.size)
+                run.update(step, loss)
             except (t.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                fail(
-                    f"out of memory at step {step} with {tokens.numel() // size} tokens at once: raise --accumulate ({cfg.accumulate}), lower --tokens-per-step ({cfg.tokens_per_step}) or --contexts, or set --activation-checkpointing{' or --fsdp' * (size > 1)}"
-                )
-            last = step + 1 == cfg.steps
-            history["step"].append(step + 1), history["tokens"].append(seen), history["loss"].append(total)
-            if watch and ((step + 1) % watch_every == 0 or last):
-                if cfg.fsdp:
-                    collect(model.to(device), work)
-                model.eval()
-                history["watch"].append({"step": step + 1, "tokens": seen, **watch(step + 1)})
-                assert all(type(value) in (int, float) for value in history["watch"][-1].values()), (
-                    "watch returns Python numbers: they go into the checkpoint"
-                )
-                model.to("cpu" if cfg.fsdp else device).train()
-            if board:
-                board.log(
-                    {
-                        "loss": total,
-                        "tokens": seen,
-                        **{
-                            k: v
-                            for k, v in (history["watch"][-1] if history["watch"] else {}).items()
-                            if isinstance(v, float)
-                        },
-                    },
-                    step=step,
-                )
-            if step % 10 == 0 or last:
-                bar.set_description(f"{name} loss {cyan}{total:.3f}{endc} nats {seen / 1e6:.2f}M tokens")
-            if stop or (cfg.save_every and (last or (step + 1) % cfg.save_every == 0)):
-                history["seconds"] = time.perf_counter() - start
-                if cfg.fsdp:
-                    collect(model, work)
-                states = [whole_state(optimizer) for optimizer in optimizers]
-                saved = rank > 0 or save_checkpoint(path, run, step + 1, model, states, history)
+                run.say_what_to_lower(step)
+            run.note(done, loss)
+            if watch and (done % watch_every == 0 or is_last):
+                run.watch(done, watch)
+            run.log(step, loss)
+            if step % 10 == 0 or is_last:
+                bar.set_description(f"{name} loss {cyan}{loss:.3f}{endc} nats {run.seen / 1e6:.2f}M tokens")
+            saved = False
+            if stop or (cfg.save_every and (is_last or done % cfg.save_every == 0)):
+                saved = run.save(done)
             if stop:
-                give_way(stop, rank, f"{path} at step {step + 1} of {cfg.steps}" if saved else "nothing new")
-    history["seconds"] = time.perf_counter() - start
-    if cfg.fsdp:
-        collect(model.to(device), work)
-    if cfg.activation_checkpointing and not cfg.fsdp:
-        for block in model.blocks:
-            del block.forward
-    tec()
-    model.eval()
-    return {**history, "tokens_per_second": seen / history["seconds"]}
+                give_way(stop, run.rank, f"{run.path} at step {done} of {cfg.steps}" if saved else "nothing new")
+    return run.finish()
+
+
+class Run:
+    """What changes over a training run: the model's working copy, optimizers, tokens seen, history, the clock."""
+
+    def __init__(self, model: nn.Module, cfg: TrainConfig, name: str, fits: dict):
+        self.model = model
+        self.cfg = cfg
+        self.rank, self.size = processes()
+        self.device = pick_device(cfg.device)
+        self.path = Path("checkpoints") / f"{name}.pt"
+        self.identity = identity(cfg, **fits)
+        if cfg.fsdp and self.size == 1:
+            fail(
+                "--fsdp shares a model out over several processes: start them by torchrun --nproc-per-node N, or "
+                "--slurm --slurm-gpus N"
+            )
+        self.home = "cpu" if cfg.fsdp else self.device  # where the whole model stands between steps
+        model.to(self.home).train()
+        if self.device == "cpu":
+            keep_freed_memory()
+        self.low = cfg.autocast == "on" or (cfg.autocast == "auto" and bf16_is_faster(self.device))
+        state = self.resume() if cfg.resume else None
+        self.history: dict = {"step": [], "tokens": [], "loss": [], "watch": [], "seconds": 0.0}
+        self.first = 0
+        if state:
+            self.history = state["history"]
+            self.first = state["step"]
+        self.make_working_copy()
+        self.optimizers = make_optimizers(self.work, cfg)
+        if state:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                load_state(optimizer, saved)
+        self.board = start_wandb(name, self.identity) if cfg.wandb and self.rank == 0 else None
+        self.seen = self.history["tokens"][-1] if self.history["tokens"] else 0  # tokens
+        self.start = time.perf_counter() - self.history["seconds"]
+
+    def resume(self) -> dict | None:
+        """The state of the checkpoint, whose weights the model takes; None where there is none yet."""
+        if not self.path.exists():
+            print(f"{yellow}--resume: no checkpoint {self.path} yet, starting from step 0{endc}")
+            return None
+        state = load_checkpoint(self.path, self.identity)
+        self.model.load_state_dict(state["model"])
+        print(f"{gray}resumed {self.path} at step {state['step']} of {self.cfg.steps}{endc}")
+        return state
+
+    def make_working_copy(self) -> None:
+        """work: whose parameters are optimized; ddp: what shares gradients; forward: what computes."""
+        self.work = sharded(self.model) if self.cfg.fsdp else self.model
+        if self.cfg.activation_checkpointing:
+            recompute_blocks(self.work)
+        self.ddp = self.work
+        if self.size > 1 and not self.cfg.fsdp:
+            self.ddp = nn.parallel.DistributedDataParallel(self.work, find_unused_parameters=True)
+        self.forward = t.compile(self.ddp) if self.cfg.compile else self.ddp
+
+    def gradients(
+        self,
+        step: int,
+        batch: Callable[[int], Tensor],
+        loss_fn: Callable,
+        tokens_per_batch: int | None,
+        split: bool,
+    ) -> float:
+        """Gradients of all micro-batches of a step; the loss of this process's rows."""
+        total = 0.0
+        for micro in range(self.cfg.accumulate):
+            tokens = batch(step * self.cfg.accumulate + micro)
+            self.seen += tokens_per_batch or tokens.numel()
+            weight = 1.0
+            if split:
+                tokens, weight = share_of(tokens, self.rank, self.size)
+            self.tokens_at_once = tokens.numel()
+            waits = self.ddp is not self.work and micro + 1 < self.cfg.accumulate  # for the last micro-batch
+            with self.ddp.no_sync() if waits else contextlib.nullcontext():
+                with t.autocast(self.device.split(":")[0], t.bfloat16, enabled=self.low):
+                    loss = loss_fn(self.forward, tokens.to(self.device)) * weight / self.cfg.accumulate
+                loss.backward()
+            total += loss.item()
+        return total
+
+    def update(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step}: lower --lr and --muon-lr")
+        if self.cfg.clip:
+            nn.utils.clip_grad_norm_(self.work.parameters(), self.cfg.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def say_what_to_lower(self, step: int) -> NoReturn:
+        fail(
+            f"out of memory at step {step} with {self.tokens_at_once} tokens at once: raise --accumulate "
+            f"({self.cfg.accumulate}), lower --tokens-per-step ({self.cfg.tokens_per_step}) or --contexts, or set "
+            f"--activation-checkpointing{' or --fsdp' * (self.size > 1)}"
+        )
+
+    def note(self, done: int, loss: float) -> None:
+        self.history["step"].append(done)
+        self.history["tokens"].append(self.seen)
+        self.history["loss"].append(loss)
+
+    def watch(self, done: int, watch: Callable[[int], dict]) -> None:
+        if self.cfg.fsdp:
+            collect(self.model.to(self.device), self.work)
+        self.model.eval()
+        numbers = watch(done)
+        kinds = {type(value) for value in numbers.values()}
+        assert kinds <= {int, float}, "watch returns Python numbers: they go into the checkpoint"
+        self.history["watch"].append({"step": done, "tokens": self.seen, **numbers})
+        self.model.to(self.home).train()
+
+    def log(self, step: int, loss: float) -> None:
+        if not self.board:
+            return
+        seen = self.history["watch"][-1] if self.history["watch"] else {}
+        watched = {name: value for name, value in seen.items() if isinstance(value, float)}
+        self.board.log({"loss": loss, "tokens": self.seen, **watched}, step=step)
+
+    def save(self, done: int) -> bool:
+        """Whether the checkpoint stands; the first process writes it."""
+        self.history["seconds"] = time.perf_counter() - self.start
+        if self.cfg.fsdp:
+            collect(self.model, self.work)
+        states = [whole_state(optimizer) for optimizer in self.optimizers]
+        if self.rank > 0:
+            return True
+        return save_checkpoint(self.path, self.identity, done, self.model, states, self.history)
+
+    def finish(self) -> dict:
+        """The model whole and in eval mode; the history."""
+        self.history["seconds"] = time.perf_counter() - self.start
+        if self.cfg.fsdp:
+            collect(self.model.to(self.device), self.work)
+        if self.cfg.activation_checkpointing and not self.cfg.fsdp:
+            for block in self.model.blocks:
+                del block.forward  # of recompute_blocks
+        tec()
+        self.model.eval()
+        return {**self.history, "tokens_per_second": self.seen / self.history["seconds"]}
 
 
 def start_wandb(name: str, run: dict):
@@ -523,41 +632,22 @@ def start_wandb(name: str, run: dict):
     return wandb.init(project="interp", name=name, config=run, mode="online" if key else "offline")
 
 
-#%% Speed: hooks cost nothing when nobody listens
-def bench_against_hf(ours: nn.Module, hf_model: nn.Module, tokens: Tensor, pairs: int = 7) -> float:
-    """Hugging Face's time / ours for forward, loss and backward, median of interleaved pairs: above 1 ours is faster."""
-
-    def seconds(forward: Callable, model: nn.Module) -> float:
-        if tokens.is_cuda:
-            t.cuda.synchronize()
-        start = time.perf_counter()
-        language_loss(forward, tokens).backward()
-        if tokens.is_cuda:
-            t.cuda.synchronize()
-        model.zero_grad()
-        return time.perf_counter() - start
-
-    runs = [(ours.train(), ours), (lambda x: hf_model(x, use_cache=False).logits, hf_model.train())]
-    for run in runs * 2:
-        seconds(*run)
-    ratios = []
-    for i in range(pairs):
-        took = [seconds(*runs[j]) for j in ((0, 1) if i % 2 else (1, 0))]
-        ratios.append(took[1] / took[0] if i % 2 else took[0] / took[1])
-    return sorted(ratios)[pairs // 2]
-
-
 #%% Batches of a corpus, some of whose rows say a snippet twice
 def repeat_batches(corpus, cfg: TrainConfig) -> Callable[[int], Tensor]:
-    """i -> micro-batch i, of which a share of cfg.repeats rows say a snippet twice: two thirds natural, one third in shuffled order."""
-    weights = {"code": 1 - cfg.english, "english": cfg.english} if set(corpus.train) == {"code", "english"} else None
+    """
+    i -> micro-batch i, of which a share of cfg.repeats rows say a snippet twice: two thirds natural, one third in
+    shuffled order.
+    """
+    weights = None
+    if set(corpus.train) == {"code", "english"}:
+        weights = {"code": 1 - cfg.english, "english": cfg.english}
 
     def batch(i: int) -> Tensor:
-        ctx = context_at(i // cfg.accumulate, cfg)
+        context = context_at(i // cfg.accumulate, cfg)
         return corpus.batch(
             np.random.default_rng((cfg.seed, i)),
-            cfg.tokens_per_step // cfg.accumulate // ctx,
-            ctx,
+            cfg.tokens_per_step // cfg.accumulate // context,
+            context,
             cfg.repeats * 2 / 3,
             cfg.repeats / 3,
             weights,

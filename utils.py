@@ -2,26 +2,25 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # read when torch loads: threads that spin while they wait are ten times slower
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # beside a busy neighbour; a short spin (GNU OpenMP) keeps the idle machine fast
+# Read when torch loads. Threads that spin while they wait are ten times slower beside a busy neighbour; a short spin
+# (GNU OpenMP) keeps the idle machine fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import random
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from dotenv import dotenv_values
 import numpy as np
 import torch as t
 import torch.nn as nn
+from dotenv import dotenv_values
 
 purple = "\x1b[38;2;255;0;255m"
 blue = "\x1b[38;2;0;0;255m"
@@ -34,14 +33,17 @@ orange = "\x1b[38;2;255;165;0m"
 bold = "\033[1m"
 underline = "\033[4m"
 endc = "\033[0m"
+
 ROOT = Path(__file__).parent
 WORLD = ROOT / "models/world"
-BAR = dict(
-    ascii=" >=",
-    bar_format="{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
-    mininterval=0.2 if sys.stderr.isatty() else 10,
-)  # tqdm: information on the left
-BRIEF = BAR | dict(delay=2, leave=False)  # for what is often done in a moment
+
+# tqdm's settings: information on the left
+BAR = {
+    "ascii": " >=",
+    "bar_format": "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    "mininterval": 0.2 if sys.stderr.isatty() else 10,
+}
+BRIEF = BAR | {"delay": 2, "leave": False}  # for what is often done in a moment
 
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
@@ -100,27 +102,24 @@ def wandb_run():
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def save_results(script: str, config: object, **numbers) -> None:
-    """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
-    versions = {
+def versions() -> dict[str, str]:
+    packages = ("transformers", "transformer-lens", "sae-lens")
+    return {
         "python": sys.version.split()[0],
         "torch": t.__version__,
-        **{p: importlib.metadata.version(p) for p in ("transformers", "transformer-lens", "sae-lens")},
+        **{package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def save_results(script: str, config: object, **numbers) -> None:
+    """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
     path = Path("results") / f"{script}.json"
     path.parent.mkdir(exist_ok=True)
-    write_aside(
-        path,
-        lambda p: p.write_text(
-            json.dumps(
-                {**numbers, "config": dataclasses.asdict(config), "versions": versions},
-                indent=1,
-                default=lambda x: x.tolist(),
-            )
-            + "\n"
-        ),
-    )
-    if board := wandb_run():
+    everything = {**numbers, "config": dataclasses.asdict(config), "versions": versions()}
+    text = json.dumps(everything, indent=1, default=lambda x: x.tolist())
+    write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    board = wandb_run()
+    if board:
         board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
     print(f"{gray}numbers: {path}{endc}")
 
@@ -136,7 +135,12 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 #%% Names of models: a hub name, a short name, a folder
-SHORT_NAMES = {"gpt2-small": "gpt2", **{f"gpt2-{size}": f"gpt2-{size}" for size in ("medium", "large", "xl")}}
+SHORT_NAMES = {
+    "gpt2-small": "gpt2",
+    "gpt2-medium": "gpt2-medium",
+    "gpt2-large": "gpt2-large",
+    "gpt2-xl": "gpt2-xl",
+}
 SHORT_OWNERS = {
     "pythia-": "EleutherAI/",
     "gemma-": "google/",
@@ -154,54 +158,75 @@ HINTS = {
 
 def full_name(name: str) -> str:
     """The hub name behind a short name: gpt2-small, pythia-70m, gemma-2b ..."""
-    if name in SHORT_NAMES or "/" in name:
-        return SHORT_NAMES.get(name, name)
-    return next((owner + name for prefix, owner in SHORT_OWNERS.items() if name.startswith(prefix)), name)
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if "/" in name:
+        return name
+    for prefix, owner in SHORT_OWNERS.items():
+        if name.startswith(prefix):
+            return owner + name
+    return name
 
 
 def find_folder(name: str) -> str:
-    """A folder as given, or beside the scripts; else a hub name."""
-    folders = [folder.resolve() for folder in (Path(name), ROOT / name) if folder.is_dir()]
-    return str(folders[0]) if folders else full_name(name)
+    """A folder as given (also ~), or beside the scripts; else a hub name."""
+    for folder in (Path(name).expanduser(), ROOT / name):
+        if folder.is_dir():
+            return str(folder.resolve())
+    return full_name(name)
 
 
 def find_model(name: str) -> str:
-    """The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot be read gets one line."""
+    """
+    The name, or the folder of that name beside this file (models/world), wherever the script is started. What cannot
+    be read gets one line.
+    """
     name = find_folder(name)
-    has = lambda kind: any(Path(name).glob(kind))
-    if name.endswith(".gguf") or (has("*.gguf") and not has("*.safetensors")):
+    has_safetensors = any(Path(name).glob("*.safetensors"))
+    has_gguf = any(Path(name).glob("*.gguf"))
+    if name.endswith(".gguf") or (has_gguf and not has_safetensors):
         fail(
-            f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder that it was made from"
+            f"{name}: GGUF files are made for llama.cpp and not read here: give the hub name or the safetensors folder "
+            "that it was made from"
         )
     try:
         read_config(name)
     except SystemExit as error:
-        fail(f"{error}{''.join(f' ({hint})' for word, hint in HINTS.items() if word in str(error).lower())}")
-    if Path(name).is_dir() and not has("*.safetensors"):
+        hints = [f" ({hint})" for word, hint in HINTS.items() if word in str(error).lower()]
+        fail(f"{error}{''.join(hints)}")
+    if Path(name).is_dir() and not has_safetensors:
         fail(f"no *.safetensors in {name}: save the weights there with model.save_pretrained")
     return name
 
 
+def said_by_the_hub(error: Exception) -> str:
+    return f"no such folder, and the hub said: {str(error).splitlines()[0]}"
+
+
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+
+
 def model_folder(name: str) -> Path:
-    """A local folder, or the hub model's files in the hub's cache."""
+    """The one folder of files behind a name: local, beside the scripts, or the hub model's in the hub's cache."""
+    name = find_folder(str(name))
     if Path(name).is_dir():
         return Path(name)
+    if name.startswith((".", "/", "~")):
+        fail(f"no such model folder: {name}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                full_name(name), allow_patterns=["*.json", "model*.safetensors"], token=secret("HF_TOKEN")
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, token=secret("HF_TOKEN")))
     except (OSError, ValueError) as error:
-        fail(f"cannot read model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+        fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
 
 
 def read_config(name: str) -> dict:
-    """config.json of a folder or a hub model."""
+    """config.json of a folder or a hub model; of the latter nothing else is fetched."""
+    name = find_folder(name)
     if Path(name).is_dir():
-        if not (path := Path(name) / "config.json").exists():
+        path = Path(name) / "config.json"
+        if not path.exists():
             fail(f"no config.json in {name}: not a model folder")
         return json.loads(path.read_text())
     if name.startswith((".", "/", "~")):
@@ -211,10 +236,15 @@ def read_config(name: str) -> dict:
     try:
         return PretrainedConfig.get_config_dict(name, token=secret("HF_TOKEN"))[0]
     except OSError as error:
-        fail(f"cannot load model {name!r}: no such folder, and the hub said: {str(error).splitlines()[0]}")
+        fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
 
 
-#%% The loader: one of our classes where it takes the architecture, else a TransformerBridge
+#%% The loader: one of our classes where it takes the architecture, else a TransformerBridge held against transformers
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")  # buffers
+LARGEST_MISS = {t.float32: 1e-4, t.bfloat16: 5e-2, t.float16: 1e-2}  # of the largest logit, against transformers
+LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a file that was not fetched
+
+
 def load_model(
     name: str,
     ours: tuple[type, ...] = (),
@@ -225,30 +255,156 @@ def load_model(
 ) -> nn.Module:
     """
     A hooked model in eval mode with .cfg and .tokenizer, from a hub name, a short name or a folder.
-    ours: classes with `architectures` and `from_folder(folder, device, dtype)`; one that takes the architecture is used (torch only, seconds),
-    else TransformerBridge (imports transformer_lens, 10 s). base: architecture and tokenizer to put the weights of name (or hf_model) on.
+    ours: classes with `architectures`, `read_config(config)` and `from_folder(folder, device, dtype)`; one that takes the
+    architecture is used (torch only, seconds), else TransformerBridge (imports transformer_lens, 10 s).
+    base: architecture and tokenizer to put the weights of name (or hf_model) on.
     """
-    device, name = pick_device(device), full_name(name)
+    device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
-    architecture = (read_config(name).get("architectures") or ["unknown"])[0]
-    if Path(name).is_dir() and base is None and hf_model is None:
+    folder = model_folder(name)
+    config = read_config(str(folder))
+    refuse_foreign(folder, config)
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    if base is None and hf_model is None:
         for own in ours:
-            if architecture in own.architectures:
-                return own.from_folder(name, device=device, dtype=torch_dtype).eval()
-    print(
-        f"{gray}loading {name} ({architecture}, {str(torch_dtype)[6:]}, {device}) through TransformerBridge ...{endc}"
-    )
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
+            if architecture in own.architectures and builds(own, config):
+                model = own.from_folder(str(folder), device=device, dtype=torch_dtype).eval()
+                with t.no_grad():
+                    refuse_not_finite(model(a_row_of_tokens(model.cfg.d_vocab, device)), model)
+                return model
+    dtype_name = str(torch_dtype).removeprefix("torch.")
+    print(f"{gray}loading {name} ({architecture}, {dtype_name}, {device}) through TransformerBridge ...{endc}")
+    if hf_model is None:
+        hf_model = read_hf_model(folder, torch_dtype)
+    elif "peft" in type(hf_model).__module__ or hasattr(hf_model, "peft_config"):
+        fail("hf_model holds an adapter, which would be ignored: hand over hf_model.merge_and_unload()")
+    return open_bridge(str(model_folder(base) if base else folder), hf_model, device, torch_dtype)
 
-    token = secret("HF_TOKEN")
-    if base and hf_model is None:
-        hf_model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, token=token)
-    if hf_model is not None:
-        hf_model.config.architectures = [type(hf_model).__name__]
-    model = TransformerBridge.boot_transformers(
-        full_name(base) if base else name, device=device, dtype=torch_dtype, hf_model=hf_model
-    )
+
+def builds(own: type, config: dict) -> bool:
+    """Whether a class of ours computes all that this config asks for; else transformers can, and the bridge is taken."""
+    try:
+        own.read_config(config)
+    except SystemExit as refusal:
+        reason = str(refusal).removeprefix(red).removesuffix(endc)
+        print(f"{gray}{own.__name__}: {reason}: it goes through TransformerBridge instead{endc}")
+        return False
+    return True
+
+
+def refuse_foreign(folder: Path, config: dict) -> None:
+    """What would be opened in part or as something else is refused in a line that says what to do."""
+    if (folder / "adapter_config.json").exists():
+        fail(f"{folder} holds a PEFT adapter, which would be ignored: merge it first (model.merge_and_unload())")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        kind = quantisation.get("quant_method", "unknown kind")
+        fail(f"{folder} is quantised ({kind}): its weights are not read here; give the model it was made from")
+    if "vision_config" in config or "audio_config" in config:
+        fail(
+            f"{folder} is a multimodal wrapper: save its language model alone (model.language_model) and give that folder"
+        )
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                fail(f"{path} is a git-lfs pointer, not weights: fetch them with git lfs pull")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(shard for shard in shards if not (folder / shard).exists())
+        if absent:
+            fail(f"{len(absent)} of {len(shards)} shards are missing from {folder}, first {absent[0]}: fetch it anew")
+
+
+def read_hf_model(folder: Path, dtype: t.dtype) -> nn.Module:
+    """The plain transformers model, every tensor of which was in the files; its own code (auto_map) is never run."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its report on missing tensors becomes the one line below
+    try:
+        hf_model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",  # what the bridge computes by
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"transformers cannot open {folder} as a causal language model: {str(error).strip().splitlines()[0]}")
+    refuse_incomplete(str(folder), info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return hf_model.eval()
+
+
+def refuse_incomplete(name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable = ()) -> None:
+    """End the program where tensors would be drawn at random or left out, with the names of the files and the cause."""
+    missing = sorted(missing)
+    unexpected = sorted(key for key in unexpected if not HARMLESS.search(key))
+    mismatched = sorted(str(key) for key in mismatched)
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors that the model needs are missing (first {missing[0]})")
+    if unexpected:
+        found.append(f"{len(unexpected)} tensors have no place in it (first {unexpected[0]})")
+    if mismatched:
+        found.append(f"{len(mismatched)} have another shape (first {mismatched[0]})")
+    if found:
+        fail(f"{name}: {', '.join(found)}: {likely_cause(unexpected)}")
+
+
+def likely_cause(unexpected: list[str]) -> str:
+    said = " ".join(unexpected)
+    if "_orig_mod." in said:
+        return "it was saved from torch.compile; save model._orig_mod instead, or strip '_orig_mod.' from the names"
+    if any(key.startswith("module.") for key in unexpected):
+        return "it was saved from DistributedDataParallel; save model.module instead, or strip 'module.' from the names"
+    if "lora_" in said or "base_model." in said:
+        return "it holds an adapter; merge it first (model.merge_and_unload())"
+    if any(key.startswith(("score.", "classifier.")) for key in unexpected):
+        return "it is a classifier, not a language model"
+    return "the files are not this model's, or not all of it was fetched"
+
+
+@t.no_grad()
+def open_bridge(source: str, hf_model: nn.Module, device: str, dtype: t.dtype) -> nn.Module:
+    """
+    hf_model as a TransformerBridge in eval mode, with the tokenizer of the folder source; it answers one row of tokens
+    as plain transformers does, or the program ends.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf_model.config.architectures = [type(hf_model).__name__]
+    hf_model = hf_model.to(device=device, dtype=dtype)
+    row = a_row_of_tokens(hf_model.config.get_text_config().vocab_size, device)
+    reference = hf_model(row, use_cache=False).logits.float()
+    refuse_not_finite(reference, hf_model)
+    model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, hf_model=hf_model).eval()
+    miss = ((model(row, use_cache=False).float() - reference).abs().max() / reference.abs().max()).item()
+    if not miss <= LARGEST_MISS[dtype]:
+        fail(
+            f"the bridge of {type(hf_model).__name__} misses transformers' logits by {miss:.1e} of the largest: not used"
+        )
+    print(f"{gray}checked: its logits miss plain transformers' by {miss:.0e} of the largest{endc}")
     del hf_model
     tec()
-    return model.eval()
+    return model
+
+
+def a_row_of_tokens(d_vocab: int, device: str) -> t.Tensor:
+    """16 tokens (1, pos), by which a model is judged at the door."""
+    return t.arange(1, 17, device=device)[None] % d_vocab
+
+
+def refuse_not_finite(logits: t.Tensor, model: nn.Module) -> None:
+    """End the program where a model answers NaN or infinity, with the cause."""
+    if logits.isfinite().all():
+        return
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            fail(f"the weights are broken: {name} holds NaN or infinity")
+    if next(model.parameters()).dtype == t.float16:
+        fail(
+            "the model's activations are too large for float16 (NaN or infinite logits): use --dtype bfloat16 or float32"
+        )
+    fail(
+        "the model answers NaN or infinity to plain tokens, though its weights are finite: its config is not its weights'"
+    )

@@ -1,4 +1,6 @@
-"""Weights and tokens of any model: safetensors tensor by tensor, models larger than memory, beginning-of-text exactly once."""
+"""
+Weights and tokens of any model: safetensors tensor by tensor, models larger than memory, beginning-of-text exactly once.
+"""
 
 import json
 import math
@@ -7,37 +9,53 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from utils import endc, fail, find_model, load_model, model_folder, pick_device, pick_dtype, secret, yellow
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    HARMLESS,
+    endc,
+    fail,
+    find_model,
+    load_model,
+    model_folder,
+    pick_device,
+    pick_dtype,
+    secret,
+    yellow,
+)
+import data
 from hooks import HookPoint
 
 import psutil
+import torch as t
+import torch.nn as nn
 from safetensors import safe_open
 from tokenizers import Tokenizer
-import torch as t
 from torch import Tensor
-import torch.nn as nn
 
 
 #%% Hugging Face files: tensor by tensor, every one in its place
 def take_tensors[Model: nn.Module](model: Model, tensors: Iterable[tuple[str, Tensor]]) -> Model:
-    """Put (Hugging Face name, tensor) pairs where model.place says; a tensor without a place, of the wrong shape or missing ends the program."""
-    wanted, state = model.state_dict(), {}
+    """
+    Put (Hugging Face name, tensor) pairs where model.place says. A tensor without a place, of the wrong shape or
+    missing ends the program.
+    """
+    wanted = model.state_dict()
+    state: dict[str, Tensor] = {}
     for name, x in tensors:
+        if HARMLESS.search(name):
+            continue
         for ours, part in model.place(name, x).items():
             if ours not in wanted:
                 fail(f"tensor {name} has no place in {type(model).__name__} (it would be {ours})")
-            if wanted[ours].shape != part.shape:
-                fail(
-                    f"tensor {name} gives {ours} the shape {tuple(part.shape)}, the config says {tuple(wanted[ours].shape)}"
-                )
+            given, expected = tuple(part.shape), tuple(wanted[ours].shape)
+            if given != expected:
+                fail(f"tensor {name} gives {ours} the shape {given}, the config says {expected}")
             state[ours] = part
-    if (
-        model.cfg.tied
-        and "embed.weight" in state
-        and not t.equal(state.setdefault("unembed.weight", state["embed.weight"]), state["embed.weight"])
-    ):
-        fail("the config ties embedding and unembedding, the file holds two different ones")
-    if missing := [name for name in wanted if name not in state]:
+    if model.cfg.tied and "embed.weight" in state:
+        state.setdefault("unembed.weight", state["embed.weight"])
+        if not t.equal(state["unembed.weight"], state["embed.weight"]):
+            fail("the config ties embedding and unembedding, the file holds two different ones")
+    missing = [name for name in wanted if name not in state]
+    if missing:
         fail(f"{len(missing)} tensors are missing from the file, first {missing[0]}")
     model.load_state_dict(state, assign=True)
     if model.cfg.tied:
@@ -45,13 +63,18 @@ def take_tensors[Model: nn.Module](model: Model, tensors: Iterable[tuple[str, Te
     return model.requires_grad_(True)
 
 
-def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one by one, from the safetensors files (one or sharded) of a folder or hub model."""
-    folder = model_folder(str(name))
+def weight_files(folder: Path) -> list[str]:
+    """The names of a folder's safetensors files: model.safetensors, or else the shards of its index."""
     index = folder / "model.safetensors.index.json"
-    for file in (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    ):
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one by one, from the safetensors files of a folder or hub model."""
+    folder = model_folder(str(name))
+    for file in weight_files(folder):
         if not (folder / file).is_file():
             fail(f"no {file} in {name}: only safetensors are read")
         try:
@@ -59,30 +82,28 @@ def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
         except Exception as error:
             fail(f"{folder / file} is corrupt: {error}")
         with tensors:
-            for key in tensors.keys():
+            for key in tensors.keys():  # noqa: SIM118  it is no dict
                 yield key, tensors.get_tensor(key)
 
 
 def tensor_table(name: str) -> Iterator[tuple[str, tuple[int, ...], str, float]]:
     """(tensor name, shape, dtype, Frobenius norm), one tensor in memory at a time."""
     for key, x in read_tensors(name):
-        yield (
-            key,
-            tuple(x.shape),
-            str(x.dtype)[6:],
-            math.sqrt(sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24))),
-        )
+        dtype = str(x.dtype).removeprefix("torch.")
+        squares = sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24))
+        yield key, tuple(x.shape), dtype, math.sqrt(squares)
 
 
 #%% Models larger than memory: in memory where they fit, else their blocks come from the file when they are called
 class Entered(Exception):
-    "Carries what enters the first block."
+    """Carries what enters the first block."""
 
 
 class Streamed(nn.Module):
     """
-    A plain transformers model under accelerate's offload: a share `resident` of the blocks stays on the device, the others come from the checkpoint
-    (memory-mapped) when they are called, and leave again. Hooks: blocks.L.hook_resid_pre and hook_resid_post.
+    A plain transformers model under accelerate's offload: a share `resident` of the blocks stays on the device, the
+    others come from the checkpoint (memory-mapped) when they are called, and leave again.
+    Hooks: blocks.L.hook_resid_pre and hook_resid_post.
     """
 
     streamed = True
@@ -91,35 +112,24 @@ class Streamed(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(name, token=secret("HF_TOKEN"))
-        shape = config.get_text_config()
-        n_layers = shape.num_hidden_layers
+        token = secret("HF_TOKEN")
+        config = AutoConfig.from_pretrained(name, token=token)
         with t.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
-        stack = (
-            next(
-                path
-                for path, module in empty.named_modules()
-                if isinstance(module, nn.ModuleList) and len(module) == n_layers
-            )
-            + "."
-        )
-        owners = {
-            path.rpartition(".")[0]
-            for path, _ in [*empty.named_parameters(remove_duplicate=False), *empty.named_buffers()]
-        }
-        places = {path: device for path in owners if not path.startswith(stack)} | {
-            f"{stack}{i}": device if i < int(resident * n_layers) else "disk" for i in range(n_layers)
-        }
-        self.converted = (
-            tempfile.TemporaryDirectory()
-        )  # for tensors that transformers keeps otherwise than the file does (experts)
+        shape = config.get_text_config()
+        stack = path_of_blocks(empty, shape.num_hidden_layers)
+        places = offload_places(empty, stack, shape.num_hidden_layers, device, resident)
+        self.converted = tempfile.TemporaryDirectory()  # for tensors that are not kept as the file has them (experts)
         self.hf = AutoModelForCausalLM.from_pretrained(
-            name, device_map=places, offload_folder=self.converted.name, dtype=dtype, token=secret("HF_TOKEN")
+            name,
+            device_map=places,
+            offload_folder=self.converted.name,
+            dtype=dtype,
+            token=token,
         ).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(name, token=secret("HF_TOKEN"))
+        self.tokenizer = AutoTokenizer.from_pretrained(name, token=token)
         self.cfg = SimpleNamespace(
-            n_layers=n_layers,
+            n_layers=shape.num_hidden_layers,
             n_heads=shape.num_attention_heads,
             d_model=shape.hidden_size,
             d_mlp=getattr(shape, "intermediate_size", 4 * shape.hidden_size),
@@ -127,21 +137,14 @@ class Streamed(nn.Module):
             n_ctx=shape.max_position_embeddings,
             output_logits_soft_cap=getattr(shape, "final_logit_softcapping", None),
         )
-        self.ln_final = [
-            module
-            for path, module in self.hf.named_modules()
-            if not path.startswith(stack) and "norm" in type(module).__name__.lower()
-        ][-1]
-        self.unembed, self.blocks = self.hf.get_output_embeddings(), nn.ModuleList(nn.Module() for _ in range(n_layers))
-        self.layers = list(self.hf.get_submodule(stack[:-1]))
+        outside = [module for path, module in self.hf.named_modules() if not path.startswith(f"{stack}.")]
+        norms = [module for module in outside if "norm" in type(module).__name__.lower()]
+        self.ln_final = norms[-1]
+        self.unembed = self.hf.get_output_embeddings()
+        self.layers = list(self.hf.get_submodule(stack))
+        self.blocks = nn.ModuleList(nn.Module() for _ in self.layers)  # they hold the hook points
         for ours, theirs in zip(self.blocks, self.layers):
-            ours.hook_resid_pre, ours.hook_resid_post = HookPoint(), HookPoint()
-            theirs.register_forward_pre_hook(lambda _, args, ours=ours: (ours.hook_resid_pre(args[0]), *args[1:]))
-            theirs.register_forward_hook(
-                lambda _, args, out, ours=ours: (
-                    (ours.hook_resid_post(out[0]), *out[1:]) if isinstance(out, tuple) else ours.hook_resid_post(out)
-                )
-            )
+            listen_to_stream(ours, theirs)
 
     @property
     def W_U(self) -> Tensor:
@@ -165,26 +168,78 @@ class Streamed(nn.Module):
             handle.remove()
 
 
-def open_model(
-    name: str, ours: tuple[type, ...] = (), device: str = "auto", dtype: str = "auto", offload: str = "auto"
-) -> nn.Module:
-    """load_model, or Streamed where the weights do not fit (offload auto) or always (on)."""
-    name, device, count = find_model(name), pick_device(device), 0
-    torch_dtype = pick_dtype(device, dtype)
+def path_of_blocks(empty: nn.Module, n_layers: int) -> str:
+    """Where the blocks stand in a transformers model: model.layers, transformer.h ..."""
+    for path, module in empty.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return path
+    fail(f"{type(empty).__name__} has no list of {n_layers} blocks, so it cannot be read block by block")
+
+
+def offload_places(empty: nn.Module, stack: str, n_layers: int, device: str, resident: float) -> dict[str, str]:
+    """accelerate's device_map: all but the blocks on the device, of these the first `resident` share, the rest on disk."""
+    tensors = [*empty.named_parameters(remove_duplicate=False), *empty.named_buffers()]
+    owners = {path.rpartition(".")[0] for path, _ in tensors}
+    places = {path: device for path in owners if not path.startswith(f"{stack}.")}
+    n_resident = int(resident * n_layers)
+    for i in range(n_layers):
+        places[f"{stack}.{i}"] = device if i < n_resident else "disk"
+    return places
+
+
+def listen_to_stream(ours: nn.Module, theirs: nn.Module) -> None:
+    """Give `ours` the hook points resid_pre and resid_post of their block."""
+    ours.hook_resid_pre = HookPoint()
+    ours.hook_resid_post = HookPoint()
+
+    def before(_: nn.Module, args: tuple) -> tuple:
+        return (ours.hook_resid_pre(args[0]), *args[1:])
+
+    def after(_: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(out, tuple):
+            return (ours.hook_resid_post(out[0]), *out[1:])
+        return ours.hook_resid_post(out)
+
+    theirs.register_forward_pre_hook(before)
+    theirs.register_forward_hook(after)
+
+
+def count_parameters(name: str) -> int:
+    """From the headers of a folder's or hub model's files."""
+    count = 0
     for path in model_folder(name).glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
-            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
-    need, free = (
-        count * torch_dtype.itemsize,
-        t.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available,
-    )
+            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return count
+
+
+def free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return t.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def open_model(
+    name: str,
+    ours: tuple[type, ...] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: str = "auto",
+) -> nn.Module:
+    """load_model, or Streamed where the weights do not fit (offload auto) or always (on)."""
+    name = find_model(name)
+    device = pick_device(device)
+    torch_dtype = pick_dtype(device, dtype)
+    need = count_parameters(name) * torch_dtype.itemsize
+    free = free_bytes(device)
     if offload == "off" or (offload == "auto" and need < 0.85 * free):
         return load_model(name, ours, device, dtype)
-    resident = (
-        0.0 if offload == "on" else min(1.0, max(0.0, 0.8 * free / need - 0.15))
-    )  # embeddings stay too; the margin is for activations
+    resident = 0.0
+    if offload == "auto":  # embeddings stay too; the margin is for activations
+        resident = min(1.0, max(0.0, 0.8 * free / need - 0.15))
     print(
-        f"{yellow}{name}: {need / 1e9:.2f} GB of weights, {free / 1e9:.1f} GB free on {device}: {resident:.0%} of the blocks stay, the others come from disk at every pass; hooks on the residual stream only{endc}"
+        f"{yellow}{name}: {need / 1e9:.2f} GB of weights, {free / 1e9:.1f} GB free on {device}: {resident:.0%} of the "
+        f"blocks stay, the others come from disk at every pass; hooks on the residual stream only{endc}"
     )
     return Streamed(name, device, torch_dtype, resident)
 
@@ -195,44 +250,50 @@ def text_tokenizer(model: nn.Module) -> Tokenizer:
 
 
 def begin(model: nn.Module) -> int | None:
-    """The beginning-of-text token this model reads, or None: what TransformerLens says of the architecture, else what the tokenizer does by itself."""
-    bare, own = (text_tokenizer(model).encode("a", add_special_tokens=special).ids for special in (False, True))
+    """
+    The beginning-of-text token this model reads, or None: what TransformerLens says of the architecture, else what the
+    tokenizer does by itself.
+    """
+    tokenizer = text_tokenizer(model)
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    own = tokenizer.encode("a", add_special_tokens=True).ids
     bos = getattr(model.tokenizer, "bos_token_id", own[0])
-    return bos if getattr(model.cfg, "default_prepend_bos", own != bare and own[0] == bos) else None
+    puts_it = own != bare and own[0] == bos
+    return bos if getattr(model.cfg, "default_prepend_bos", puts_it) else None
 
 
 def encode(model: nn.Module, text: str) -> list[int]:
-    ids, bos = text_tokenizer(model).encode(text, add_special_tokens=False).ids, begin(model)
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    ids = text_tokenizer(model).encode(text, add_special_tokens=False).ids
+    bos = begin(model)
+    if bos is None or ids[:1] == [bos]:
+        return ids
+    return [bos, *ids]
 
 
 def token_text(model: nn.Module, token: int) -> str:
-    piece = text_tokenizer(model).id_to_token(token) or ""  # padded vocabularies have ids without a token
-    return (
-        " " + piece[1:] if piece.startswith("▁") else text_tokenizer(model).decode([token], skip_special_tokens=False)
-    )
+    return data.token_text(text_tokenizer(model), token)
 
 
 def about_bos(model: nn.Module) -> str:
     bos = begin(model)
-    return (
-        "no beginning-of-text token: this model reads none"
-        if bos is None
-        else f"beginning-of-text token {token_text(model, bos)!r} ({bos}) put first, once"
-    )
+    if bos is None:
+        return "no beginning-of-text token: this model reads none"
+    return f"beginning-of-text token {token_text(model, bos)!r} ({bos}) put first, once"
 
 
 def answer_token(model: nn.Module, prompt: str, answer: str) -> int:
     """The one token that `answer` is after the prompt, with a space before it or as given."""
     ids = encode(model, prompt)
-    pieces = [
-        whole[len(ids) :]
-        for form in (f" {answer.strip()}", answer)
-        if (whole := encode(model, prompt + form))[: len(ids)] == ids
-    ]
-    one = [piece[0] for piece in pieces if len(piece) == 1]
-    if not one:
-        fail(
-            f"--answer {answer!r} is several tokens here ({' + '.join(repr(token_text(model, i)) for i in pieces[0])}): the lens follows one, so give the first: --answer {token_text(model, pieces[0][0])!r}"
-        )
-    return one[0]
+    pieces = []
+    for form in (f" {answer.strip()}", answer):
+        whole = encode(model, prompt + form)
+        if whole[: len(ids)] == ids:
+            pieces.append(whole[len(ids) :])
+    for piece in pieces:
+        if len(piece) == 1:
+            return piece[0]
+    texts = [token_text(model, i) for i in pieces[0]]
+    fail(
+        f"--answer {answer!r} is several tokens here ({' + '.join(map(repr, texts))}): the lens follows one, "
+        f"so give the first: --answer {texts[0]!r}"
+    )

@@ -13,17 +13,37 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from utils import BRIEF, cyan, endc, fail, gray, write_aside
-from hooks import in_batches
-from data import Corpus, read_stdlib, repeat_snippets, stdlib_documents, str_tokens, text_hash, train_bpe, write_corpus
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    BRIEF,
+    WORLD,
+    cyan,
+    endc,
+    fail,
+    find_folder,
+    gray,
+    write_aside,
+)
 from anatomy import head_scores, repeated_tokens
+from data import (
+    Corpus,
+    load_corpus,
+    read_stdlib,
+    repeat_snippets,
+    stdlib_documents,
+    str_tokens,
+    text_hash,
+    train_bpe,
+    write_corpus,
+)
+from hooks import in_batches
+from layers import next_token_loss
 
 import numpy as np
-from tokenizers import Tokenizer
 import torch as t
+from tokenizers import Tokenizer
 from torch import Tensor
-import torch.nn.functional as F
 from tqdm import tqdm
+
 
 #%% The world: a corpus of our own, known exactly. Every entity and name stands inside its sentence, so that it has one form, with a space before it
 FACTS = {  # task: (phrasings taught, phrasings held out); the last slot is the answer
@@ -214,40 +234,61 @@ def fact_prompts(countries: list[dict[str, str]], task: str, held_out: bool = Fa
 
 
 def draw_ioi(rng: Random, held_out: bool) -> Prompt:
-    """Two names, one of which gives something to the other; the distances between all of them vary, or a head would copy by position."""
+    """
+    Two names, one of which gives something to the other; the distances between all of them vary, or a head would copy
+    by position.
+    """
     io, s = pick(rng, held_out, WOMEN + MEN, WOMEN + MEN)
     order = rng.choice(["ABBA", "BABA"])
-    a, b = (io, s) if order == "ABBA" else (s, io)
-    c, opening = rng.choice, rng.choice(OPENINGS)
-    start = f"{opening} {a} {c(LINKS)} {b} {c(WENT)} the {c(ADJECTIVES)}{c(PLACES)}{c(TAILS)}{c(JOINS[:1] if opening == 'When' else JOINS)}"
-    rest = f"{c(ADVERBS)} {c(GAVE)} the {c(ADJECTIVES)}{c(OBJECTS)}{c(['', '', '', '', ' from the box'])} to"
+    first, second = (io, s) if order == "ABBA" else (s, io)
+    opening = rng.choice(OPENINGS)
+    start = f"{opening} {first} {rng.choice(LINKS)} {second} {rng.choice(WENT)} the "
+    start += rng.choice(ADJECTIVES)
+    start += rng.choice(PLACES)
+    start += rng.choice(TAILS)
+    start += rng.choice(JOINS[:1] if opening == "When" else JOINS)
+    rest = f"{rng.choice(ADVERBS)} {rng.choice(GAVE)} the "
+    rest += rng.choice(ADJECTIVES)
+    rest += rng.choice(OBJECTS)
+    rest += rng.choice(["", "", "", "", " from the box"])
+    rest += " to"
+    end = rng.choice(AFTER).format(s=s)
     return Prompt(
-        "ioi",
-        f"{start} {s}{rest}",
-        f" {io}",
-        c(AFTER).format(s=s),
-        f" {s}",
-        f"{start} {io}{rest}",
-        held_out,
+        task="ioi",
+        text=f"{start} {s}{rest}",
+        answer=f" {io}",
+        end=end,
+        wrong=f" {s}",
+        corrupt=f"{start} {io}{rest}",
+        held_out=held_out,
         labels={"order": order, "io": io, "s": s},
     )
 
 
 def draw_greater_than(rng: Random, held_out: bool) -> Prompt:
-    """The answer is any year of the century after the start. corrupt starts in its year 01, where every answer is right (Hanna et al. 2023)."""
-    century, year = pick(rng, held_out, [f"{i}" for i in range(11, 20)], [f"{i:02d}" for i in range(2, 98)])
+    """
+    The answer is any year of the century after the start. corrupt starts in its year 01, where every answer is right
+    (Hanna et al. 2023).
+    """
+    centuries = [f"{century}" for century in range(11, 20)]
+    years = [f"{year:02d}" for year in range(2, 98)]
+    century, year = pick(rng, held_out, centuries, years)
     text, end = rng.choice(YEARS[:1] if held_out else YEARS).split("{end}")
-    text, event = text + century, rng.choice(EVENTS)
-    later, earlier = rng.randint(int(year) + 1, 99), rng.randint(0, int(year))
-    fill = lambda start: text.format(event=event, start=century + start)
+    event = rng.choice(EVENTS)
+    later = rng.randint(int(year) + 1, 99)
+    earlier = rng.randint(0, int(year))
+
+    def starting_in(start: str) -> str:
+        return text.format(event=event, start=century + start) + century
+
     return Prompt(
-        "greater_than",
-        fill(year),
-        f"{later:02d}",
-        end,
-        f"{earlier:02d}",
-        fill("01"),
-        held_out,
+        task="greater_than",
+        text=starting_in(year),
+        answer=f"{later:02d}",
+        end=end,
+        wrong=f"{earlier:02d}",
+        corrupt=starting_in("01"),
+        held_out=held_out,
         labels={"century": century, "start": year, "event": event},
     )
 
@@ -255,21 +296,29 @@ def draw_greater_than(rng: Random, held_out: bool) -> Prompt:
 def draw_agreement(rng: Random, held_out: bool) -> Prompt:
     """The verb agrees with the subject, not with the noun before it; corrupt has the subject in the other number."""
     noun, other = pick(rng, held_out, NOUNS, NOUNS)
-    plural, opposite = rng.random() < 0.5, rng.random() < 0.6
-    verbs, c = rng.choice(VERBS), rng.choice
-    before, after = (
-        f"{c(['The', 'At noon, the', 'We see that the', 'After all, the'])} {c(ADJECTIVES)}",
-        f" {c(NEAR)} the {c(ADJECTIVES)}{other + 's' * (plural ^ opposite)}",
-    )
-    text = lambda many: f"{before}{noun}{'s' * many}{after}"
+    plural = rng.random() < 0.5
+    opposite = rng.random() < 0.6
+    verbs = rng.choice(VERBS)
+    opening = rng.choice(["The", "At noon, the", "We see that the", "After all, the"])
+    before = f"{opening} {rng.choice(ADJECTIVES)}"
+    near = rng.choice(NEAR)
+    distractor = rng.choice(ADJECTIVES) + other
+    if plural != opposite:
+        distractor += "s"
+    end = f" {rng.choice(PREDICATES[verbs[0]])}."
+
+    def with_subject(many: bool) -> str:
+        subject = noun + "s" if many else noun
+        return f"{before}{subject} {near} the {distractor}"
+
     return Prompt(
-        "agreement",
-        text(plural),
-        verbs[plural],
-        f" {c(PREDICATES[verbs[0]])}.",
-        verbs[not plural],
-        text(not plural),
-        held_out,
+        task="agreement",
+        text=with_subject(plural),
+        answer=verbs[plural],
+        end=end,
+        wrong=verbs[not plural],
+        corrupt=with_subject(not plural),
+        held_out=held_out,
         labels={
             "subject": noun,
             "number": "plural" if plural else "singular",
@@ -279,20 +328,28 @@ def draw_agreement(rng: Random, held_out: bool) -> Prompt:
 
 
 def draw_gender(rng: Random, held_out: bool) -> Prompt:
+    """The pronoun is the name's; corrupt has a name of the other gender."""
     name, phrase = pick(rng, held_out, WOMEN + MEN, [phrase for phrase, *_ in PRONOUNS])
-    woman, (_, she, he, end) = name in WOMEN, next(row for row in PRONOUNS if row[0] == phrase)
-    place, thing, opening = rng.choice(PLACES), rng.choice(OBJECTS), rng.choice(OPENINGS[:1] + OPENINGS[2:])
-    text = lambda who: f"{opening} {who} {phrase.format(place=place, object=thing)}"
-    answer, wrong = (she, he) if woman else (he, she)
+    is_woman = name in WOMEN
+    _, she, he, end = next(row for row in PRONOUNS if row[0] == phrase)
+    place = rng.choice(PLACES)
+    thing = rng.choice(OBJECTS)
+    opening = rng.choice(OPENINGS[:1] + OPENINGS[2:])
+    mood = rng.choice(MOODS)
+    other_name = rng.choice(MEN if is_woman else WOMEN)
+
+    def about(who: str) -> str:
+        return f"{opening} {who} {phrase.format(place=place, object=thing)}"
+
     return Prompt(
-        "gender",
-        text(name),
-        answer,
-        end.format(rng.choice(MOODS), place=place, object=thing),
-        wrong,
-        text(rng.choice(MEN if woman else WOMEN)),
-        held_out,
-        labels={"name": name, "gender": "woman" if woman else "man"},
+        task="gender",
+        text=about(name),
+        answer=she if is_woman else he,
+        end=end.format(mood, place=place, object=thing),
+        wrong=he if is_woman else she,
+        corrupt=about(other_name),
+        held_out=held_out,
+        labels={"name": name, "gender": "woman" if is_woman else "man"},
     )
 
 
@@ -300,16 +357,19 @@ def draw_induction(rng: Random, held_out: bool) -> Prompt:
     """Words in random order, then again; corrupt has another word where the answer first stands."""
     *words, wrong = rng.sample(THINGS, rng.randint(6, 10))
     at = rng.randint(2, len(words) - 1)
-    say = lambda once: f"Say it twice: {' '.join(once)}, {' '.join(words[:at])}"
-    end = " ".join(["", *words[at + 1 :]]) + "."
+    before, answer, after = words[:at], words[at], words[at + 1 :]
+
+    def said_first(once: list[str]) -> str:
+        return f"Say it twice: {' '.join(once)}, {' '.join(before)}"
+
     return Prompt(
-        "induction",
-        say(words),
-        f" {words[at]}",
-        end,
-        f" {wrong}",
-        say(words[:at] + [wrong] + words[at + 1 :]),
-        held_out,
+        task="induction",
+        text=said_first(words),
+        answer=f" {answer}",
+        end=" ".join(["", *after]) + ".",
+        wrong=f" {wrong}",
+        corrupt=said_first([*before, wrong, *after]),
+        held_out=held_out,
         labels={"length": str(len(words))},
     )
 
@@ -591,6 +651,16 @@ def judging_rows(corpus: Corpus, n: int, context: int, seed: int) -> Tensor:
     )
 
 
+def corpus_for(data: str | None, model: str) -> tuple[str, Corpus | World]:
+    """The text a model is judged on: as asked for, else the world for models/world and the standard library for others."""
+    folder = find_folder(model)
+    if data is None:
+        data = "world" if folder == str(WORLD) else "stdlib"
+    if data == "world":
+        return data, load_world()
+    return data, load_corpus(data, tokenizer=folder)
+
+
 #%% Concepts with known labels: every token of world sentences, what it is, and the entity whose split it belongs to
 @dataclass
 class Concept:
@@ -706,81 +776,119 @@ def read_answers(
     return right, gap, first
 
 
+class Answers:
+    """What a model answers to prompts of several tasks, and means over those of them that are asked for."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], world: World, prompts: list[Prompt], device: str):
+        self.prompts = prompts
+        self.right, self.gap, self.first = read_answers(model, world, prompts, device)
+        self.taught = np.array([p.taught for p in prompts])
+
+    def of(self, *tasks: str, held_out: bool = False, part: str | None = None) -> np.ndarray:
+        """Which prompts are of these tasks, in phrasings held out or not, about facts of one part."""
+        chosen = []
+        for p in self.prompts:
+            fits = p.task in tasks and p.held_out == held_out
+            chosen.append(fits and part in (None, p.labels.get("part")))
+        return np.array(chosen)
+
+    def share_right(self, chosen: np.ndarray) -> float:
+        return float(self.right[chosen].mean())
+
+    def mean_gap(self, chosen: np.ndarray) -> float:
+        return float(self.gap[chosen].mean())
+
+    def share_likelier(self, chosen: np.ndarray) -> float:
+        """How often the answer is likelier than the wrong one."""
+        return float((self.gap > 0)[chosen].mean())
+
+
+RELATIONS = ("continent", "language", "currency")
+
+
+def ask_world(world: World, quick: bool) -> list[Prompt]:
+    """Facts in taught phrasings and in those held out, and drawn prompts; quick: a fixed subsample."""
+    prompts = []
+    for task in FACTS:
+        for split in ("taught", "held_out"):
+            if quick and split == "held_out" and task not in ("forward", "reverse"):
+                continue
+            prompts += world.prompts(task, split, n=100 if quick else None)
+    for task in DRAW:
+        prompts += world.prompts(task, "held_out", n=48 if quick else 512)
+    return prompts
+
+
+def fact_numbers(answers: Answers, quick: bool) -> dict[str, float]:
+    """Recalls: share of whole answers; forward and reverse are the directions of the capital fact, *_of_* the part."""
+    of, share = answers.of, answers.share_right
+    taught = answers.taught
+    numbers = {
+        "fact_recall": share(of("forward", "reverse") & taught),
+        "fact_recall_heldout_phrasing": share(of("forward", "reverse", held_out=True) & taught),
+        "forward_recall": share(of("forward") & taught),
+        "reverse_recall": share(of("reverse") & taught),
+        "forward_recall_of_both": share(of("forward", part="both")),
+        "reverse_recall_of_both": share(of("reverse", part="both")),
+        "reverse_recall_of_forward_only": share(of("reverse", part="forward")),
+        "forward_recall_of_reverse_only": share(of("forward", part="reverse")),
+    }
+    for task in RELATIONS:
+        numbers[f"{task}_recall"] = share(of(task))
+    if not quick:
+        for task in RELATIONS:
+            numbers[f"{task}_recall_heldout_phrasing"] = share(of(task, held_out=True))
+    return numbers
+
+
+def greater_than_score(answers: Answers, world: World) -> float:
+    """p(a later year) - p(a year that is not later), the mean over prompts (Hanna et al. 2023)."""
+    years = answers.of("greater_than", held_out=True)
+    starts = t.tensor([int(p.labels["start"]) for p, chosen in zip(answers.prompts, years) if chosen])
+    two_digits = t.tensor([world.tokenizer.token_to_id(f"{i:02d}") for i in range(100)])
+    later = t.arange(100) > starts[:, None]  # (prompt, year)
+    chance = answers.first[t.from_numpy(years)][:, two_digits].exp()
+    return (chance * later - chance * ~later).sum(1).mean().item()
+
+
+@t.no_grad()
+def natural_loss(model: Callable[[Tensor], Tensor], rows: Tensor) -> float:
+    """Nats per token of rows (row, pos)."""
+
+    def summed(part: Tensor) -> float:
+        return next_token_loss(model(part), part, reduction="sum").item()
+
+    return sum(in_batches(summed, rows, 32)) / rows[:, 1:].numel()
+
+
 def evaluate_world(
-    model: Callable[[Tensor], Tensor], world: World, quick: bool = False, device: str = "cpu"
+    model: Callable[[Tensor], Tensor],
+    world: World,
+    quick: bool = False,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """
-    What the model knows. Recalls: share of whole answers; forward and reverse are the directions of the capital fact, *_of_* names the part.
-    ioi_accuracy, induction_accuracy: the answer is the likeliest of all tokens; agreement, gender: likelier than the wrong one; ioi_logit_diff
-    in logits; greater_than: p(later year) - p(not later); heldout_loss: nats per token of natural text; prefix_matching (modules only): of the
-    best head. quick: a fixed subsample, for curves over training.
+    What the model knows: fact_numbers, and of prompts drawn with names, years and nouns that were held out:
+    ioi_accuracy, induction_accuracy: the answer is the likeliest of all tokens; agreement, gender: likelier than the
+    wrong one; ioi_logit_diff in logits; greater_than: p(later year) - p(not later). heldout_loss: nats per token of
+    natural text; prefix_matching (modules only): of the best head. quick: a fixed subsample, for curves over training.
     """
-    facts = {
-        (task, split): world.prompts(task, split, n=100 if quick else None)
-        for task in FACTS
-        for split in ("taught", "held_out")
-        if not (quick and task not in ("forward", "reverse") and split == "held_out")
+    answers = Answers(model, world, ask_world(world, quick), device)
+    ioi = answers.of("ioi", held_out=True)
+    numbers = fact_numbers(answers, quick) | {
+        "ioi_accuracy": answers.share_right(ioi),
+        "ioi_logit_diff": answers.mean_gap(ioi),
+        "greater_than": greater_than_score(answers, world),
+        "agreement_accuracy": answers.share_likelier(answers.of("agreement", held_out=True)),
+        "gender_accuracy": answers.share_likelier(answers.of("gender", held_out=True)),
+        "induction_accuracy": answers.share_right(answers.of("induction", held_out=True)),
     }
-    drawn = {task: world.prompts(task, "held_out", n=48 if quick else 512) for task in DRAW}
-    prompts = [p for group in (facts | drawn).values() for p in group]
-    right, gap, first = read_answers(model, world, prompts, device)
-    is_in = lambda tasks, held, part="": np.array(
-        [p.task in tasks and p.held_out == held and part in ("", p.labels.get("part")) for p in prompts]
-    )
-    taught = np.array([p.taught for p in prompts])
-    share = lambda chosen, values=right: float(values[chosen].mean())
-    numbers = {
-        "fact_recall": share(is_in(("forward", "reverse"), False) & taught),
-        "fact_recall_heldout_phrasing": share(is_in(("forward", "reverse"), True) & taught),
-        "forward_recall": share(is_in(("forward",), False) & taught),
-        "reverse_recall": share(is_in(("reverse",), False) & taught),
-        "forward_recall_of_both": share(is_in(("forward",), False, "both")),
-        "reverse_recall_of_both": share(is_in(("reverse",), False, "both")),
-        "reverse_recall_of_forward_only": share(is_in(("reverse",), False, "forward")),
-        "forward_recall_of_reverse_only": share(is_in(("forward",), False, "reverse")),
-        **{f"{task}_recall": share(is_in((task,), False)) for task in ("continent", "language", "currency")},
-    }
-    if not quick:
-        numbers |= {
-            f"{task}_recall_heldout_phrasing": share(is_in((task,), True))
-            for task in ("continent", "language", "currency")
-        }
-    digits = t.tensor([world.tokenizer.token_to_id(f"{i:02d}") for i in range(100)])
-    years = is_in(("greater_than",), True)
-    later = t.arange(100) > t.tensor([int(p.labels["start"]) for p, chosen in zip(prompts, years) if chosen])[:, None]
-    chance = first[t.from_numpy(years)][:, digits].exp()
-    numbers |= {
-        "ioi_accuracy": share(is_in(("ioi",), True)),
-        "ioi_logit_diff": share(is_in(("ioi",), True), gap),
-        "greater_than": (chance * later - chance * ~later).sum(1).mean().item(),
-        **{f"{task}_accuracy": share(is_in((task,), True), gap > 0) for task in ("agreement", "gender")},
-        "induction_accuracy": share(is_in(("induction",), True)),
-    }
-    rows = t.from_numpy(world.rows(np.random.default_rng(0), 24 if quick else 256, 64, "heldout")).to(device)
-    with t.no_grad():
-        numbers["heldout_loss"] = (
-            sum(
-                in_batches(
-                    lambda part: F.cross_entropy(
-                        model(part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
-                    ).item(),
-                    rows,
-                    32,
-                )
-            )
-            / rows[:, 1:].numel()
-        )
+    rows = world.rows(np.random.default_rng(0), 24 if quick else 256, 64, "heldout")
+    numbers["heldout_loss"] = natural_loss(model, t.from_numpy(rows).to(device))
     if isinstance(model, t.nn.Module):
-        numbers["prefix_matching"] = (
-            head_scores(
-                model,
-                model.cfg.n_layers,
-                repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device),
-                24,
-            )["prefix_matching"]
-            .max()
-            .item()
-        )
+        repeated = repeated_tokens(12 if quick else 64, 24, world.common, world.bos).to(device)
+        scores = head_scores(model, model.cfg.n_layers, repeated, 24)
+        numbers["prefix_matching"] = scores["prefix_matching"].max().item()
     return numbers
 
 

@@ -1,4 +1,7 @@
-"""Zero-layer transformer, W_E -> W_U: fitted to next-token prediction it becomes the bigram table, as far as its rank allows."""
+"""
+Zero-layer transformer, W_E -> W_U: fitted to next-token prediction it becomes the bigram table, as far as its rank
+allows.
+"""
 
 import dataclasses
 import math
@@ -6,23 +9,35 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from utils import cyan, endc, fail, gray, green, pick_device, purple, save_results, set_seed, yellow
-from plots import COLORS, array, imshow, label_tokens, line, show, visible
-from hooks import HookPoint, in_batches
-from data import find_tokens, kind_of, load_corpus, str_tokens
-from train import TrainConfig, first_goes_on, train
-from launch import flags
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    cyan,
+    endc,
+    fail,
+    gray,
+    green,
+    pick_device,
+    purple,
+    save_results,
+    set_seed,
+    yellow,
+)
+from hooks import HookPoint
+
 from anatomy import entropy_floor, mutual_information, row_totals
+from data import find_tokens, kind_of, load_corpus, str_tokens
+from launch import flags
+from plots import COLORS, array, imshow, label_tokens, line, show, visible
+from train import TrainConfig, first_goes_on, train
 
 import numpy as np
 import plotly.graph_objects as go
+import torch as t
+import torch.nn as nn
+import torch.nn.functional as F
 from plotly.subplots import make_subplots
 from scipy.sparse import coo_matrix, csr_matrix
 from tabulate import tabulate
-import torch as t
 from torch import Tensor
-import torch.nn as nn
-import torch.nn.functional as F
 
 DENSE = 4096  # up to this vocabulary the whole count matrix is one dense tensor
 CHUNK = 512  # rows of logits held at once when a model is measured: 100 MB for 50257 tokens
@@ -32,21 +47,35 @@ MAPPED = 600  # tokens in the maps, the most frequent
 TABLE_GATE = 0.05  # bits per token under which we say that the model is the bigram table
 
 
+#%% The model: look up the token's row of W_E, multiply by W_U
+class ZeroLayer(nn.Module):
+    """W_E (d_vocab, d_model), W_U (d_model, d_vocab); W_E W_U is the table of logits (token, next)."""
+
+    def __init__(self, d_vocab: int, d_model: int):
+        super().__init__()
+        self.W_E = nn.Parameter(0.1 * t.randn(d_vocab, d_model))
+        self.W_U = nn.Parameter(0.1 * t.randn(d_model, d_vocab))
+        self.hook_embed = HookPoint()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.hook_embed(F.embedding(tokens, self.W_E))
+        return x @ self.W_U
+
+
+#%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
-    tokenizer: str | None = (
-        None  # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
-    )
+    # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
+    tokenizer: str | None = None
     vocab: int = 1024  # size of that BPE
     d_model: int = 128
     fit: Literal["counts", "tokens"] = "counts"  # exact loss from the count matrix; or plain SGD on sampled tokens
     token: str | None = None  # what follows it, what predicts it; default: the most frequent word
     ranks: tuple[int, ...] = (2, 8, 32, 128)  # values of d_model to compare, each fitted for half the steps
     steps: int = 200
-    tokens_per_step: int = (
-        4096  # drawn per step by --fit tokens, and where the vocabulary is above 4096 (gpt2's 50257: 4 GB at peak)
-    )
+    # drawn per step by --fit tokens, and where the vocabulary is above 4096 (gpt2's 50257: 4 GB at peak)
+    tokens_per_step: int = 4096
     lr: float = 0.1
     optimizer: Literal["muon", "adamw"] = "adamw"  # Muon has no hidden matrix to work on here
     decay: float = 1.0  # share of the steps in which the learning rate falls to 0 (wsd)
@@ -54,20 +83,6 @@ class Config(TrainConfig):
     contexts: tuple[int, ...] = (2,)  # of no effect: a bigram model sees one token
     autocast: Literal["auto", "on", "off"] = "off"  # bfloat16 in training
     save_every: int = 0  # steps between checkpoints; 0 writes none
-
-
-#%% The model: look up the token's row of W_E, multiply by W_U
-class ZeroLayer(nn.Module):
-    def __init__(self, d_vocab: int, d_model: int):
-        super().__init__()
-        self.W_E, self.W_U = (
-            nn.Parameter(0.1 * t.randn(d_vocab, d_model)),
-            nn.Parameter(0.1 * t.randn(d_model, d_vocab)),
-        )
-        self.hook_embed = HookPoint()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.hook_embed(F.embedding(tokens, self.W_E)) @ self.W_U
 
 
 #%% The text as counts[x, y]: how often y comes right after x, documents joined by their beginning-of-text token included
@@ -87,22 +102,20 @@ def dense(counts: csr_matrix, rows: np.ndarray, device: str = "cpu") -> Tensor:
 
 def add_alpha_loss(counts: csr_matrix, text: csr_matrix, alpha: float) -> float:
     """Loss in nats per token, on the pairs of text, of the table (counts + alpha) / (row total + alpha * d_vocab)."""
+    d_vocab = counts.shape[0]
     text = text.tocoo()
     seen = np.asarray(counts[text.row, text.col]).ravel()
-    return float(
-        -(text.data * np.log((seen + alpha) / (row_totals(counts)[text.row] + alpha * counts.shape[0]))).sum()
-        / text.sum()
-    )
+    p_next = (seen + alpha) / (row_totals(counts)[text.row] + alpha * d_vocab)
+    return float(-(text.data * np.log(p_next)).sum() / text.sum())
 
 
 def choose_alpha(streams: list[np.ndarray], d_vocab: int) -> float:
     """The alpha that best predicts the last sixteenth of each training stream from the rest of it."""
     cuts = [len(stream) * 15 // 16 for stream in streams]
-    counts, text = (
-        bigram_counts([s[:cut] for s, cut in zip(streams, cuts)], d_vocab),
-        bigram_counts([s[cut:] for s, cut in zip(streams, cuts)], d_vocab),
-    )
-    return float(min(ALPHAS, key=lambda alpha: add_alpha_loss(counts, text, alpha)))
+    counts = bigram_counts([stream[:cut] for stream, cut in zip(streams, cuts)], d_vocab)
+    text = bigram_counts([stream[cut:] for stream, cut in zip(streams, cuts)], d_vocab)
+    losses = [add_alpha_loss(counts, text, alpha) for alpha in ALPHAS]
+    return float(ALPHAS[np.argmin(losses)])
 
 
 #%% The loss depends on the counts alone, so one step on the count matrix is a step on the whole text at once
@@ -114,15 +127,14 @@ def count_loss(model: nn.Module, rows: Tensor, counts: Tensor) -> Tensor:
 @t.no_grad()
 def measure(model: nn.Module, counts: csr_matrix) -> float:
     """Exact loss on all counts in nats per token, summed in float64 over chunks of rows."""
-    total, device = 0.0, model.W_E.device
+    total = 0.0
+    device = model.W_E.device
     seen = np.flatnonzero(row_totals(counts))
-    for rows in np.array_split(seen, -(-len(seen) // CHUNK)):
-        total += (
-            F.cross_entropy(model(t.from_numpy(rows).to(device)), dense(counts, rows, device), reduction="none")
-            .double()
-            .sum()
-            .item()
-        )
+    n_chunks = -(-len(seen) // CHUNK)  # rounded up
+    for rows in np.array_split(seen, n_chunks):
+        logits = model(t.from_numpy(rows).to(device))
+        losses = F.cross_entropy(logits, dense(counts, rows, device), reduction="none")
+        total += losses.double().sum().item()
     return total / float(counts.sum())
 
 
@@ -138,6 +150,48 @@ def drawn_loss(model: nn.Module, drawn: Tensor, counts: csr_matrix) -> Tensor:
     return count_loss(model, drawn[:, 0], table * (drawn[:, 1:] / table.sum(1, keepdim=True)))
 
 
+#%% Three ways to take a step. Each gives what a step reads, its loss, and how many tokens of text it stands for
+def sampled_tokens(cfg: Config, streams: list[np.ndarray]) -> tuple[Callable, Callable, int]:
+    """Plain SGD on pairs drawn from the text: a noisy gradient, and a row of d_vocab logits for each pair."""
+    pairs = bigrams(streams)
+
+    def batch(i: int) -> Tensor:
+        drawn = np.random.default_rng((cfg.seed, i)).integers(len(pairs), size=cfg.tokens_per_step)
+        return t.from_numpy(pairs[drawn]).long()
+
+    def loss(model: nn.Module, drawn: Tensor) -> Tensor:
+        return F.cross_entropy(model(drawn[:, 0]).float(), drawn[:, 1])
+
+    return batch, loss, cfg.tokens_per_step
+
+
+def whole_table(cfg: Config, counts: csr_matrix) -> tuple[Callable, Callable, int]:
+    """The exact gradient: every step reads the whole count matrix."""
+    d_vocab = counts.shape[0]
+    table = dense(counts, np.arange(d_vocab), pick_device(cfg.device))
+
+    def batch(i: int) -> Tensor:
+        return t.arange(d_vocab)
+
+    def loss(model: nn.Module, rows: Tensor) -> Tensor:
+        return count_loss(model, rows, table)
+
+    return batch, loss, int(counts.sum())
+
+
+def drawn_rows(cfg: Config, counts: csr_matrix) -> tuple[Callable, Callable, int]:
+    """An unbiased estimate of it from drawn rows, a row of logits for each distinct token: for large vocabularies."""
+    totals = row_totals(counts)
+
+    def batch(i: int) -> Tensor:
+        return draw_rows(totals, cfg.tokens_per_step, (cfg.seed, i))
+
+    def loss(model: nn.Module, drawn: Tensor) -> Tensor:
+        return drawn_loss(model, drawn, counts)
+
+    return batch, loss, cfg.tokens_per_step
+
+
 def fit(
     cfg: Config,
     streams: list[np.ndarray],
@@ -146,231 +200,231 @@ def fit(
     watch: Callable[[nn.Module], dict] | None = None,
     watch_every: int = 50,
 ) -> tuple[ZeroLayer, dict]:
-    """
-    --fit tokens: each step samples pairs, so its gradient is noisy, and needs a row of d_vocab logits per pair where counts need one per distinct token.
-    --fit counts: the exact gradient; above 4096 tokens, where the matrix of logits does not fit, an unbiased estimate from drawn rows.
-    """
+    """A model of width cfg.d_model, and the history of its training. Above DENSE tokens the logits do not fit at once."""
     set_seed(cfg.seed)
-    d_vocab, per_batch = counts.shape[0], cfg.tokens_per_step
+    d_vocab = counts.shape[0]
     if cfg.fit == "tokens":
-        pairs = bigrams(streams)
-
-        def batch(i: int) -> Tensor:
-            return t.from_numpy(
-                pairs[np.random.default_rng((cfg.seed, i)).integers(len(pairs), size=cfg.tokens_per_step)]
-            ).long()
-
-        def loss(model: nn.Module, drawn: Tensor) -> Tensor:
-            return F.cross_entropy(model(drawn[:, 0]).float(), drawn[:, 1])
+        batch, loss, tokens_per_batch = sampled_tokens(cfg, streams)
     elif d_vocab <= DENSE:
-        table, per_batch = dense(counts, np.arange(d_vocab), pick_device(cfg.device)), int(counts.sum())
-
-        def batch(i: int) -> Tensor:
-            return t.arange(d_vocab)
-
-        def loss(model: nn.Module, rows: Tensor) -> Tensor:
-            return count_loss(model, rows, table)
+        batch, loss, tokens_per_batch = whole_table(cfg, counts)
     else:
-        totals = row_totals(counts)
-
-        def batch(i: int) -> Tensor:
-            return draw_rows(totals, cfg.tokens_per_step, (cfg.seed, i))
-
-        def loss(model: nn.Module, drawn: Tensor) -> Tensor:
-            return drawn_loss(model, drawn, counts)
-
+        batch, loss, tokens_per_batch = drawn_rows(cfg, counts)
     model = ZeroLayer(d_vocab, cfg.d_model)
-    return model, train(
+
+    def watch_model(step: int) -> dict:
+        return watch(model)
+
+    history = train(
         model,
         batch,
         cfg,
         name,
         loss,
-        watch and (lambda step: watch(model)),
+        watch_model if watch else None,
         watch_every,
-        per_batch,
+        tokens_per_batch,
         text_tokens=int(counts.sum()),
         shape=[d_vocab, cfg.d_model],
         fit=cfg.fit,
     )
+    return model, history
 
 
 #%% The closed form that fails: the best rank-d_model table in squared error of log-probabilities, by SVD
 def svd_table(counts: csr_matrix, alpha: float) -> tuple[Tensor, Tensor]:
-    """W_E, W_U at full rank, largest singular values first: their product is the add-alpha log-table, rows centred (softmax does not see it), weighted by frequency."""
+    """
+    W_E, W_U at full rank, largest singular values first: their product is the add-alpha log-table, rows centred
+    (softmax does not see it), weighted by frequency.
+    """
     table = dense(counts, np.arange(counts.shape[0])) + alpha
     weight = table.sum(1, keepdim=True).sqrt()
-    u, s, v = t.linalg.svd(weight * (table.log() - table.log().mean(1, keepdim=True)), full_matrices=False)
+    centred = table.log() - table.log().mean(1, keepdim=True)
+    u, s, v = t.linalg.svd(weight * centred, full_matrices=False)
     return u * s / weight, v
 
 
 def truncated(W_E: Tensor, W_U: Tensor, rank: int) -> ZeroLayer:
     model = ZeroLayer(len(W_E), rank)
-    model.W_E.data, model.W_U.data = W_E[:, :rank], W_U[:rank]
+    model.W_E.data = W_E[:, :rank]
+    model.W_U.data = W_U[:rank]
     return model
 
 
 #%% Reading the table: what follows a token, what predicts it, what kind of token it is
 @t.no_grad()
 def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> list[tuple]:
-    """k rows (next, P by model, P by counts, previous, P by model, P by counts): the likeliest after token, and the tokens (seen RARE times) that make token likeliest."""
-    totals, device = row_totals(counts), model.W_E.device
-    after = array(model(t.tensor([token], device=device)).softmax(-1)[0])
+    """
+    k rows (next, P by model, P by counts, previous, P by model, P by counts): the likeliest after token, and the tokens
+    (seen RARE times) that make token likeliest.
+    """
+    totals = row_totals(counts)
+    device = model.W_E.device
+    p_after = array(model(t.tensor([token], device=device)).softmax(-1)[0])
     asked = np.flatnonzero(totals >= min(RARE, totals.max()))
-    before = np.concatenate(
-        [
-            array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token])
-            for rows in np.array_split(asked, -(-len(asked) // CHUNK))
-        ]
-    )
-    follows, predicts = after.argsort()[::-1][:k], before.argsort()[::-1][:k]
-    return [
-        (
-            int(y),
-            float(after[y]),
-            counts[token, y] / max(1, totals[token]),
-            int(asked[i]),
-            float(before[i]),
-            counts[asked[i], token] / totals[asked[i]],
-        )
-        for y, i in zip(follows, predicts)
-    ]
+    p_token = []  # of each token asked: how likely it makes token
+    for rows in np.array_split(asked, -(-len(asked) // CHUNK)):
+        p_token.append(array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token]))
+    p_before = np.concatenate(p_token)
+
+    found = []
+    for following, i in zip(p_after.argsort()[::-1][:k], p_before.argsort()[::-1][:k]):
+        previous = asked[i]
+        counted_after = counts[token, following] / max(1, totals[token])
+        counted_before = counts[previous, token] / totals[previous]
+        row_of_next = (int(following), float(p_after[following]), counted_after)
+        row_of_previous = (int(previous), float(p_before[i]), counted_before)
+        found.append((*row_of_next, *row_of_previous))
+    return found
 
 
-#%% Config and text: every adjacent pair of tokens is one count
+#%% Text: every adjacent pair of tokens is one count
+# --hpc: an A100 with 40 GB
+HPC = Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
+
 if __name__ == "__main__":
-    cfg = flags(
-        Config, __doc__, hpc=Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
-    )  # --hpc: an A100 with 40 GB
+    cfg = flags(Config, __doc__, hpc=HPC)
     first_goes_on()
     if min(cfg.steps, cfg.d_model, cfg.vocab, cfg.tokens_per_step, *cfg.ranks) < 1:
         fail("--steps, --d-model, --vocab, --tokens-per-step and --ranks must be at least 1")
     set_seed(cfg.seed)
     print(f"{purple}Zero layers: W_E -> W_U{endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
-    streams, d_vocab = list(corpus.train.values()), corpus.d_vocab
-    counts, heldout = bigram_counts(streams, d_vocab), bigram_counts(corpus.heldout.values(), d_vocab)
-    n_pairs, names = int(counts.sum()), str_tokens(corpus.tokenizer, range(d_vocab))
-    common = np.argsort(-row_totals(counts), kind="stable")[: min(MAPPED, np.count_nonzero(row_totals(counts)))]
+    streams = list(corpus.train.values())
+    d_vocab = corpus.d_vocab
+    counts = bigram_counts(streams, d_vocab)
+    heldout = bigram_counts(corpus.heldout.values(), d_vocab)
+    n_pairs = int(counts.sum())
+    names = str_tokens(corpus.tokenizer, range(d_vocab))
+    n_mapped = min(MAPPED, np.count_nonzero(row_totals(counts)))
+    common = np.argsort(-row_totals(counts), kind="stable")[:n_mapped]
     if not heldout.sum() or len(common) < 10:
         fail(f"--data {cfg.data}: too little text")
     words = [names[x].strip() for x in common if len(names[x].strip()) > 2 and names[x].strip().isalpha()]
-    asked = find_tokens(corpus.tokenizer, cfg.token or (words or [names[common[0]]])[0])
+    word = cfg.token or (words[0] if words else names[common[0]])
+    asked = find_tokens(corpus.tokenizer, word)
     about = f"{cfg.data}, {n_pairs / 1e6:.2f}M training tokens, zero-layer model, d_vocab {d_vocab}"
 
 #%% Baselines: the bigram entropy floor, and the table that add-alpha smoothing makes of the same counts
 if __name__ == "__main__":
-    floor, frequencies = entropy_floor(counts), mutual_information(counts)
+    floor = entropy_floor(counts)
+    frequencies = mutual_information(counts)
     alpha = choose_alpha(streams, d_vocab)
     table_loss = add_alpha_loss(counts, heldout, alpha)
     unseen_pairs = heldout - heldout.multiply(counts > 0)
     unseen = float(unseen_pairs.sum() / heldout.sum())
     table_unseen = add_alpha_loss(counts, unseen_pairs, alpha) if unseen else 0.0
     print(
-        f"{gray}bigram entropy floor {cyan}{floor:.3f}{gray} nats per predicted token; a model of frequencies alone has KL {cyan}{frequencies:.3f}{gray} bits per token{endc}"
+        f"{gray}bigram entropy floor {cyan}{floor:.3f}{gray} nats per predicted token; a model of frequencies alone "
+        f"has KL {cyan}{frequencies:.3f}{gray} bits per token{endc}"
     )
     print(
-        f"{gray}held out {cyan}{unseen:.1%}{gray} of the pairs never occur in training, where the raw table's loss is infinite; with alpha {cyan}{alpha:.2g}{gray}, chosen on training text, the table has {cyan}{table_loss:.3f}{gray} nats per token{endc}"
+        f"{gray}held out {cyan}{unseen:.1%}{gray} of the pairs never occur in training, where the raw table's loss is "
+        f"infinite; with alpha {cyan}{alpha:.2g}{gray}, chosen on training text, the table has "
+        f"{cyan}{table_loss:.3f}{gray} nats per token{endc}"
     )
 
 #%% Gates: the loss on counts is the loss on tokens, KL is loss less floor, and chunks of rows have the whole gradient
 if __name__ == "__main__":
     sample = np.asarray(streams[0][:4001])
-    probe, some, pairs = (
-        ZeroLayer(d_vocab, cfg.d_model),
-        bigram_counts([sample], d_vocab),
-        t.from_numpy(bigrams([sample])).long(),
-    )
-    rows, totals = np.flatnonzero(row_totals(some)), row_totals(some)
+    probe = ZeroLayer(d_vocab, cfg.d_model)
+    some = bigram_counts([sample], d_vocab)
+    pairs = t.from_numpy(bigrams([sample])).long()
+    totals = row_totals(some)
+    rows = np.flatnonzero(totals)
+
     with t.no_grad():
-        on_tokens = sum(
-            in_batches(
-                lambda part: F.cross_entropy(probe(part[:, 0]), part[:, 1], reduction="sum").item(), pairs, CHUNK
-            )
-        ) / len(pairs)
-        log_q = (
-            t.cat(
-                list(
-                    in_batches(
-                        lambda part: probe(part[:, :1])[:, 0].log_softmax(-1).gather(1, part[:, 1:]), pairs, CHUNK
-                    )
-                )
-            )[:, 0]
-            .double()
-            .numpy()
-        )
-    log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
+        log_q_parts = []
+        loss_sum = 0.0
+        for part in pairs.split(CHUNK):
+            logits = probe(part[:, 0])
+            loss_sum += F.cross_entropy(logits, part[:, 1], reduction="sum").item()
+            log_q_parts.append(logits.log_softmax(-1).gather(1, part[:, 1:])[:, 0])
+    on_tokens = loss_sum / len(pairs)
     on_counts = measure(probe, some)
     assert abs(on_counts - on_tokens) < 1e-4, "the loss on counts is not the loss on tokens"
-    assert abs((log_p - log_q).mean() - (on_counts - entropy_floor(some))) < 1e-4, (
-        "KL is not the loss less the entropy floor"
-    )
+
+    log_q = t.cat(log_q_parts).double().numpy()
+    log_p = np.log(np.asarray(some[sample[:-1], sample[1:]]).ravel() / totals[sample[:-1]])
+    probe_kl = (log_p - log_q).mean()
+    assert abs(probe_kl - (on_counts - entropy_floor(some))) < 1e-4, "KL is not the loss less the entropy floor"
+
     whole = t.autograd.grad(count_loss(probe, t.from_numpy(rows), dense(some, rows)), probe.W_U)[0]
-    chunks = [
-        (t.from_numpy(np.stack([part, totals[part]], 1)).long(), totals[part].sum() / totals.sum())
-        for part in np.array_split(rows, 3)
-    ]
-    summed = sum(share * t.autograd.grad(drawn_loss(probe, chunk, some), probe.W_U)[0] for chunk, share in chunks)
-    assert t.allclose(whole, summed, rtol=1e-4, atol=1e-7), (
-        "the gradient summed over chunks of rows is not the gradient on all counts"
-    )
+    summed = t.zeros_like(whole)
+    for part in np.array_split(rows, 3):
+        chunk = t.from_numpy(np.stack([part, totals[part]], 1)).long()
+        share = totals[part].sum() / totals.sum()
+        summed += share * t.autograd.grad(drawn_loss(probe, chunk, some), probe.W_U)[0]
+    same = t.allclose(whole, summed, rtol=1e-4, atol=1e-7)
+    assert same, "the gradient summed over chunks of rows is not the gradient on all counts"
     print(
-        f"{gray}gates passed: loss on counts = loss on tokens, KL = loss - floor, gradient over chunks = whole gradient{endc}"
+        f"{gray}gates passed: loss on counts = loss on tokens, KL = loss - floor, gradient over chunks = whole "
+        f"gradient{endc}"
     )
 
+
 #%% Training on the count matrix: the train loss meets the floor, the held-out loss turns up again
+def losses_now(model: ZeroLayer) -> dict[str, float]:
+    return {
+        "train": measure(model, counts),
+        "heldout": measure(model, heldout),
+        "unseen": measure(model, unseen_pairs) if unseen else 0.0,
+    }
+
+
 if __name__ == "__main__":
     print(f"{purple}Fit {d_vocab} tokens with d_model {cfg.d_model}{endc}")
     if cfg.fit == "counts" and d_vocab > DENSE:
         print(
-            f"{gray}a step draws {cfg.tokens_per_step} tokens of the text and takes the whole next-token distribution of each distinct one: unbiased{endc}"
+            f"{gray}a step draws {cfg.tokens_per_step} tokens of the text and takes the whole next-token distribution "
+            f"of each distinct one: unbiased{endc}"
         )
-    model, history = fit(
-        cfg,
-        streams,
-        counts,
-        watch=lambda model: dict(
-            train=measure(model, counts),
-            heldout=measure(model, heldout),
-            unseen=measure(model, unseen_pairs) if unseen else 0.0,
-        ),
-        watch_every=max(1, cfg.steps // (40 if d_vocab <= DENSE else 5)),
-    )
-    watched = {
-        key: np.array([point[key] for point in history["watch"]]) for key in ("step", "train", "heldout", "unseen")
-    }
+    n_looks = 40 if d_vocab <= DENSE else 5
+    model, history = fit(cfg, streams, counts, watch=losses_now, watch_every=max(1, cfg.steps // n_looks))
+    watched = {}
+    for key in ("step", "train", "heldout", "unseen"):
+        watched[key] = np.array([point[key] for point in history["watch"]])
     best = int(watched["heldout"].argmin())
     kl = (watched["train"][-1] - floor) / math.log(2)
     assert kl > -1e-5, "KL divergence below 0: the floor or the loss is wrong"
     with t.no_grad():
-        logits = array(model(t.from_numpy(common).to(model.W_E.device)))
-    agree = float(
-        np.average(logits.argmax(1) == np.asarray(counts[common].argmax(1)).ravel(), weights=row_totals(counts)[common])
+        logits = array(model(t.from_numpy(common).to(model.W_E.device)))  # (common token, next)
+    likes_the_same = logits.argmax(1) == np.asarray(counts[common].argmax(1)).ravel()
+    agree = float(np.average(likes_the_same, weights=row_totals(counts)[common]))
+    print(
+        f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} "
+        f"bits per token, in {cyan}{history['seconds']:.1f}{gray} s; after {cyan}{agree:.1%}{gray} of the tokens it "
+        f"likes the same next token best{endc}"
     )
     print(
-        f"{gray}train loss {cyan}{watched['train'][-1]:.3f}{gray} nats, KL to the bigram table {cyan}{kl:.4f}{gray} bits per token, in {cyan}{history['seconds']:.1f}{gray} s; after {cyan}{agree:.1%}{gray} of the tokens it likes the same next token best{endc}"
+        f"{gray}held-out loss {cyan}{watched['heldout'][-1]:.3f}{gray} nats, at best "
+        f"{cyan}{watched['heldout'][best]:.3f}{gray} (step {cyan}{watched['step'][best]}{gray}); on its never-seen "
+        f"pairs {cyan}{watched['unseen'][-1]:.2f}{gray} nats, at that step {cyan}{watched['unseen'][best]:.2f}{endc}"
     )
-    print(
-        f"{gray}held-out loss {cyan}{watched['heldout'][-1]:.3f}{gray} nats, at best {cyan}{watched['heldout'][best]:.3f}{gray} (step {cyan}{watched['step'][best]}{gray}); on its never-seen pairs {cyan}{watched['unseen'][-1]:.2f}{gray} nats, at that step {cyan}{watched['unseen'][best]:.2f}{endc}"
-    )
+
+#%% ... as curves, on all held-out pairs and on those that training never saw
+if __name__ == "__main__":
+    n_points = len(watched["step"])
     table_name = f"add-alpha table, alpha {alpha:.2g}"
     fig = line(
         {
             "train": watched["train"],
             "held out": watched["heldout"],
-            "bigram entropy floor (train)": [floor] * len(watched["step"]),
-            f"{table_name} (held out)": [table_loss] * len(watched["step"]),
+            "bigram entropy floor (train)": [floor] * n_points,
+            f"{table_name} (held out)": [table_loss] * n_points,
         },
-        f"Loss over training, against the bigram entropy floor and the add-alpha table<br><sup>{about}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
+        "Loss over training, against the bigram entropy floor and the add-alpha table"
+        f"<br><sup>{about}, d_model {cfg.d_model}; held out: {heldout.sum() / 1e3:.0f}k tokens</sup>",
         "training step",
         "cross-entropy (nats per token)",
         x=watched["step"],
         dashed=("bigram entropy floor (train)", f"{table_name} (held out)"),
     )
-    show(fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6]), "zero_layer/loss")
+    fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6])
+    show(fig, "zero_layer/loss")
     fig = line(
-        {"zero-layer model": watched["unseen"], table_name: [table_unseen] * len(watched["step"])},
-        f"What overfits: loss on the {unseen:.1%} of held-out pairs that never occur in training<br><sup>{about}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
+        {"zero-layer model": watched["unseen"], table_name: [table_unseen] * n_points},
+        f"What overfits: loss on the {unseen:.1%} of held-out pairs that never occur in training"
+        f"<br><sup>{about}, d_model {cfg.d_model}; {unseen_pairs.sum():.0f} such held-out tokens</sup>",
         "training step",
         "cross-entropy on never-seen pairs (nats per token)",
         x=watched["step"],
@@ -380,136 +434,140 @@ if __name__ == "__main__":
 
 #%% The rank limit: d_model dimensions hold only so much of the table, and the SVD of the log-table wastes them
 if __name__ == "__main__":
-    fitted, closed, svd_effort, text_share = {}, {}, None, None
-    if d_vocab > DENSE:
-        print(f"{gray}rank sweep and SVD need the dense table: skipped above {DENSE} tokens{endc}")
-    else:
-        ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
-        factors, table = svd_table(counts, alpha), dense(counts, np.arange(d_vocab))
-        square, unlikely = (
-            (factors[0] @ factors[1]).square() * table.sum(1, keepdim=True),
-            table <= 0.01 * table.sum(1, keepdim=True),
-        )
-        svd_effort, text_share = (
-            float(square[unlikely].sum() / square.sum()),
-            float(table[unlikely].sum() / table.sum()),
-        )
+    ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
+    fitted: dict[int, float] = {}  # KL in bits per token by d_model
+    closed: dict[int, float] = {}
+    svd_effort = None
+    text_share = None
+
+if __name__ == "__main__" and d_vocab > DENSE:
+    print(f"{gray}rank sweep and SVD need the dense table: skipped above {DENSE} tokens{endc}")
+
+if __name__ == "__main__" and d_vocab <= DENSE:
+    W_E, W_U = svd_table(counts, alpha)
+    table = dense(counts, np.arange(d_vocab))
+    row_sums = table.sum(1, keepdim=True)
+    square = (W_E @ W_U).square() * row_sums  # what squared error weighs
+    unlikely = table <= 0.01 * row_sums
+    svd_effort = float(square[unlikely].sum() / square.sum())
+    text_share = float(table[unlikely].sum() / table.sum())
+    print(
+        f"{gray}next tokens of P at most 1% are {cyan}{svd_effort:.0%}{gray} of the squared log-table, which SVD fits, "
+        f"and {cyan}{text_share:.0%}{gray} of the text, which counts in KL{endc}"
+    )
+    short = dataclasses.replace(cfg, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False)
+    for rank in ranks:
+        narrow, _ = fit(dataclasses.replace(short, d_model=rank), streams, counts, f"d_model {rank}")
+        fitted[rank] = (measure(narrow, counts) - floor) / math.log(2)
+        closed[rank] = (measure(truncated(W_E, W_U, rank), counts) - floor) / math.log(2)
         print(
-            f"{gray}next tokens of P at most 1% are {cyan}{svd_effort:.0%}{gray} of the squared log-table, which SVD fits, and {cyan}{text_share:.0%}{gray} of the text, which counts in KL{endc}"
+            f"{gray}d_model {rank}: KL {cyan}{fitted[rank]:.3f}{gray} fitted, {cyan}{closed[rank]:.3f}{gray} by SVD "
+            f"(bits per token){endc}"
         )
-        for rank in ranks:
-            short = dataclasses.replace(
-                cfg, d_model=rank, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False
-            )
-            fitted[rank] = (measure(fit(short, streams, counts, f"d_model {rank}")[0], counts) - floor) / math.log(2)
-            closed[rank] = (measure(truncated(*factors, rank), counts) - floor) / math.log(2)
-            print(
-                f"{gray}d_model {rank}: KL {cyan}{fitted[rank]:.3f}{gray} fitted, {cyan}{closed[rank]:.3f}{gray} by SVD (bits per token){endc}"
-            )
-        fig = line(
-            {
-                "fitted to next tokens": list(fitted.values()),
-                "SVD of the log-table": list(closed.values()),
-                "frequencies alone": [frequencies] * len(ranks),
-            },
-            f"KL to the bigram table by d_model: fitted to next tokens, and by SVD of its logarithm<br><sup>{about}, {short.steps} steps each; next tokens of P at most 1%: {svd_effort:.0%} of the squared log-table, {text_share:.0%} of the text</sup>",
-            "d_model",
-            "KL (bits per token)",
-            x=ranks,
-            markers=True,
-            logx=True,
-            dashed=("frequencies alone",),
-        )
-        show(fig.update_yaxes(type="log").update_xaxes(tickvals=ranks), "zero_layer/rank")
+
+#%% ... as curves over d_model
+if __name__ == "__main__" and d_vocab <= DENSE:
+    fig = line(
+        {
+            "fitted to next tokens": list(fitted.values()),
+            "SVD of the log-table": list(closed.values()),
+            "frequencies alone": [frequencies] * len(ranks),
+        },
+        "KL to the bigram table by d_model: fitted to next tokens, and by SVD of its logarithm"
+        f"<br><sup>{about}, {short.steps} steps each; next tokens of P at most 1%: {svd_effort:.0%} of the squared "
+        f"log-table, {text_share:.0%} of the text</sup>",
+        "d_model",
+        "KL (bits per token)",
+        x=ranks,
+        markers=True,
+        logx=True,
+        dashed=("frequencies alone",),
+    )
+    fig.update_yaxes(type="log").update_xaxes(tickvals=ranks)
+    show(fig, "zero_layer/rank")
 
 #%% What follows a token, and what predicts it: the same table read by row and by column
 if __name__ == "__main__":
+    headers = ["next", "P model", "P counts", "previous", "P model", "P counts"]
     tables = {}
     for token in asked:
-        tables[names[token]] = [
-            (names[y], p, q, names[x], *more) for y, p, q, x, *more in neighbours(model, counts, token)
-        ]
+        rows = []
+        shown = []
+        for following, p, q, previous, p_before, q_before in neighbours(model, counts, token):
+            rows.append((names[following], p, q, names[previous], p_before, q_before))
+            shown.append((visible(names[following]), p, q, visible(names[previous]), p_before, q_before))
+        tables[names[token]] = rows
         print(f"{purple}token {visible(names[token])!r}: what follows it, and what predicts it{endc}")
-        cells = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in tables[names[token]]]
-        print(
-            cyan
-            + tabulate(
-                cells,
-                ["next", "P model", "P counts", "previous", "P model", "P counts"],
-                floatfmt=".3f",
-                disable_numparse=[0, 3],
-            )
-            + endc
-        )
+        print(cyan + tabulate(shown, headers, floatfmt=".3f", disable_numparse=[0, 3]) + endc)
 
-#%% W_E in two dimensions, by PCA and by t-SNE, coloured by kind of token
+#%% W_E in two dimensions, by PCA and by t-SNE, with the kind of each token
 if __name__ == "__main__":
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     embed = array(model.W_E)[common]
     pca = PCA(2, random_state=cfg.seed).fit(embed)
-    maps = [
-        pca.transform(embed),
-        TSNE(
-            2, metric="cosine", perplexity=min(30, len(common) / 4), max_iter=500, random_state=cfg.seed
-        ).fit_transform(embed),
-    ]
+    by_pca = pca.transform(embed)
+    perplexity = min(30, len(common) / 4)
+    tsne = TSNE(2, metric="cosine", perplexity=perplexity, max_iter=500, random_state=cfg.seed)
+    by_tsne = tsne.fit_transform(embed)
     kinds = np.array([kind_of(names[token]) for token in common])
-    likely = [visible(names[y]) for y in logits.argmax(1)]
-    text = np.array(
-        [
-            f"'{visible(names[token])}' ({kind})<br>seen {row_totals(counts)[token]:.0f} times<br>likeliest next '{y}'"
-            for token, kind, y in zip(common, kinds, likely)
-        ]
-    )
-    fig = make_subplots(
-        1,
-        2,
-        subplot_titles=[f"PCA ({pca.explained_variance_ratio_.sum():.0%} of the variance)", "t-SNE (cosine distance)"],
-    )
-    for color, kind in zip(COLORS, sorted(set(kinds), key=lambda kind: -(kinds == kind).sum())):
-        for col, xy in enumerate(maps):
-            fig.add_trace(
-                go.Scatter(
-                    x=xy[kinds == kind, 0],
-                    y=xy[kinds == kind, 1],
-                    mode="markers",
-                    name=kind,
-                    legendgroup=kind,
-                    showlegend=not col,
-                    text=text[kinds == kind],
-                    hovertemplate="%{text}<extra></extra>",
-                    marker=dict(size=6, color=color),
-                ),
-                row=1,
-                col=col + 1,
+    likeliest = logits.argmax(1)
+
+#%% ... coloured by kind of token
+if __name__ == "__main__":
+    hover = []
+    for token, kind, following in zip(common, kinds, likeliest):
+        times = f"seen {row_totals(counts)[token]:.0f} times"
+        hover.append(f"'{visible(names[token])}' ({kind})<br>{times}<br>likeliest next '{visible(names[following])}'")
+    hover = np.array(hover)
+    variance = f"PCA ({pca.explained_variance_ratio_.sum():.0%} of the variance)"
+    fig = make_subplots(1, 2, subplot_titles=[variance, "t-SNE (cosine distance)"])
+    most_first = sorted(set(kinds), key=lambda kind: -(kinds == kind).sum())
+    for color, kind in zip(COLORS, most_first):
+        of_kind = kinds == kind
+        for col, xy in enumerate((by_pca, by_tsne), start=1):
+            dots = go.Scatter(
+                x=xy[of_kind, 0],
+                y=xy[of_kind, 1],
+                mode="markers",
+                name=kind,
+                legendgroup=kind,
+                showlegend=col == 1,
+                text=hover[of_kind],
+                hovertemplate="%{text}<extra></extra>",
+                marker={"size": 6, "color": color},
             )
+            fig.add_trace(dots, row=1, col=col)
     fig.update_layout(
-        title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}; text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>"
+        title=f"W_E in two dimensions: the {len(common)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}; "
+        "text fixes only the product W_E W_U, so axes mean nothing and distances little more</sup>"
     )
-    for col, name in enumerate(("principal component", "t-SNE")):
-        fig.update_xaxes(title=f"{name} 1 (no unit)", col=col + 1).update_yaxes(
-            title=f"{name} 2 (no unit)", col=col + 1
-        )
+    for col, name in enumerate(("principal component", "t-SNE"), start=1):
+        fig.update_xaxes(title=f"{name} 1 (no unit)", col=col)
+        fig.update_yaxes(title=f"{name} 2 (no unit)", col=col)
     show(fig, "zero_layer/embedding")
 
-#%% The logit table of the most frequent tokens: drag to zoom, double-click to go back
+#%% The logit table of the most frequent tokens, each row less its mean over the tokens of the text
 if __name__ == "__main__":
-    most, unigram = common[:100], np.asarray(counts.sum(0)).ravel() / n_pairs
-    table = logits[: len(most)]
-    p_model, seen = (
-        np.exp(table - np.logaddexp.reduce(table, 1, keepdims=True))[:, most],
-        counts[most][:, most].toarray(),
-    )
-    hover = [
-        [f"P model {p:.4f}, counts {n / total:.4f} (seen {n:.0f} times)" for p, n in zip(*row)]
-        for *row, total in zip(p_model, seen, row_totals(counts)[most])
-    ]
+    most = common[:100]
+    unigram = np.asarray(counts.sum(0)).ravel() / n_pairs
+    table = logits[: len(most)]  # (common token, next)
+    centred = (table - table @ unigram[:, None])[:, most]
+    p_model = np.exp(table - np.logaddexp.reduce(table, 1, keepdims=True))[:, most]
+    seen = counts[most][:, most].toarray()
+
+#%% ... as a map: drag to zoom, double-click to go back
+if __name__ == "__main__":
+    hover = []
+    for p_row, seen_row, total in zip(p_model, seen, row_totals(counts)[most]):
+        row = [f"P model {p:.4f}, counts {n / total:.4f} (seen {n:.0f} times)" for p, n in zip(p_row, seen_row)]
+        hover.append(row)
     labels = label_tokens([names[token] for token in most])
     fig = imshow(
-        (table - table @ unigram[:, None])[:, most],
-        f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}, KL {kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
+        centred,
+        f"The logit table W_E W_U of the {len(most)} most frequent tokens<br><sup>{about}, d_model {cfg.d_model}, KL "
+        f"{kl:.3f} bits; each row less its mean over the tokens of the text</sup>",
         "next token",
         "this token",
         x=labels,
@@ -517,23 +575,21 @@ if __name__ == "__main__":
         value="logit",
         hover=hover,
     )
-    show(fig.update_layout(height=950), "zero_layer/logits")
+    fig.update_layout(height=950)
+    show(fig, "zero_layer/logits")
 
 #%% Conclusion: the finding and the gate it passed
 if __name__ == "__main__":
-    loss, heldout_loss, best_heldout, best_step = (
-        watched["train"][-1],
-        watched["heldout"][-1],
-        watched["heldout"][best],
-        watched["step"][best],
-    )
+    heldout_loss = watched["heldout"][-1]
+    best_heldout = watched["heldout"][best]
+    best_step = watched["step"][best]
     save_results(
         "zero_layer",
         cfg,
         kl_to_bigram=kl,
         heldout_loss=heldout_loss,
         bigram_floor=floor,
-        train_loss=loss,
+        train_loss=watched["train"][-1],
         train_seconds=history["seconds"],
         d_vocab=d_vocab,
         train_pairs=n_pairs,
@@ -552,14 +608,18 @@ if __name__ == "__main__":
         text_share_unlikely=text_share,
         tokens=tables,
         watch=watched,
-        units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training text",
+        units="losses: nats per predicted token; kl: bits per predicted token, over all adjacent pairs of the training "
+        "text",
     )
     finding = f"W_E W_U with d_model {cfg.d_model} is {kl:.4f} bits per token from the bigram table of {d_vocab} tokens"
-    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})" + (
-        f" after a best of {best_heldout:.3f} at step {best_step}; the pairs it never saw cost {watched['unseen'][best]:.2f} nats there and {watched['unseen'][-1]:.2f} at the end."
-        if best_step < cfg.steps
-        else ", still falling."
-    )
+    overfit = f"Held out it ends at {heldout_loss:.3f} nats per token (add-alpha table: {table_loss:.3f})"
+    if best_step < cfg.steps:
+        overfit += (
+            f" after a best of {best_heldout:.3f} at step {best_step}; the pairs it never saw cost "
+            f"{watched['unseen'][best]:.2f} nats there and {watched['unseen'][-1]:.2f} at the end."
+        )
+    else:
+        overfit += ", still falling."
     if kl <= TABLE_GATE:
         print(f"{green}{finding}: it has learned the table (gate: at most {TABLE_GATE}). {overfit}{endc}")
     else:

@@ -72,9 +72,9 @@ ROWS = [
     ),
     (
         "training speed against Hugging Face's default attention, 6 layers of width 512: GPT-2, Llama",
-        "{tiny_transformer_bench[throughput_vs_hf]:.2f}, {llama_block_bench[throughput_vs_hf]:.2f}",
+        "{bench[throughput_vs_hf_gpt2]:.2f}, {bench[throughput_vs_hf_llama]:.2f}",
         "1 (transformers)",
-        "uv run tiny_transformer.py --bench; uv run llama_block.py --bench",
+        "uv run bench.py --only training",
     ),
     (
         "world model: taught capitals; in phrasings never seen; in the direction never taught",
@@ -91,63 +91,63 @@ ROWS = [
     ("... years: p(later) - p(not later)", "{world[greater_than]:.2f}", "Hanna et al. 2023, GPT-2: 0.82", "the same"),
     (
         "logit lens: last layer against the model's own logits",
-        "{logit_lens[models][models-world][last_layer_gate_error]:.0e}",
+        "{logit_lens[last_layer_gate_error]:.0e}",
         "0",
         "uv run logit_lens.py",
     ),
     (
         "... depth at which answers settle",
-        "{logit_lens[models][models-world][depth_fraction]:.2f}",
+        "{reversal[models][models-world][depth_fraction]:.2f}",
         "0.75 to 0.85 in 7-9B models, by the original study",
-        "uv run logit_lens.py",
+        "uv run reversal.py",
     ),
     (
         "... asked against the direction taught: recall minus that of both",
-        "{logit_lens[models][models-world][reversal_gap][forward]:+.0%}",
+        "{reversal[models][models-world][reversal_gap][forward]:+.0%}",
         "Berglund et al. 2023: near 0% recall in reverse",
-        "uv run logit_lens.py",
+        "uv run reversal.py",
     ),
     (
         "... time of the answer position / plain forward; all positions / their floor",
-        "{logit_lens_bench[time_vs_forward]:.2f}; {logit_lens_bench[time_all_positions_vs_floor]:.2f}",
+        "{bench[time_vs_forward]:.2f}; {bench[time_all_positions_vs_floor]:.2f}",
         "1; 1",
-        "uv run logit_lens.py --bench",
+        "uv run bench.py --only lens",
     ),
     (
         "... extra memory / that of run_with_cache; streamed model's memory / its file",
-        "{logit_lens_bench[memory_vs_cache_everything]:.3f}; {logit_lens_bench[streaming_peak_over_checkpoint]:.2f}",
+        "{bench[memory_vs_cache_everything]:.3f}; {bench[streaming_peak_over_checkpoint]:.2f}",
         "1; 1",
-        "uv run logit_lens.py --bench",
+        "uv run bench.py --only lens streaming",
     ),
     (
         "patching speed against transformer_lens.patching, GPT-2-small's shape: resid_pre, heads",
-        "{patching_bench[resid_pre_speedup_gpt2]:.1f}x, {patching_bench[head_speedup_gpt2]:.1f}x",
+        "{bench[resid_pre_speedup_gpt2]:.1f}x, {bench[head_speedup_gpt2]:.1f}x",
         "1x (TransformerLens)",
-        "uv run patching.py --bench",
+        "uv run bench.py --only patching",
     ),
     (
         "... on the world model",
-        "{patching_bench[resid_pre_speedup_world]:.1f}x, {patching_bench[head_speedup_world]:.1f}x (largest difference of all sweeps {patching_bench[max_abs_diff]:.0e})",
+        "{bench[resid_pre_speedup_world]:.1f}x, {bench[head_speedup_world]:.1f}x (largest difference of all sweeps {bench[max_abs_diff]:.0e})",
         "1x (TransformerLens)",
-        "uv run patching.py --bench",
+        "uv run bench.py --only patching",
     ),
     (
         "circuit for indirect objects: share of the metric kept, edges",
-        "{patching[circuit_faithfulness]:.2f} by {patching[circuit_edges]} of {patching[circuit_edges_total]} edges; as many at random {patching[random_circuit_faithfulness]:.2f}",
+        "{circuits[circuit_faithfulness]:.2f} by {circuits[circuit_edges]} of {circuits[circuit_edges_total]} edges; as many at random {circuits[random_circuit_faithfulness]:.2f}",
         "Wang et al. 2022, GPT-2, nodes: 0.87",
-        "uv run patching.py",
+        "uv run circuits.py",
     ),
     (
         "... area under the faithfulness curve: EAP-IG, EAP",
-        "{patching[eap_ig_faithfulness]:.3f}, {patching[eap_faithfulness]:.3f}",
+        "{circuits[eap_ig_faithfulness]:.3f}, {circuits[eap_faithfulness]:.3f}",
         "Hanna et al. 2024: EAP-IG above EAP",
-        "uv run patching.py",
+        "uv run circuits.py",
     ),
     (
         "... in three seeds of the world model, which answer alike: edges; share kept; edges between layers that two seeds share",
         BY_SEED,
         "one circuit would share all",
-        "uv run patching.py --sweep model=models/world,checkpoints/world_1,checkpoints/world_2",
+        "uv run circuits.py --sweep model=models/world,checkpoints/world_1,checkpoints/world_2",
     ),
     (
         "sparse autoencoder: L0, cross-entropy recovered, FVU, dead",
@@ -163,72 +163,73 @@ PICTURES = {
     "llama_block": "llama_block/phases",
     "moe": "moe/specialisation",
     "logit_lens": "logit_lens/grid",
-    "patching": "patching/circuit",
+    "patching": "patching/places",
+    "circuits": "circuits/circuit",
     "sae_probe": "sae_probe/probes",
 }
 START, END = "<!-- measured -->\n", "<!-- measured ends -->\n"
 
 
+SEEDS = ("models/world", "checkpoints/world_1", "checkpoints/world_2")  # the world model and its other seeds
+
+
+def read(path: str) -> dict:
+    return json.loads((ROOT / path).read_text())
+
+
+def write(path: str, numbers: dict) -> None:
+    (ROOT / path).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
 def named() -> dict[str, set[str]]:
     """{results file: its top-level keys that the table names}"""
     found: dict[str, set[str]] = {}
-    for row in ROWS:
-        for _, field, _, _ in string.Formatter().parse(" ".join(row[1:3])):
+    for _, measured, theirs, _ in ROWS:
+        for _, field, _, _ in string.Formatter().parse(f"{measured} {theirs}"):
             if field:
-                found.setdefault(field.split("[")[0], set()).add(re.search(r"\[(.*?)\]", field)[1])
+                file, key = re.match(r"(.*?)\[(.*?)\]", field).groups()
+                found.setdefault(file, set()).add(key)
     return found
 
 
 def collect() -> None:
-    """Keep what the table names, where a run has made it anew."""
+    """Keep what the table names, where a run has made it anew; what a run left out stays as it was."""
     for name, keys in named().items():
-        if not (path := ROOT / f"results/{name}.json").exists():
+        if not (ROOT / f"results/{name}.json").exists():
             continue
-        numbers = json.loads(path.read_text())
-        kept = {key: numbers[key] for key in sorted(keys)} | {
-            key: numbers[key] for key in ("versions",) if key in numbers
-        }
-        (ROOT / f"docs/results/{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    for path in ROOT.glob(
-        "results/patching/sweep-*/sweep.json"
-    ):  # the seeds of the world: their circuits join the spread
-        if list(runs := json.loads(path.read_text())) != [
-            f"model={folder}" for folder in ("models/world", "checkpoints/world_1", "checkpoints/world_2")
-        ]:
-            continue
-        metrics, circuits = (
-            json.loads((ROOT / "models/world/metrics.json").read_text()),
-            [set(run["circuit"]) for run in runs.values()],
-        )
-        metrics["over_seeds"] |= {
-            "ioi_circuit_edges": [len(circuit) for circuit in circuits],
-            "ioi_circuit_faithfulness": [round(run["circuit_faithfulness"], 2) for run in runs.values()],
-        }
-        kinds = [
-            {re.sub(r"H\d+", " head", edge) for edge in circuit} for circuit in circuits
-        ]  # the heads of a layer have no order that seeds could share
-        metrics["over_seeds"] |= {
-            "ioi_circuit_shared": [f"{len(a & b)} of {len(a | b)}" for a, b in itertools.combinations(kinds, 2)],
-            "ioi_circuits": [", ".join(sorted(circuit)) for circuit in circuits],
-        }
-        (ROOT / "models/world/metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        numbers = read(f"results/{name}.json")
+        path = f"docs/results/{name}.json"
+        kept = read(path) if (ROOT / path).exists() else {}
+        kept |= {key: numbers[key] for key in [*sorted(keys), "versions"] if key in numbers}
+        write(path, kept)
+    for path in ROOT.glob("results/circuits/sweep-*/sweep.json"):
+        runs = json.loads(path.read_text())
+        if list(runs) == [f"model={folder}" for folder in SEEDS]:
+            collect_circuits(list(runs.values()))
+
+
+def collect_circuits(runs: list[dict]) -> None:
+    """The circuits of the world's seeds join the spread in its metrics."""
+    metrics = read("models/world/metrics.json")
+    circuits = [set(run["circuit"]) for run in runs]
+    # the heads of a layer have no order that seeds could share
+    kinds = [{re.sub(r"H\d+", " head", edge) for edge in circuit} for circuit in circuits]
+    metrics["over_seeds"] |= {
+        "ioi_circuit_edges": [len(circuit) for circuit in circuits],
+        "ioi_circuit_faithfulness": [round(run["circuit_faithfulness"], 2) for run in runs],
+        "ioi_circuit_shared": [f"{len(a & b)} of {len(a | b)}" for a, b in itertools.combinations(kinds, 2)],
+        "ioi_circuits": [", ".join(sorted(circuit)) for circuit in circuits],
+    }
+    write("models/world/metrics.json", metrics)
 
 
 def table() -> str:
-    numbers = {
-        name: json.loads(
-            (ROOT / ("models/world/metrics.json" if name == "world" else f"docs/results/{name}.json")).read_text()
-        )
-        for name in named()
-    }
-    rows = [
-        f"| {what} | {measured.format_map(numbers)} | {theirs.format_map(numbers)} | `{command}` |"
-        for what, measured, theirs, command in ROWS
-    ]
-    return (
-        "\n".join(["| what | measured here | theirs, or what it should be | command |", "|---|---|---|---|", *rows])
-        + "\n"
-    )
+    numbers = {name: read(f"docs/results/{name}.json") for name in named() if name != "world"}
+    numbers["world"] = read("models/world/metrics.json")
+    lines = ["| what | measured here | theirs, or what it should be | command |", "|---|---|---|---|"]
+    for what, measured, theirs, command in ROWS:
+        lines.append(f"| {what} | {measured.format_map(numbers)} | {theirs.format_map(numbers)} | `{command}` |")
+    return "\n".join(lines) + "\n"
 
 
 def readme() -> str:
@@ -237,15 +238,20 @@ def readme() -> str:
     return before + START + table() + END + rest.split(END)[1]
 
 
+def write_table() -> None:
+    (ROOT / "README.md").write_text(readme())
+
+
 def pictures() -> None:
     """A small PNG of one figure per script; what has not been drawn is left as it is."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport=dict(width=1250, height=700))
+        page = browser.new_page(viewport={"width": 1250, "height": 700})
         for name, figure in PICTURES.items():
-            if not (path := ROOT / f"figs/{figure}.html").exists():
+            path = ROOT / f"figs/{figure}.html"
+            if not path.exists():
                 continue
             page.goto(f"file://{path}")
             page.add_style_tag(content=".modebar{display:none}")
@@ -254,9 +260,11 @@ def pictures() -> None:
         browser.close()
 
 
+STEPS = {"collect": collect, "pictures": pictures, "table": write_table}
+
 if __name__ == "__main__":
-    for step in sys.argv[1:] or sys.exit(__doc__):
-        if step == "table":
-            (ROOT / "README.md").write_text(readme())
-        else:
-            {"collect": collect, "pictures": pictures}[step]()
+    asked = sys.argv[1:]
+    if not asked or not set(asked) <= set(STEPS):
+        sys.exit(__doc__)
+    for step in asked:
+        STEPS[step]()

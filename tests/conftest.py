@@ -132,6 +132,14 @@ def save_folder(hf, folder: Path) -> Path:
     return folder
 
 
+def tiny_attn_only():
+    """Two attention layers of four heads over 20 tokens, at random."""
+    from attn_only import AttnOnly, AttnOnlyConfig
+
+    t.manual_seed(0)
+    return AttnOnly(AttnOnlyConfig(d_model=16, d_head=4, d_vocab=20, n_ctx=32)).eval()
+
+
 def relative_error(ours: t.Tensor, theirs: t.Tensor) -> float:
     """max |difference| / max |theirs|"""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

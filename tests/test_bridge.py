@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch as t
@@ -99,12 +100,20 @@ def test_head_scores_run_on_a_bridge(folders):
 def test_our_class_is_used_where_it_takes_the_architecture(folders):
     class Ours(t.nn.Linear):
         architectures = ("LlamaForCausalLM",)
+        cfg = SimpleNamespace(d_vocab=16)
+
+        @classmethod
+        def read_config(cls, config):
+            return cls.cfg
 
         @classmethod
         def from_folder(cls, folder, device, dtype):
             model = cls(2, 2, device=device, dtype=dtype)
             model.folder = folder
             return model
+
+        def forward(self, tokens):
+            return tokens.float()
 
     ours = load_model(str(folders["llama"]), (Ours,), device="cpu")
     assert isinstance(ours, Ours) and ours.folder == str(folders["llama"]) and not ours.training

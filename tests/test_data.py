@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tokenizers import Tokenizer
 
 import data
@@ -140,3 +141,13 @@ def test_unreachable_hub_names_are_refused_in_one_line(tmp_path):
 def test_bpe_is_the_same_every_time():
     assert train_bpe([WORDS], 300).to_str() == train_bpe([WORDS], 300).to_str()
     assert isinstance(train_bpe([WORDS], 300), Tokenizer)
+
+
+def test_a_tokens_text_keeps_its_space_with_sentencepiece_too():
+    path = ROOT.parent / "shared/models/stories260K/tokenizer.json"
+    if not path.exists():
+        pytest.skip("no shared/models here")
+    tokenizer = Tokenizer.from_file(str(path))
+    ids = tokenizer.encode("Once upon a time, there was").ids
+    assert "".join(str_tokens(tokenizer, ids)) == "<s> Once upon a time, there was"
+    assert data.token_text(tokenizer, 10**6) == ""

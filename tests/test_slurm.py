@@ -106,8 +106,8 @@ def cluster(tmp_path_factory):
         (tmp / "work").mkdir()
         (tmp / "work/tiny.py").write_text(TINY)
         yield tmp / "work"
-    except TimeoutError:
-        raise AssertionError((tmp / "daemons.log").read_text())
+    except TimeoutError as late:
+        raise AssertionError((tmp / "daemons.log").read_text()) from late
     finally:
         if "SLURM_CONF" in os.environ:
             ask("scancel", "--user=root")

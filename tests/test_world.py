@@ -13,8 +13,6 @@ import pytest
 import torch as t
 from conftest import ROOT
 
-import data
-from world import evaluate_world, read_answers
 from world import (
     DRAW,
     FACTS,
@@ -23,13 +21,17 @@ from world import (
     NOUNS,
     PLACES,
     SHARES,
+    Prompt,
     WOMEN,
     World,
+    evaluate_world,
     fact_prompts,
     is_held_out,
     load_world,
+    read_answers,
     read_countries,
     without_facts,
+    world_sentences,
 )
 from data import train_bpe
 from llama_block import Llama
@@ -304,12 +306,12 @@ def test_everything_is_the_same_every_time(world, cache):
         and world.prompts("forward") == again.prompts("forward")
         and world.prompts("ioi", seed=1) != world.prompts("ioi")
     )
-    assert data.world_sentences(COUNTRIES) == data.world_sentences(COUNTRIES)
+    assert world_sentences(COUNTRIES) == world_sentences(COUNTRIES)
     texts = ["The capital of France is Paris in 1732."]
     assert train_bpe(texts, 300, pairs=True).to_str() == train_bpe(texts, 300, pairs=True).to_str()
 
 
-def oracle(world: World, prompts: list[data.Prompt]):
+def oracle(world: World, prompts: list[Prompt]):
     """A model that looks up how the sentences of its prompts go on."""
     encode = lambda text: tuple(world.tokenizer.encode(text, add_special_tokens=False).ids)
     book: dict[tuple, int] = {}
@@ -455,7 +457,7 @@ def test_a_small_model_learns_its_facts_and_not_their_reverse(world, monkeypatch
     from llama_block import Llama, LlamaConfig
     from train import TrainConfig, train
 
-    monkeypatch.setattr(data, "SHARES", {"world": 1.0, "natural": 0.0, "repeated": 0.0, "shuffled": 0.0})
+    monkeypatch.setattr("world.SHARES", {"world": 1.0, "natural": 0.0, "repeated": 0.0, "shuffled": 0.0})
     for kind, (_, n) in KINDS.items():
         monkeypatch.setitem(KINDS, kind, (float(kind == "capital"), n))
     t.manual_seed(0)

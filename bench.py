@@ -1,0 +1,463 @@
+"""How fast is all this beside what people use? Training, patching and the lens, each side by side with its peer, in one run."""
+
+import itertools
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    BAR,
+    WORLD,
+    cyan,
+    endc,
+    green,
+    load_model,
+    pick_device,
+    purple,
+    save_results,
+    set_seed,
+)
+from anatomy import points
+from hooks import hooks, peak_bytes, run_with_cache
+from interventions import Pairs, draw_pairs, make_metric, sweep
+from launch import flags
+from layers import next_token_loss
+from lens import Lens, read
+from llama_block import Llama, LlamaConfig
+from tiny_transformer import TinyConfig, TinyTransformer
+from train import keep_freed_memory
+from weights import Streamed
+
+import numpy as np
+import torch as t
+import torch.nn as nn
+from tabulate import tabulate
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+PARTS = ("training", "patching", "lens", "streaming")
+
+
+#%% Training: hooks cost nothing when nobody listens
+def training_seconds(forward: Callable[[Tensor], Tensor], model: nn.Module, tokens: Tensor) -> float:
+    """Of one forward pass, loss and backward pass."""
+    if tokens.is_cuda:
+        t.cuda.synchronize()
+    start = time.perf_counter()
+    next_token_loss(forward(tokens), tokens).backward()
+    if tokens.is_cuda:
+        t.cuda.synchronize()
+    model.zero_grad()
+    return time.perf_counter() - start
+
+
+def bench_against_hf(ours: nn.Module, theirs: nn.Module, tokens: Tensor, pairs: int = 7) -> float:
+    """Hugging Face's time / ours, median over interleaved pairs whose order alternates: above 1 ours is faster."""
+    ours.train()
+    theirs.train()
+
+    def time_ours() -> float:
+        return training_seconds(ours, ours, tokens)
+
+    def time_theirs() -> float:
+        return training_seconds(lambda x: theirs(x, use_cache=False).logits, theirs, tokens)
+
+    for _ in range(2):  # warm
+        time_ours()
+        time_theirs()
+    ratios = []
+    for i in range(pairs):
+        if i % 2:
+            mine = time_ours()
+            other = time_theirs()
+        else:
+            other = time_theirs()
+            mine = time_ours()
+        ratios.append(other / mine)
+    return sorted(ratios)[pairs // 2]
+
+
+def bench_training_gpt2(shape: TinyConfig, rows: int, device: str) -> float:
+    """tiny_transformer.py against GPT2LMHeadModel, rows of shape.n_ctx tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(
+        n_layer=shape.n_layers,
+        n_head=shape.n_heads,
+        n_embd=shape.d_model,
+        n_inner=shape.d_mlp,
+        n_positions=shape.n_ctx,
+        vocab_size=shape.d_vocab,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    tokens = t.randint(shape.d_vocab, (rows, shape.n_ctx), device=device)
+    return bench_against_hf(TinyTransformer(shape).to(device), GPT2LMHeadModel(theirs).to(device), tokens)
+
+
+def bench_training_llama(sizes: dict[str, int], d_vocab: int, rows: int, n_pos: int, device: str) -> float:
+    """llama_block.py against LlamaForCausalLM with its default attention, from the same weights."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    config = HFConfig(vocab_size=d_vocab, **sizes)
+    source = LlamaForCausalLM(config).to(device)
+    theirs = LlamaForCausalLM(config).to(device)
+    tokens = t.randint(d_vocab, (rows, n_pos), device=device)
+    return bench_against_hf(Llama.from_hf(source).to(device), theirs, tokens)
+
+
+#%% Patching: the sweeps of transformer_lens.patching, on the same prompts, with the same numbers
+@dataclass
+class PatchingRace:
+    """One sweep by both: seconds of the medians, their ratio, and the largest difference of what they found."""
+
+    theirs: float
+    ours: float
+    speedup: float
+    gap: float
+
+
+def race_patching(
+    ours: nn.Module,
+    bridge: nn.Module,
+    pairs: Pairs,
+    site: str,
+    by: str,
+    their_sweep: Callable,
+    rounds: int,
+    memory_gb: float,
+) -> PatchingRace:
+    """Runs interleaved; the clean run's cache, which both need, counts for both. ours: a model of ours, or the bridge."""
+    metric = make_metric(pairs, "logit_diff")
+
+    def their_metric(logits: Tensor) -> Tensor:
+        return metric(logits[:, -1], pairs.index).mean()
+
+    sweep(ours, pairs, site, by)  # both are warm
+    bridge.run_with_cache(pairs.clean)
+    seconds = []
+    gaps = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with t.no_grad():
+            _, clean_cache = bridge.run_with_cache(pairs.clean)
+            reference = their_sweep(bridge, pairs.corrupt, clean_cache, their_metric)
+        middle = time.perf_counter()
+        mine = sweep(ours, pairs, site, by, memory_gb=memory_gb).mean(-1)
+        seconds.append((middle - start, time.perf_counter() - middle))
+        gaps.append((mine - reference).abs().max().item())
+    theirs_median, ours_median = np.median(seconds, axis=0)
+    speedup = float(np.median([slow / fast for slow, fast in seconds]))
+    return PatchingRace(float(theirs_median), float(ours_median), speedup, max(gaps))
+
+
+def open_racers(device: str) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """{name: (what our sweep runs on, the bridge that theirs runs on)}: GPT-2-small's shape at random, and models/world."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel(GPT2Config())
+    gpt2 = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config).to(device)
+    world = load_model(str(WORLD), (Llama,), device)
+    world_bridge = TransformerBridge.boot_transformers(str(WORLD), device=device)
+    for model in (gpt2, world, world_bridge):
+        model.eval().requires_grad_(False)
+    return {"gpt2": (gpt2, gpt2), "world": (world, world_bridge)}
+
+
+def bench_patching(device: str, seed: int, memory_gb: float) -> dict:
+    from transformer_lens import patching as theirs
+
+    keep_freed_memory()
+    racers = open_racers(device)
+    world, _ = racers["world"]
+    pool = draw_pairs(world, "ioi", 1000, seed)
+    same_length = pool.take((pool.answer_pos == 14).nonzero()[:, 0])
+    kinds = (
+        ("resid_pre", "resid_pre", "pos", theirs.get_act_patch_resid_pre),
+        ("head", "z", "head", theirs.get_act_patch_attn_head_out_all_pos),
+    )
+    numbers: dict = {"max_abs_diff": 0.0}
+    for name, n_pairs in itertools.product(racers, (1, 32)):
+        pairs = same_length.take(slice(0, n_pairs))
+        for title, site, by, their_sweep in kinds:
+            race = race_patching(
+                *racers[name],
+                pairs=pairs,
+                site=site,
+                by=by,
+                their_sweep=their_sweep,
+                rounds=3 if n_pairs == 1 else 1,
+                memory_gb=memory_gb,
+            )
+            suffix = "" if n_pairs == 1 else f"_{n_pairs}_pairs"
+            numbers[f"{title}_speedup_{name}{suffix}"] = race.speedup
+            numbers["max_abs_diff"] = max(numbers["max_abs_diff"], race.gap)
+            print(
+                f"{cyan}{name}, {n_pairs} IOI pair{'s' * (n_pairs > 1)} of 15 tokens, {title} sweep: {race.theirs:.3f} s "
+                f"by transformer_lens, {race.ours:.3f} s here: {race.speedup:.1f} times as fast; largest difference "
+                f"{race.gap:.0e}{endc}"
+            )
+    numbers["peak_gigabytes"] = peaks_of_patching(world, pool, memory_gb)
+    return numbers
+
+
+def peaks_of_patching(world: nn.Module, pool: Pairs, memory_gb: float) -> dict[int, float]:
+    """{pairs: largest memory of tensors in GB}, which stays under the cap however many the pairs."""
+    peaks = {}
+    for n_pairs in (32, 128, 512):
+        pairs = pool.take(slice(0, n_pairs))
+        peaks[n_pairs] = peak_bytes(lambda pairs=pairs: sweep(world, pairs, "z", "head", memory_gb=memory_gb)) / 2**30
+    said = ", ".join(f"{n_pairs} pairs {peak:.2f} GB" for n_pairs, peak in peaks.items())
+    print(f"{cyan}world, head sweep, largest memory of tensors under the cap of {memory_gb:g} GB: {said}{endc}")
+    assert max(peaks.values()) < memory_gb, "a sweep went over its cap on memory"
+    return peaks
+
+
+#%% The lens: time and memory against the plain forward pass, its arithmetic floor, and keeping everything
+@t.no_grad()
+def bench_lens(rounds: int = 5) -> dict:
+    """
+    GPT-2-small's shape with random weights on the CPU, 8 x 64 tokens: medians over interleaved rounds of CPU seconds on
+    one thread (waiting threads would count). The floor is the forward pass and one norm and unembedding for each layer
+    but the last.
+    """
+    keep_freed_memory()
+    threads = t.get_num_threads()
+    t.set_num_threads(1)
+    shape = TinyConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, d_vocab=50257, n_ctx=64)
+    model = TinyTransformer(shape).eval()
+    lens = Lens(model)
+    tokens = t.randint(50257, (8, 64))
+    rows = tokens.tolist()
+    answers = tokens.roll(-1, 1).flatten().tolist()
+    places = list(itertools.product(range(8), range(64)))
+
+    def forward() -> None:
+        model(tokens)
+
+    def floor() -> None:
+        def lens_here(x: Tensor, hook: nn.Module) -> None:
+            lens(x)
+
+        with hooks(model, [(points(model)[:-1], lens_here)]):
+            model(tokens)
+
+    def answer_position() -> None:
+        read(model, lens, rows, places[63::64], answers[63::64], against_final=False)
+
+    def all_positions() -> None:
+        read(model, lens, rows, places, answers, against_final=False)
+
+    def all_measures() -> None:
+        read(model, lens, rows, places, answers)
+
+    def everything() -> list:
+        _, cache = run_with_cache(model, tokens)
+        return [lens(cache[name]) for name in points(model)]
+
+    timed = {"forward": forward, "answer": answer_position, "floor": floor, "all": all_positions}
+    measured = {**timed, "all with KL, entropy": all_measures, "everything": everything}
+    peak = {name: peak_bytes(run) for name, run in measured.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for _, name in tqdm(list(itertools.product(range(rounds), timed)), desc="bench", **BAR):
+        start = time.process_time()
+        timed[name]()
+        seconds[name].append(time.process_time() - start)
+    t.set_num_threads(threads)
+
+    table = [[name, np.median(seconds[name]) if name in seconds else None, peak[name] / 1e6] for name in measured]
+    print(tabulate(table, headers=["GPT-2-small's shape, 8 x 64", "CPU seconds", "peak MB"], floatfmt=".3f"))
+
+    def ratio(a: str, b: str) -> float:
+        return float(np.median(np.divide(seconds[a], seconds[b])))
+
+    def extra(name: str) -> float:
+        return max(0, peak[name] - peak["forward"])
+
+    return {
+        "time_vs_forward": ratio("answer", "forward"),
+        "time_all_positions_vs_floor": ratio("all", "floor"),
+        "memory_vs_cache_everything": extra("all") / extra("everything"),
+        "peak_megabytes": {name: size / 1e6 for name, size in peak.items()},
+    }
+
+
+#%% Streaming: a model on disk is read block by block, with the same numbers and a share of the memory
+def anonymous_memory() -> int:
+    """Bytes of this process that are not mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+class MemoryWatch:
+    """How far anonymous memory grew at most since this was made, sampled every 5 ms until stop() is called."""
+
+    def __init__(self):
+        self.before = anonymous_memory()
+        self.peak = self.before
+        self.done = threading.Event()
+        threading.Thread(target=self.sample, daemon=True).start()
+
+    def sample(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, anonymous_memory())
+
+    def stop(self) -> int:
+        self.done.set()
+        return self.peak - self.before
+
+
+def lens_and_growth(folder: str, resident: float) -> tuple[dict[str, list], int]:
+    """The lens on fixed tokens, and by how much anonymous memory grew at most over the moment before loading."""
+    from transformers import AutoModelForCausalLM  # noqa: F401  its import is not the model's memory
+
+    watch = MemoryWatch()
+    model = Streamed(folder, "cpu", t.bfloat16, resident)
+    if resident:
+        for p in model.hf.parameters():
+            p.data = p.data.clone()  # out of the mapped file
+    row = list(range(32))
+    found = read(model, Lens(model), [row], [(0, i) for i in row], row)
+    growth = watch.stop()
+    return {name: x.tolist() for name, x in found.items()}, growth
+
+
+def write_random_llama(folder: Path, gigabytes: float) -> int:
+    """A random Llama of that size in bfloat16; the bytes of its file."""
+    shape = LlamaConfig(
+        n_layers=max(2, round(gigabytes * 1e9 / 2 / 51.4e6)),
+        n_heads=16,
+        n_kv_heads=16,
+        d_model=2048,
+        d_head=128,
+        d_mlp=5632,
+        d_vocab=3072,
+        n_ctx=256,
+    )
+    t.set_default_dtype(t.bfloat16)
+    Llama(shape, Tokenizer.from_file(str(WORLD / "tokenizer.json"))).to_hf(folder)
+    t.set_default_dtype(t.float32)
+    return (folder / "model.safetensors").stat().st_size
+
+
+def bench_streaming(gigabytes: float) -> dict[str, float]:
+    """A random Llama on disk, read with every block on disk and with all of them in memory, each in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_random_llama(Path(folder), gigabytes)
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            streamed, growth = pool.submit(lens_and_growth, folder, 0.0).result()
+            whole, growth_whole = pool.submit(lens_and_growth, folder, 1.0).result()
+    print(
+        f"{cyan}a Llama of {size / 1e9:.2f} GB on disk: anonymous memory grows by {growth / 1e9:.2f} GB streamed, "
+        f"{growth_whole / 1e9:.2f} GB in memory{endc}"
+    )
+    assert streamed == whole, "streaming changed the numbers of the lens"
+    return {
+        "streaming_peak_over_checkpoint": growth / size,
+        "in_memory_peak_over_checkpoint": growth_whole / size,
+        "checkpoint_gigabytes": size / 1e9,
+    }
+
+
+#%% Settings: the shell sets them by flags, a notebook edits them here
+@dataclass
+class Config:
+    only: tuple[Literal["training", "patching", "lens", "streaming"], ...] = PARTS  # what to measure
+    memory_gb: float = 1.0  # cap on the activations of a patching sweep
+    gigabytes: float = 2.0  # size of the random checkpoint that is streamed
+    seed: int = 0
+    device: str = "auto"
+
+
+if __name__ == "__main__":
+    cfg = flags(Config, __doc__)
+    device = pick_device(cfg.device)
+    set_seed(cfg.seed)
+    numbers: dict = {}
+
+#%% Training against Hugging Face's GPT-2 and Llama: 6 layers of width 512, and the scripts' own shapes
+if __name__ == "__main__" and "training" in cfg.only:
+    print(
+        f"{purple}=== Training speed / Hugging Face's (median of 7 interleaved pairs, above 1 ours is faster) ==={endc}"
+    )
+    keep_freed_memory()
+    wide_gpt2 = TinyConfig(n_layers=6, n_heads=8, d_model=512, d_mlp=2048, n_ctx=128, d_vocab=512)
+    small_gpt2 = TinyConfig(n_layers=2, n_heads=4, d_model=128, d_mlp=512, n_ctx=64, d_vocab=512)
+    wide_llama = {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    }
+    small_llama = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    numbers |= {
+        "throughput_vs_hf_gpt2": bench_training_gpt2(wide_gpt2, rows=8, device=device),
+        "throughput_vs_hf_gpt2_small": bench_training_gpt2(small_gpt2, rows=64, device=device),
+        "throughput_vs_hf_llama": bench_training_llama(wide_llama, d_vocab=3072, rows=8, n_pos=128, device=device),
+        "throughput_vs_hf_llama_small": bench_training_llama(
+            small_llama, d_vocab=3072, rows=64, n_pos=64, device=device
+        ),
+    }
+    for name in ("gpt2", "gpt2_small", "llama", "llama_small"):
+        print(f"{cyan}{name}: {numbers[f'throughput_vs_hf_{name}']:.2f}{endc}")
+
+#%% Patching against transformer_lens.patching
+if __name__ == "__main__" and "patching" in cfg.only:
+    print(f"{purple}=== Patching ==={endc}")
+    numbers |= bench_patching(device, cfg.seed, cfg.memory_gb)
+
+#%% The lens against the forward pass and its floor
+if __name__ == "__main__" and "lens" in cfg.only:
+    print(f"{purple}=== The lens ==={endc}")
+    numbers |= bench_lens()
+
+#%% A model on disk against the same model in memory
+if __name__ == "__main__" and "streaming" in cfg.only:
+    print(f"{purple}=== Streaming ==={endc}")
+    numbers |= bench_streaming(cfg.gigabytes)
+
+#%% The numbers for machines, and the conclusion
+if __name__ == "__main__":
+    save_results("bench", cfg, **numbers)
+    said = []
+    if "training" in cfg.only:
+        gpt2, llama = numbers["throughput_vs_hf_gpt2"], numbers["throughput_vs_hf_llama"]
+        said.append(f"Training runs at {gpt2:.2f} (GPT-2) and {llama:.2f} (Llama) of Hugging Face's speed.")
+    if "patching" in cfg.only:
+        resid_pre, heads = numbers["resid_pre_speedup_world"], numbers["head_speedup_world"]
+        said.append(
+            f"Patching is {resid_pre:.0f} (stream) and {heads:.0f} (heads) times as fast as transformer_lens's, with the "
+            f"same numbers to {numbers['max_abs_diff']:.0e}."
+        )
+    if "lens" in cfg.only:
+        said.append(
+            f"The lens at the answer's position costs {numbers['time_vs_forward']:.2f} forward passes, at every layer and "
+            f"position {numbers['time_all_positions_vs_floor']:.2f} of its floor and "
+            f"{numbers['memory_vs_cache_everything']:.3f} of the memory of keeping everything."
+        )
+    if "streaming" in cfg.only:
+        share = numbers["streaming_peak_over_checkpoint"]
+        said.append(f"A model on disk takes {share:.2f} of its size, with the same numbers as in memory.")
+    for sentence in said:
+        print(f"{green}{sentence}{endc}")

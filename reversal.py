@@ -1,0 +1,604 @@
+"""Reversal: which facts does a model know, in which direction, and where do they settle? Many questions about capitals through the logit lens; and model against model."""
+
+import gc
+import itertools
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    cyan,
+    endc,
+    fail,
+    find_model,
+    gray,
+    green,
+    pick_device,
+    purple,
+    save_results,
+    set_seed,
+    tec,
+    write_aside,
+    yellow,
+)
+from plots import bar, line, show, visible
+from weights import about_bos, encode, open_model
+from launch import flags
+from world import FACTS, Prompt, fact_prompts, read_countries
+from lens import (
+    CATEGORIES,
+    RULES,
+    Lens,
+    first_layer,
+    gate,
+    knows_world,
+    milestones,
+    model_key,
+    read,
+    slug,
+    token_texts,
+)
+from llama_block import Llama
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch.nn as nn
+from tabulate import tabulate
+from torch import Tensor
+
+#%% Questions: capitals forward and reversed, in several forms, with and without filler, each with a control country
+DIRECTIONS = ("forward", "reverse")  # of the capital: from the country, from the city
+FILLERS = {"plain": "", "filler": "At noon, the old clock was there again. "}
+
+
+def chosen_forms(task: str, n: int) -> list[str]:
+    """n phrasings of a task; those that models/world was taught and those it was not alternate."""
+    taught, held_out = FACTS[task]
+    alternating = itertools.chain(*itertools.zip_longest(taught, held_out))
+    return [form for form in alternating if form][:n]
+
+
+def make_question(model: nn.Module, country: int, prompt: Prompt, filler: str, known: bool) -> dict:
+    """One question with its tokens: ids, and those of the answer, which must begin a token of their own."""
+    text = FILLERS[filler] + prompt.text
+    ids = encode(model, text)
+    whole = encode(model, text + prompt.answer)
+    if whole[: len(ids)] != ids:
+        fail(f"the tokenizer joins {text[-12:]!r} and {prompt.answer!r} into one token: no lens can follow that answer")
+    return {
+        "country": country,
+        "task": prompt.task,
+        "part": prompt.labels["part"] if known else "both",
+        "form": prompt.labels["phrasing"],
+        "filler": filler,
+        "taught": prompt.taught or not known,
+        "text": text,
+        "said": prompt.answer,
+        "ids": ids,
+        "answer": whole[len(ids) :],
+    }
+
+
+def make_questions(model: nn.Module, countries: list[dict[str, str]], forms: int, known: bool) -> pd.DataFrame:
+    """
+    A row for every country x direction x form x filler; forms alternate between those models/world was taught and those it was not. answer: its tokens;
+    the lens follows the first. control: the row of the same question about another country of the part. known: part and taught are true of this model.
+    """
+    rows = []
+    for task, filler, held_out, i in itertools.product(DIRECTIONS, FILLERS, (False, True), range(len(countries))):
+        forms_of_task = chosen_forms(task, forms)
+        for prompt in fact_prompts([countries[i]], task, held_out):
+            is_chosen = any(form.startswith(prompt.labels["phrasing"]) for form in forms_of_task)
+            if not is_chosen:
+                continue
+            rows.append(make_question(model, i, prompt, filler, known))
+    frame = pd.DataFrame(rows)
+    for _, same_question in frame.groupby(["task", "form", "filler", "part"]):
+        for question, control in find_controls(same_question.answer).items():
+            frame.loc[question, "control"] = control
+    return frame.astype({"control": int})
+
+
+def find_controls(answers: pd.Series) -> dict[int, int]:
+    """For each question the next one, around the corner, whose answer begins with another token; itself if there is none."""
+    order = list(answers.index)
+    controls = {}
+    for n, question in enumerate(order):
+        others = order[n + 1 :] + order[:n]
+        different = [other for other in others if answers[other][0] != answers[question][0]]
+        controls[question] = different[0] if different else question
+    return controls
+
+
+#%% Asking: the lens at the first token of each answer, and whether the whole answer is said
+def ask(
+    model: nn.Module, lens: Lens, frame: pd.DataFrame, top: int, threshold: float
+) -> tuple[pd.DataFrame, dict[str, Tensor], dict[int, str]]:
+    """
+    The questions with what was found, the reading at the first token of each answer, and the texts of its tokens. recall: the whole answer is said greedily.
+    margin: the answer's probability minus that of the same answer at the control question.
+    """
+    rows = [(ids + answer)[:-1] for ids, answer in zip(frame.ids, frame.answer)]
+    answer_places = []  # where each token of each answer is about to be said
+    answer_tokens = []
+    starts = [0]  # of each question's tokens among them
+    for i, (ids, answer) in enumerate(zip(frame.ids, frame.answer)):
+        answer_places += [(i, len(ids) - 1 + j) for j in range(len(answer))]
+        answer_tokens += answer
+        starts.append(len(answer_tokens))
+    control_places = [(control, len(frame.ids[control]) - 1) for control in frame.control]
+    first_tokens = [answer[0] for answer in frame.answer]
+    whole = read(model, lens, rows, answer_places + control_places, answer_tokens + first_tokens, top)
+
+    found = {name: x[:, starts[:-1]] for name, x in whole.items()}
+    texts = token_texts(model, found["ids"])
+    categories = [CATEGORIES[task] for task in frame.task]
+    reached = milestones(found, texts, list(frame.text), categories, threshold)
+    said = whole["rank"][-1] == 0
+    recall = [float(said[start:end].all()) for start, end in itertools.pairwise(starts)]
+    at_control = whole["answer_logp"][:, starts[-1] :].exp()
+    margin = found["answer_logp"].exp() - at_control
+    n_layers = model.cfg.n_layers
+    columns = {
+        **reached,
+        "recall": recall,
+        "depth": reached["semantic"] / n_layers,
+        "margin": margin[-1],
+        "margin_depth": first_layer(margin >= 0.05, stays=True) / n_layers,
+    }
+    return frame.assign(**{name: np.asarray(x) for name, x in columns.items()}), found, texts
+
+
+#%% Means with intervals: countries are what is drawn again, not questions
+def bootstrap(frame: pd.DataFrame, column: str, draws: int) -> np.ndarray:
+    """(1 + draws) the mean over countries, each the mean of its questions; first as it is, then of countries drawn again with replacement."""
+    by_country = frame[column].astype(float).groupby(frame.country).mean().dropna().to_numpy()
+    n = len(by_country)
+    if not n:
+        return np.full(draws + 1, np.nan)
+    drawn = np.random.default_rng(0).integers(n, size=(draws, n))
+    return np.array([by_country.mean(), *by_country[drawn].mean(1)])
+
+
+def interval(frame: pd.DataFrame, column: str, draws: int, minus: pd.DataFrame | None = None) -> list[float]:
+    """[mean, 2.5%, 97.5%] over a bootstrap of countries, each the mean of its questions; minus: the same of other questions is taken off (paired where the countries are the same)."""
+    means = bootstrap(frame, column, draws)
+    if minus is not None:
+        means = means - bootstrap(minus, column, draws)
+    low, high = np.quantile(means[1:], [0.025, 0.975])
+    return [float(means[0]), float(low), float(high)]
+
+
+def says(x: list[float | None], percent: bool = False) -> str:
+    """mean [low, high]"""
+    if x[0] is None:
+        return "none"
+    if percent:
+        return "{:.1%} [{:.1%}, {:.1%}]".format(*x)
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*x)
+
+
+#%% What many questions say together
+def by_direction(plain: pd.DataFrame, known: bool) -> dict[str, pd.DataFrame]:
+    """The questions by the direction asked and, where it is known, the direction taught."""
+    groups = {}
+    for (task, part), rows in plain.groupby(["task", "part"]):
+        groups[f"asked {task}, taught {part}" if known else f"asked {task}"] = rows
+    return groups
+
+
+def reversal_gaps(plain: pd.DataFrame, draws: int, known: bool) -> dict[str, list[float]]:
+    """
+    The reversal curse (Berglund et al. 2023): recall asked against the direction taught, by that direction, minus recall of the same questions where both
+    were taught. Where it is not known what was taught: recall in reverse minus forward.
+    """
+    forward = plain[plain.task == "forward"]
+    reverse = plain[plain.task == "reverse"]
+    if not known:
+        return {"all": interval(reverse, "recall", draws, minus=forward)}
+    gaps = {}
+    for taught, asked in (("forward", reverse), ("reverse", forward)):
+        gaps[taught] = interval(asked[asked.part == taught], "recall", draws, minus=asked[asked.part == "both"])
+    return gaps
+
+
+def range_of_forms(rows: pd.DataFrame, column: str) -> float | None:
+    """The largest difference between the phrasings' means; None where nothing was measured."""
+    if not rows[column].notna().any():
+        return None
+    return float(np.ptp(rows.groupby("form")[column].mean().dropna()))
+
+
+def layer_curves(found: dict[str, Tensor], rows: pd.DataFrame) -> dict[str, list[float]]:
+    """Means over the questions by layer; the rank's median, 1 is top."""
+    by_layer = {"probability": found["answer_logp"].exp(), "top-1": (found["rank"] == 0).float()}
+    for name in ("entropy", "kl", "cosine"):
+        by_layer[name] = found[name]
+    curves = {name: x[:, rows.index].mean(1).tolist() for name, x in by_layer.items()}
+    median_rank = found["rank"][:, rows.index].float().median(1).values + 1
+    curves["rank"] = median_rank.tolist()
+    return curves
+
+
+def summarise(frame: pd.DataFrame, found: dict[str, Tensor], draws: int, known: bool) -> dict:
+    """Means with intervals; milestones are those of plain questions in taught directions."""
+    mean = partial(interval, draws=draws)
+    frame = frame.assign(
+        settles=frame.semantic.notna(),
+        copies=frame.copied.notna(),
+        named=frame.category.notna() & frame.semantic.notna(),
+        ahead=frame.semantic - frame.category,
+    )
+    plain = frame[frame.filler == "plain"]
+    fair = plain[plain.taught]  # asked in a direction that was taught
+    fair_filled = frame[frame.taught & (frame.filler == "filler")]
+    both_forward = fair[(fair.part == "both") & (fair.task == "forward")]
+    both_reverse = fair[(fair.part == "both") & (fair.task == "reverse")]
+    groups = by_direction(plain, known)
+    gaps = reversal_gaps(plain, draws, known)
+
+    out = {
+        "semantic_layer": mean(fair, "semantic")[0],
+        "copy_layer": mean(fair, "copied")[0],
+        "depth_fraction": mean(fair, "depth")[0],
+        "reversal_gap": {part: gap[0] for part, gap in gaps.items()},
+        "reversal_gap_interval": gaps,
+        "recall": {group: mean(rows, "recall") for group, rows in groups.items()},
+    }
+    for column in ("depth", "settles", "copies", "named", "ahead", "margin", "margin_depth"):
+        out[column] = mean(fair, column)
+    out["reverse_minus_forward"] = {x: mean(both_reverse, x, minus=both_forward) for x in ("recall", "depth")}
+    out["filler_minus_plain"] = {x: mean(fair_filled, x, minus=fair) for x in ("recall", "depth")}
+    out["forms"] = {}
+    for form, rows in fair.groupby("form"):
+        direction = rows.task.iloc[0]
+        out["forms"][form] = {"direction": direction, "recall": mean(rows, "recall"), "depth": mean(rows, "depth")}
+    out["form_range"] = {}
+    for x, (task, rows) in itertools.product(("recall", "depth"), fair.groupby("task")):
+        out["form_range"][f"{x}, {task}"] = range_of_forms(rows, x)
+    out["anomalies"] = {rule: float(fair[rule].mean()) for rule in RULES}
+    out["curves"] = {group: layer_curves(found, rows) for group, rows in groups.items()}
+    return out
+
+
+def make_examples(frame: pd.DataFrame, found: dict[str, Tensor], texts: dict[int, str]) -> list[dict]:
+    """The first plain question of each direction and part, with the top-k of every layer, to read."""
+    examples = []
+    for row in frame[frame.filler == "plain"].drop_duplicates(["task", "part"]).itertuples():
+        top = []
+        for ids, ps in zip(found["ids"][:, row.Index].tolist(), found["logp"][:, row.Index].exp().tolist()):
+            top.append([[texts[i], round(p, 4)] for i, p in zip(ids, ps)])
+        example = {name: getattr(row, name) for name in ("text", "said", "taught", "semantic", "copied", "category")}
+        example["odd"] = [rule for rule in RULES if frame[rule][row.Index]]
+        example["rank"] = found["rank"][:, row.Index].tolist()
+        example["top"] = top
+        examples.append(example)
+    return examples
+
+
+#%% One model, from its files to results/reversal/<model>.json and .md: what a job array calls for each of its models
+KEYS = ("semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error", "reversal_gap")
+
+
+def run_key(name: str, cfg: "Config") -> str:
+    """Names an analysis by its settings and by the model's files."""
+    fields = ("norm", "dtype", "countries", "forms", "copy_threshold", "top", "draws", "seed")
+    return model_key(name, [getattr(cfg, field) for field in fields])
+
+
+def finished_before(path: Path, key: str) -> dict | None:
+    """The study that was written to the path under these settings and weights, or None."""
+    if not path.is_file():
+        return None
+    study = json.loads(path.read_text())
+    return study if study["key"] == key else None
+
+
+def choose_countries(cfg: "Config") -> list[dict[str, str]]:
+    countries = read_countries()
+    if not cfg.countries:
+        return countries
+    order = np.random.default_rng(cfg.seed).permutation(len(countries))
+    return [countries[i] for i in order[: cfg.countries]]
+
+
+def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
+    """All questions through one model. What was finished under the same settings and weights is read back, unless the model is handed over."""
+    name = find_model(name)
+    key = run_key(name, cfg)
+    path = Path("results/reversal") / f"{slug(name)}.json"
+    if model is None:
+        done = finished_before(path, key)
+        if done:
+            print(f"{yellow}{slug(name)}: finished before under these settings, read from {path}{endc}")
+            return done
+        model = open_model(name, (Llama,), cfg.device, cfg.dtype, cfg.offload)
+    known = knows_world(model)
+    countries = choose_countries(cfg)
+    questions = make_questions(model, countries, cfg.forms, known)
+    longest = max(map(len, questions.ids + questions.answer))
+    if longest > model.cfg.n_ctx:
+        fail(
+            f"{slug(name)} reads {model.cfg.n_ctx} tokens, the longest question has {longest}: its tokenizer cuts the names of countries into small pieces"
+        )
+    some_rows = list(questions.ids[:: max(1, len(questions) // 8)])
+    gate_error = gate(model, some_rows)
+    frame, found, texts = ask(model, Lens(model, cfg.norm), questions, cfg.top, cfg.copy_threshold)
+    study = {
+        "model": slug(name),
+        "key": key,
+        "n_layers": model.cfg.n_layers,
+        "norm": cfg.norm,
+        "bos": about_bos(model),
+        "known_corpus": known,
+        "n_countries": len(countries),
+        "n_questions": len(frame),
+        "last_layer_gate_error": gate_error,
+        **summarise(frame, found, cfg.draws, known),
+        "examples": make_examples(frame, found, texts),
+    }
+    study = json.loads(json.dumps(study), parse_constant=lambda _: None)  # nan is null
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: aside.write_text(json.dumps(study, indent=1) + "\n"))
+    write_aside(path.with_suffix(".md"), lambda aside: aside.write_text(report(study)))
+    print(f"{gray}numbers: {path}, report: {path.with_suffix('.md')}{endc}")
+    return study
+
+
+#%% The report of one model: milestones, anomalies and per-layer top-k, to read
+def summary(study: dict) -> list[list[str]]:
+    """The numbers of one model as [what, mean and interval]."""
+    gap_of = "recall reverse minus forward: "
+    where = ""
+    if study["known_corpus"]:
+        gap_of = "recall untaught minus both taught: "
+        where = " where both were taught"
+    rows = []
+    for group, x in study["recall"].items():
+        rows.append([f"recall: {group}", says(x, percent=True)])
+    for part, x in study["reversal_gap_interval"].items():
+        rows.append([f"reversal gap, {gap_of}{part}", says(x, percent=True)])
+    rows.append(["depth: layer from which the answer is top-1 / layers", says(study["depth"])])
+    rows.append(["questions in which it is at the last layer", says(study["settles"], percent=True)])
+    for what, x in study["reverse_minus_forward"].items():
+        rows.append([f"reverse minus forward{where}: {what}", says(x)])
+    for what, x in study["filler_minus_plain"].items():
+        rows.append([f"filler minus plain: {what}", says(x)])
+    for what, difference in study["form_range"].items():
+        if difference is not None:
+            rows.append([f"largest difference between forms: {what}", f"{difference:.3f}"])
+    rows.append(["p(answer) minus p of the same answer for the control country", says(study["margin"])])
+    rows.append(["depth from which that is 0.05 or more", says(study["margin_depth"])])
+    rows.append(["category in the top-k before the answer settles", says(study["named"], percent=True)])
+    rows.append(["layers from category to answer", says(study["ahead"])])
+    rows.append(["a piece of the prompt dominates", says(study["copies"], percent=True)])
+    for rule, share in study["anomalies"].items():
+        rows.append([f"odd: {rule}", f"{share:.1%}"])
+    return rows
+
+
+def explain_rules() -> list[str]:
+    return [f"- {rule}: {text}." for rule, text in RULES.items()]
+
+
+def example_section(example: dict, n_layers: int) -> list[str]:
+    """Heading, milestones and the table of one question."""
+    heading = f"{example['text']!r}, answer {example['said']!r}"
+    if not example["taught"]:
+        heading += " (direction not taught)"
+    reached = f"settles at {example['semantic']}, copy at {example['copied']}, category at {example['category']} of {n_layers}"
+    odd = ", ".join(example["odd"]) or "nothing odd"
+    rows = []
+    for layer, (rank, top) in enumerate(zip(example["rank"], example["top"])):
+        rows.append([layer, rank + 1, *(f"`{visible(token)}` {p:.3f}" for token, p in top)])
+    k = len(example["top"][0])
+    table = tabulate(rows, headers=["layer", "rank of answer", *map(str, range(1, k + 1))], tablefmt="github")
+    return [f"\n## {heading}\n\n{reached}; {odd}\n", table]
+
+
+def report(study: dict) -> str:
+    """One model's milestones, anomalies and per-layer top-k, as Markdown."""
+    about = f"{study['n_questions']} questions about {study['n_countries']} countries, {study['n_layers']} layers, norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. Means with 95% intervals, bootstrap over countries."
+    form_rows = []
+    for form, x in study["forms"].items():
+        form_rows.append([form, x["direction"], says(x["recall"], percent=True), says(x["depth"])])
+    parts = [
+        f"# {study['model']}: logit lens\n\n{about}\n",
+        tabulate(summary(study), headers=["", "mean [interval]"], tablefmt="github"),
+        "",
+        *explain_rules(),
+        "",
+        tabulate(form_rows, headers=["form", "direction", "recall", "depth"], tablefmt="github"),
+    ]
+    for example in study["examples"]:
+        parts += example_section(example, study["n_layers"])
+    return "\n".join(parts) + "\n"
+
+
+#%% Model against model, from their files
+PUBLISHED = {  # where the answer is top-1 in the original study
+    "meta-llama-3-8b": "25 of 32",
+    "mistral-7b-v0.1": "25 of 32",
+    "qwen3-8b": "31 of 36",
+    "gemma-2-9b": "42 of 42",
+}
+
+
+def comparison_row(study: dict) -> dict[str, str]:
+    model = study["model"]
+    published = [where for name, where in PUBLISHED.items() if model.lower().endswith(name)]
+    layer = study["semantic_layer"]
+    row = {
+        "model": model,
+        "layers": study["n_layers"],
+        "answer depth": says(study["depth"]),
+        "layer": "" if layer is None else f"{layer:.1f}",
+        "published": published[0] if published else "",
+        "recall, reverse - forward": says(study["reverse_minus_forward"]["recall"], percent=True),
+        "depth, filler - plain": says(study["filler_minus_plain"]["depth"]),
+        "category first": says(study["named"], percent=True),
+    }
+    for rule, share in study["anomalies"].items():
+        row[rule] = f"{share:.0%}"
+    row["gate"] = f"{study['last_layer_gate_error']:.0e}"
+    return row
+
+
+def compare(studies: list[dict]) -> str:
+    """The table of all models, which is also written to results/reversal/cross-model.md."""
+    rows = [comparison_row(study) for study in studies]
+    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    title = "# Logit lens, model against model"
+    about = "Answer depth: layer from which the answer's first token is top-1 / layers, mean over the questions that settle, with 95% bootstrap intervals over countries."
+    rules = "\n".join(explain_rules())
+    path = Path("results/reversal/cross-model.md")
+    write_aside(path, lambda aside: aside.write_text(f"{title}\n\n{about}\n\n{table}\n\n{rules}\n"))
+    print(f"{table}\n{gray}table: {path}{endc}")
+    return table
+
+
+def comparison_figure(studies: list[dict]) -> go.Figure:
+    """Every model's curve over its own depth, mean of the directions."""
+    n = " and ".join(str(study["n_questions"] // len(FILLERS)) for study in studies)
+    fig = line(
+        {},
+        f"Share of plain questions whose answer is top-1, by depth ({len(studies)} models, n = {n})",
+        xlabel="blocks passed / all blocks",
+        ylabel="answer is top-1 (share)",
+    )
+    for study in studies:
+        fig.add_scatter(
+            x=np.linspace(0, 1, study["n_layers"] + 1),
+            y=np.mean([curve["top-1"] for curve in study["curves"].values()], 0),
+            name=study["model"],
+            mode="lines+markers",
+            hovertemplate=f"{study['model']}<br>depth %{{x:.2f}}<br>top-1 in %{{y:.1%}}<extra></extra>",
+        )
+    return fig
+
+
+#%% Settings: the shell sets them by flags, a notebook edits them here
+@dataclass
+class Config:
+    model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    models: tuple[str, ...] = ()  # analyse these one after the other, skip what is finished, and compare them
+    norm: Literal["final", "raw"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
+    offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
+    countries: int = 0  # ask about so many of them; 0 is all
+    forms: int = 4  # phrasings per direction, of 11
+    copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
+    top: int = 5
+    draws: int = 2000  # of the bootstrap over countries
+    seed: int = 0
+    device: str = "auto"
+
+
+if __name__ == "__main__":
+    big_models = ("Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1", "google/gemma-2-9b")
+    cfg = flags(Config, __doc__, hpc=Config(models=big_models, dtype="bfloat16"), sweep="models")
+    device = pick_device(cfg.device)
+    set_seed(cfg.seed)
+    if not 1 <= cfg.forms <= 11 or cfg.countries < 0 or cfg.top < 1:
+        fail("--forms is 1 to 11, --countries 0 (all) or more, --top 1 or more")
+
+#%% Model against model (--models): each analysed unless it is finished, then all in one table
+if __name__ == "__main__" and cfg.models:
+    for name in cfg.models:
+        find_model(name)  # before hours are spent on the first
+    studies = []
+    for i, name in enumerate(cfg.models):
+        print(f"{purple}=== {name}, {i + 1} of {len(cfg.models)} ==={endc}")
+        studies.append(analyse(name, cfg))
+        gc.collect()
+        tec()
+    compare(studies)
+    save_results("reversal", cfg, models={study["model"]: {key: study[key] for key in KEYS} for study in studies})
+
+#%% ... how their answers settle over the depth; and that conclusion
+if __name__ == "__main__" and cfg.models:
+    show(comparison_figure(studies), "reversal/cross_model")
+    depths = "; ".join(f"{study['model']} {says(study['depth'])}" for study in studies)
+    worst_gate = max(study["last_layer_gate_error"] for study in studies)
+    print(
+        f"{green}Answers settle at these shares of the layers: {depths}. Gate: last-layer lens = own logits to {worst_gate:.0e}.{endc}"
+    )
+    raise SystemExit
+
+#%% All questions to one model: capitals forward and reversed, with and without filler, each beside a control country
+if __name__ == "__main__":
+    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
+    name = slug(find_model(cfg.model))
+    print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
+    study = analyse(cfg.model, cfg, model)
+    curves = study["curves"]
+    print(tabulate(summary(study), headers=["", "mean [95%, bootstrap over countries]"]))
+    print(
+        f"{cyan}gate: the last layer's lens misses the model's own logits by {study['last_layer_gate_error']:.1e}{endc}"
+    )
+
+#%% Where do the answers settle? Their probability, rank, distance to the end and uncertainty, by layer and direction
+if __name__ == "__main__":
+    n_plain = study["n_questions"] // len(FILLERS)
+    about = f"{name}, n = {n_plain} plain questions about {study['n_countries']} countries"
+    for curve, what in (
+        ("probability", "mean probability of the answer's first token"),
+        ("rank", "median rank of the answer (1 is top)"),
+        ("kl", "mean KL of the final distribution from the layer's (nats)"),
+        ("entropy", "mean entropy (nats)"),
+    ):
+        fig = line(
+            {group: by_layer[curve] for group, by_layer in curves.items()},
+            f"{what[0].upper()}{what[1:]}, by layer ({about})",
+            xlabel="blocks passed",
+            ylabel=what,
+            markers=True,
+        )
+        if curve == "rank":
+            fig.update_yaxes(type="log", autorange="reversed")
+        show(fig, f"reversal/{curve}")
+
+#%% Does a fact run both ways? Asked against the direction it was taught, at the last layer and at any other
+if __name__ == "__main__":
+    recall = study["recall"]
+    best = {group: max(by_layer["top-1"]) for group, by_layer in curves.items()}
+    print(
+        f"{cyan}claims of the original study: 'reverse relations are easier', here {says(study['reverse_minus_forward']['recall'], percent=True)} of recall; 'answers settle at 75-85% of depth', here at {says(study['depth'], percent=True)}{endc}"
+    )
+
+#%% ... as bars, by the direction asked
+if __name__ == "__main__":
+    mean, low, high = np.array([recall[group] for group in curves], float).T
+    whole_answer = "whole answer said, 95% interval"
+    fig = bar(
+        {whole_answer: mean, "first token top-1, at the best layer": list(best.values())},
+        f"Recall by direction ({about})",
+        xlabel="direction asked and taught" if study["known_corpus"] else "direction asked",
+        ylabel="share of questions",
+        x=list(curves),
+        errors={whole_answer: (high - mean, mean - low)},
+    )
+    show(fig, "reversal/reversal")
+
+#%% The conclusion
+if __name__ == "__main__":
+    save_results("reversal", cfg, models={name: {key: study[key] for key in KEYS}})
+    if study["known_corpus"]:
+        against = ("asked reverse, taught forward", "asked forward, taught reverse")
+        both = ("asked reverse, taught both", "asked forward, taught both")
+        says_against = " and ".join(says(recall[group], percent=True) for group in against)
+        says_both = " and ".join(says(recall[group], percent=True) for group in both)
+        most = max(best[group] for group in against)
+        print(
+            f"{green}Facts run one way: against the direction taught (forward, reverse) it says {says_against} of the answers, where both were taught {says_both}; no layer knows better (top-1 in at most {most:.1%}).{endc}"
+        )
+    else:
+        print(
+            f"{green}It says {says(recall['asked forward'], percent=True)} of the capitals and {says(recall['asked reverse'], percent=True)} of the countries asked for in reverse.{endc}"
+        )
+    print(
+        f"{green}Answers settle at {says(study['depth'])} of the depth. Gate: last-layer lens = own logits to {study['last_layer_gate_error']:.0e}; {study['bos']}.{endc}"
+    )

@@ -1,0 +1,388 @@
+"""The engine of edges against plain forms written out by hand, against activation patching, against closed forms, and against hand-built models whose answer is known."""
+
+import pytest
+import torch as t
+import torch.nn as nn
+from conftest import ROOT, memory_for
+
+from hooks import act_name, peak_bytes, run_with_cache, run_with_hooks
+from interventions import Pairs, baselines, draw_pairs, find_places, make_metric, sweep
+from graph import (
+    Graph,
+    area,
+    circuit_metric,
+    eap,
+    eap_ig,
+    edge_patch,
+    find_roles,
+    path_patch,
+    plain_eap,
+    plain_eap_ig,
+    self_repair,
+    top_edges,
+    trace_back,
+    write_differences,
+)
+from llama_block import Llama, LlamaConfig
+
+L, H = 3, 4
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    """Three pairs of two lengths; clean and corrupt differ from position 2 or 3 on."""
+    rng = t.Generator().manual_seed(0)
+    clean = t.randint(1, 250, (3, 8), generator=rng)
+    corrupt = clean.clone()
+    corrupt[:, 3] = t.randint(1, 250, (3,), generator=rng)
+    corrupt[1, 2] = 7
+    clean[2, 6:] = 0
+    corrupt[2, 6:] = 0
+    made = Pairs(clean, corrupt, t.tensor([5, 9, 3]), t.tensor([7, 100, 8]), t.tensor([7, 7, 5]))
+    made.places = find_places(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    """Tiny Hugging Face models with large weights as bridges; 'ours' is the Llama, with grouped queries, in our class."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
+    from transformers import LlamaConfig as HFLlamaConfig
+
+    t.manual_seed(0)
+    shape = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+    }
+    hf = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=L, n_head=H, n_positions=64)),
+        "llama": LlamaForCausalLM(HFLlamaConfig(**shape, num_key_value_heads=2)),
+        "gpt_neox": GPTNeoXForCausalLM(GPTNeoXConfig(**shape)),
+    }
+    out = {}
+    for name, model in hf.items():
+        for p in model.parameters():
+            p.data.add_(0.15 * t.randn(p.shape))
+        architecture = type(model).__name__
+        model.config.architectures = [architecture]
+        if name == "llama":
+            out["ours"] = Llama.from_hf(model).requires_grad_(False)
+        bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
+        out[name] = bridge.eval().requires_grad_(False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def world() -> Llama:
+    return Llama.from_folder(str(ROOT / "models/world")).requires_grad_(False)
+
+
+def single(graph: Graph) -> tuple[t.Tensor, t.Tensor]:
+    """(edges (edge, 2), masks with one edge each)."""
+    edges = graph.upstream.nonzero()
+    masks = t.zeros(len(edges), *graph.upstream.shape, dtype=t.bool)
+    masks[range(len(edges)), edges[:, 0], edges[:, 1]] = True
+    return edges, masks
+
+
+# %% The graph
+def count_edges(layers: int, heads: int) -> int:
+    """By counting: q, k, v of each head and the MLP read all before them, the logits read everything."""
+    total = 1 + layers * (heads + 1)
+    for layer in range(layers):
+        before = 1 + layer * (heads + 1)
+        total += 3 * heads * before + before + heads
+    return total
+
+
+def test_the_edges_are_counted_named_and_linked(models, world):
+    graph = Graph(models["gpt2"])
+    assert int(graph.upstream.sum()) == count_edges(L, H)
+    assert graph.writers[:7] == ["embed", "L0H0", "L0H1", "L0H2", "L0H3", "L0 MLP", "L1H0"]
+    assert graph.receivers[3:5] == ["L0H3.q", "L0H0.k"] and graph.receivers[-2:] == [f"L{L - 1} MLP", "logits"]
+    assert graph.readers(["L1H2", "L2 MLP"], "k") == ["L1H2.k"]
+    assert graph.readers(["L1H2", "L2 MLP"], "MLP") == ["L2 MLP"]
+    grouped = Graph(models["ours"])  # four heads, two groups
+    assert grouped.readers(["L1H2", "L1H3"], "k") == ["L1H1.k"] and grouped.readers(["L1H1"], "q") == ["L1H1.q"]
+    assert graph.serial and not Graph(models["gpt_neox"]).serial
+    assert graph.edges(["L1H0"], ["L1 MLP"]).any() and not graph.edges(["L1H0"], ["L1H1.q"]).any()
+    assert not Graph(models["gpt_neox"]).edges(["L1H0"], ["L1 MLP"]).any()
+    assert int(Graph(world).upstream.sum()) == 479
+
+
+# %% The engine gives what the plain forms give
+@t.no_grad()
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox"])
+def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    edges, masks = single(graph)
+    chosen = range(0, len(edges), 5)
+    values = edge_patch(model, graph, pairs, masks[chosen], "logit_diff", memory_gb=1e-2)
+    clean, _ = baselines(model, pairs, "logit_diff")
+    assert (values - clean).abs().max() > 0.05
+    for value, i in zip(values, chosen):
+        writer, receiver = graph.writers[edges[i, 0]], graph.receivers[edges[i, 1]]
+        expected = path_patch(model, graph, pairs, writer, receiver)
+        t.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4, msg=f"{writer} to {receiver}")
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox"])
+def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    for kind in ("logit_diff", "log_prob"):
+        plain = t.stack([plain_eap(model, graph, pairs, r, kind) for r in graph.receivers], 1)
+        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, kind, steps=3) for r in graph.receivers], 1)
+        assert plain.abs().max() > 0.05 and (plain - plain_ig).abs().max() > 0.01
+        t.testing.assert_close(eap(model, graph, pairs, kind, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(eap_ig(model, graph, pairs, kind, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
+
+
+def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
+    graph = Graph(world)
+    few = draw_pairs(world, "ioi", 3, 0)
+    edges, masks = single(graph)
+    chosen = range(0, len(edges), 9)
+    values = edge_patch(world, graph, few, masks[chosen], memory_gb=0.05)
+    for value, i in zip(values, chosen):
+        writer, receiver = graph.writers[edges[i, 0]], graph.receivers[edges[i, 1]]
+        expected = path_patch(world, graph, few, writer, receiver)
+        t.testing.assert_close(value, expected, atol=1e-3, rtol=1e-4, msg=f"{writer} to {receiver}")
+    plain = t.stack([plain_eap(world, graph, few, receiver) for receiver in graph.receivers], 1)
+    plain_ig = t.stack([plain_eap_ig(world, graph, few, receiver, steps=2) for receiver in graph.receivers], 1)
+    for engine, form in (
+        (eap(world, graph, few, memory_gb=0.05), plain),
+        (eap_ig(world, graph, few, steps=2, memory_gb=0.05), plain_ig),
+    ):
+        assert form.abs().max() > 1
+        t.testing.assert_close(engine, form, atol=1e-4 * form.abs().max().item(), rtol=0)
+
+
+@t.no_grad()
+def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
+    """The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or MLP output."""
+    model, at = models["ours"], pairs.answer_pos
+    graph = Graph(model)
+    metric = make_metric(pairs, "logit_diff")
+    names = [act_name(site, layer) for layer in range(L) for site in ("resid_pre", "resid_mid", "resid_post", "z")]
+    _, clean = run_with_cache(model, pairs.clean, names)
+    _, corrupt = run_with_cache(model, pairs.corrupt, names)
+    change = (corrupt["z", 0] - clean["z", 0])[:, :, 2] @ model.blocks[0].attn.W_O[2]  # sender L0H2
+    block = model.blocks[2]
+
+    def value(logits: t.Tensor) -> t.Tensor:
+        return metric(logits[range(3), at], pairs.index)
+
+    expected = {}
+    for kind, W, b, head in (
+        ("q", block.attn.W_Q, block.attn.q.bias, 3),
+        ("k", block.attn.W_K, block.attn.k.bias, 1),
+        ("v", block.attn.W_V, block.attn.v.bias, 0),
+    ):
+        new = block.ln1(clean["resid_pre", 2] + change) @ W[head] + (0 if b is None else b.view(-1, 8)[head])
+
+        def put_head(x, hook):
+            return x.index_copy(2, t.tensor([head]), new[:, :, None])
+
+        expected[f"L2H{head}.{kind}"] = value(run_with_hooks(model, pairs.clean, [(act_name(kind, 2), put_head)]))
+    new_mlp = block.mlp(block.ln2(clean["resid_mid", 2] + change))
+    put_mlp = [("blocks.2.hook_mlp_out", lambda x, hook: new_mlp)]
+    expected["L2 MLP"] = value(run_with_hooks(model, pairs.clean, put_mlp))
+    expected["logits"] = value(model.unembed(model.ln_final(clean["resid_post", 2] + change)))
+
+    masks = t.stack([graph.edges(["L0H2"], [receiver]) for receiver in expected])
+    values = edge_patch(model, graph, pairs, masks)
+    untouched, _ = baselines(model, pairs, "logit_diff")
+    for found, (receiver, wanted) in zip(values, expected.items()):
+        assert (wanted - untouched).abs().max() > 1e-3, receiver
+        t.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=receiver)
+        plain = path_patch(model, graph, pairs, "L0H2", receiver)
+        t.testing.assert_close(plain, wanted, atol=1e-4, rtol=0, msg=receiver)
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ["ours", "gpt2", "llama", "gpt_neox"])
+def test_all_paths_are_activation_patching_of_the_sender_and_all_edges_the_corrupt_run(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    clean, corrupt = baselines(model, pairs, "logit_diff")
+    ends = edge_patch(model, graph, pairs, t.stack([~graph.upstream, graph.upstream]))
+    t.testing.assert_close(ends, t.stack([clean, corrupt]), atol=1e-5, rtol=1e-5)
+
+    everywhere = {"all": t.ones_like(pairs.clean, dtype=t.bool)}
+    heads = edge_patch(model, graph, pairs, t.stack([graph.edges([head]) for head in graph.head_names])).view(L, H, 3)
+    mlps = edge_patch(model, graph, pairs, t.stack([graph.edges([f"L{layer} MLP"]) for layer in range(L)]))
+    t.testing.assert_close(heads, sweep(model, pairs, "z", "head", direction="noise"), atol=1e-4, rtol=0)
+    swept_mlps = sweep(model, pairs, "mlp_out", direction="noise", places=everywhere)[:, 0]
+    t.testing.assert_close(mlps, swept_mlps, atol=1e-4, rtol=0)
+
+    kept = graph.upstream & (t.rand(graph.upstream.shape, generator=t.Generator().manual_seed(1)) < 0.2)
+    pruned = graph.prune(kept)
+    values = edge_patch(model, graph, pairs, t.stack([~kept, ~pruned]))
+    assert 0 < pruned.sum() < kept.sum()
+    t.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
+    assert circuit_metric(model, graph, pairs, t.stack([kept, pruned])).equal(values)
+
+
+# %% Memory
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
+    """And what is computed in groups equals what is computed at once."""
+    model, many = models[name], pairs.take(t.arange(3).repeat(16))
+    graph = Graph(model)
+
+    def place(i: int) -> t.Tensor:
+        return t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([i]), True)
+
+    many.places = {"IO": place(0), "S1": place(1), "S1+1": place(2), "S2": place(3)}
+    many.places["end"] = t.arange(8) == many.answer_pos[:, None]
+    swaps = t.stack([graph.edges([writer]) for writer in graph.writers[:3]])
+    calls = {
+        "edges": lambda gb: edge_patch(model, graph, many, swaps, "logit_diff", gb),
+        "EAP": lambda gb: eap(model, graph, many, "logit_diff", gb),
+        "EAP-IG": lambda gb: eap_ig(model, graph, many, "logit_diff", 1, gb),
+        "writes": lambda gb: write_differences(model, graph, many, gb)[1],
+        "repair": lambda gb: self_repair(model, graph, many, "L0H1", "logit_diff", gb).change,
+        "roles": lambda gb: find_roles(model, graph, many, "logit_diff", gb, shuffles=5)[0]["induction"],
+    }
+    cap = 2e-3
+    for title, call in calls.items():
+        got = []
+        peak = peak_bytes(lambda: got.append(call(cap)))
+        assert peak / 2**30 < cap, title
+        t.testing.assert_close(got[0], call(1.0), atol=1e-4, rtol=1e-4, msg=title)
+    assert peak_bytes(lambda: calls["edges"](1.0)) / 2**30 > cap, "these pairs were too few to try the cap"
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_out_of_memory_halves_the_rows_and_changes_no_number(models, pairs, name, capsys):
+    model, many = models[name], pairs.take(t.arange(3).repeat(4))
+    graph = Graph(model)
+    swaps = t.stack([graph.edges([writer]) for writer in graph.writers])
+    for call in (
+        lambda: edge_patch(model, graph, many, swaps),
+        lambda: eap(model, graph, many),
+        lambda: eap_ig(model, graph, many, steps=2),
+    ):
+        expected = call()
+        assert "out of memory" not in capsys.readouterr().out
+        with memory_for(model, 7):
+            found = call()
+        assert "out of memory: going on with" in capsys.readouterr().out
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# %% Attribution on hand-built models
+class Saturating(nn.Module):
+    """An MLP that rises from 0 to 1 by a sigmoid: flat at both ends."""
+
+    def forward(self, x):
+        return t.sigmoid(12 * (x - 0.5))
+
+
+def hand_built(mlp: type) -> Llama:
+    """No norms, attention uniform (so constant), the MLP given: the first token's embedding reaches the logits along paths that are known."""
+    t.manual_seed(0)
+    config = LlamaConfig(n_layers=2, n_heads=2, n_kv_heads=2, d_model=8, d_head=4, d_mlp=8, d_vocab=20)
+    model = Llama(config).requires_grad_(False)
+    for block in model.blocks:
+        block.ln1 = nn.Identity()
+        block.ln2 = nn.Identity()
+        block.mlp = mlp()
+        block.attn.q.weight.zero_()
+    model.ln_final = nn.Identity()
+    model.embed.weight.uniform_(0, 1)
+    model.unembed.weight.normal_()
+    return model
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(8, 8).requires_grad_(False)
+
+
+def test_eap_and_eap_ig_are_exact_on_a_linear_model():
+    model = hand_built(linear)
+    small = Pairs(t.tensor([[1, 2, 3, 4]]), t.tensor([[1, 5, 3, 6]]), t.tensor([7]), t.tensor([8]), t.tensor([3]))
+    graph = Graph(model)
+    edges, masks = single(graph)
+    clean, _ = baselines(model, small, "logit_diff")
+    truth = (clean - edge_patch(model, graph, small, masks, "logit_diff")).mean(-1)
+    assert truth.abs().max() > 0.1
+    for scores in (eap(model, graph, small), eap_ig(model, graph, small, steps=3)):
+        t.testing.assert_close(scores[edges[:, 0], edges[:, 1]], truth, atol=1e-4, rtol=1e-3)
+
+
+def test_where_the_model_saturates_eap_fails_and_eap_ig_does_not():
+    model = hand_built(Saturating)
+    for block in model.blocks:
+        block.attn.o.weight.zero_()
+    model.blocks[1].mlp = linear()
+    model.embed.weight[1] = 1.0  # clean is where the sigmoid is flat at 1
+    model.embed.weight[2] = 0.0  # corrupt where it is flat at 0
+    small = Pairs(t.tensor([[0, 1]]), t.tensor([[0, 2]]), t.tensor([7]), t.tensor([8]), t.tensor([1]))
+    graph = Graph(model)
+    path = graph.edges(["embed"], ["L0 MLP"])
+    clean, _ = baselines(model, small, "logit_diff")
+    truth = (clean - edge_patch(model, graph, small, path[None], "logit_diff")).item()
+    by_eap = eap(model, graph, small)[path].item()
+    by_eap_ig = eap_ig(model, graph, small, steps=50)[path].item()
+    found = (truth, by_eap, by_eap_ig)
+    assert abs(truth) > 0.3, found
+    assert abs(by_eap) < 0.2 * abs(truth), found
+    assert abs(by_eap_ig - truth) < 0.15 * abs(truth), found
+
+
+# %% Backwards from the logits; circuits
+def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    steps = trace_back(model, graph, pairs, "logit_diff", depth=2)
+    assert steps[0][0] == ["logits"] and 1 < len(steps) < 12
+    clean, corrupt = baselines(model, pairs, "logit_diff")
+    alone = path_patch(model, graph, pairs, "L1H2", "logits")
+    expected = ((clean - alone).mean() / (clean - corrupt).mean()).item()
+    assert steps[0][1][graph.writers.index("L1H2")] == pytest.approx(expected, abs=1e-4)
+    strongest = steps[0][1].topk(3).indices.tolist()
+    inputs_of = {
+        r for kind in ("q", "k", "v", "MLP") for r in graph.readers([graph.writers[i] for i in strongest], kind)
+    }
+    assert set(steps[1][0]) <= inputs_of
+
+
+def test_self_repair_of_a_head_is_its_mean_patched_in(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    z = run_with_cache(model, pairs.clean, "blocks.1.attn.hook_z")[1]["z", 1][:, :, 2]
+    real = t.arange(8) <= pairs.answer_pos[:, None]
+    mean = z[real].mean(0)
+
+    def put_mean(x, hook):
+        x = x.clone()
+        x[:, :, 2] = mean
+        return x
+
+    clean, _ = baselines(model, pairs, "logit_diff")
+    logits = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_z", put_mean)])[range(3), pairs.answer_pos]
+    expected = (clean - make_metric(pairs, "logit_diff")(logits, pairs.index)).mean()
+    repair = self_repair(model, graph, pairs, "L1H2", "logit_diff")
+    assert repair.lost_in_all == pytest.approx(expected.item(), abs=1e-4)
+    assert abs(repair.lost_directly - repair.lost_in_all) > 1e-3
+    n_before = graph.writers.index("L1H2")
+    assert repair.change[:n_before].abs().max() < 1e-4  # those before it do not notice
+
+
+def test_areas_and_top_edges_by_hand(models):
+    values = t.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 4.0]])  # faithfulness 0, 2/3, 1 at shares 0, .5, 1
+    value, low, high = area(values, t.tensor([2.0, 4.0]), t.tensor([0.0, 0.0]), [0.0, 0.5, 1.0])
+    assert value == pytest.approx(0.25 * 2 / 3 + 0.25 * (1 + 2 / 3))
+    assert low <= value <= high and low < high
+    graph = Graph(models["ours"])
+    score = graph.upstream * -t.arange(1.0, graph.upstream.numel() + 1).view(graph.upstream.shape)
+    masks = top_edges(graph, score, [0, 1, 1000])
+    assert masks.sum((1, 2)).tolist() == [0, 1, int(graph.upstream.sum())]
+    assert masks[1].flatten().nonzero().item() == graph.upstream.flatten().nonzero().max()

@@ -1,0 +1,443 @@
+"""Interventions: the fast forms against the plain ones, against transformer_lens.patching, and against hooks written out by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch as t
+import torch.nn as nn
+from conftest import ROOT, memory_for, save_folder, tiny_hf
+from models_for_tests import H, L, three_pairs, tiny_models
+
+from hooks import act_name, peak_bytes, run_from, run_with_cache, run_with_hooks
+from interventions import (
+    HEADS,
+    STREAM,
+    Pairs,
+    Part,
+    ablate,
+    ablation_effects,
+    activation_patch,
+    baselines,
+    draw_pairs,
+    fine_parts,
+    knock_out,
+    make_metric,
+    make_pairs,
+    mean_ablation,
+    normalised,
+    position_masks,
+    read_task,
+    sweep,
+    sweep_gates,
+)
+from layers import next_token_loss
+from llama_block import Llama
+from utils import load_model
+from weights import Streamed
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return three_pairs()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    return tiny_models()
+
+
+@pytest.fixture(scope="module")
+def world() -> Llama:
+    return Llama.from_folder(str(ROOT / "models/world"))
+
+
+# %% Activation patching
+def one_run_per_cell(
+    model: nn.Module, pairs: Pairs, site: str, by: str, direction: str, kind: str = "logit_diff"
+) -> t.Tensor:
+    """What sweep gives, by the plain form."""
+    n_heads = model.cfg.n_heads
+    if site in ("k", "v"):
+        n_heads = model.blocks[0].attn.W_K.shape[0]
+    positions = range(pairs.clean.shape[1])
+    if by == "pos":
+        cells = [{"position": p} for p in positions]
+    elif by == "head":
+        cells = [{"head": h} for h in range(n_heads)]
+    else:
+        cells = [{"head": h, "position": p} for h in range(n_heads) for p in positions]
+    values = []
+    for layer in range(L):
+        for cell in cells:
+            values.append(activation_patch(model, pairs, site, layer, **cell, kind=kind, direction=direction))
+    shape = (n_heads, len(positions)) if by == "head pos" else (len(cells),)
+    return t.stack(values).view(L, *shape, len(pairs))
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_every_sweep_equals_activation_patch_on_our_llama(models, pairs, direction):
+    model = models["ours"]
+    sweeps = [(site, "pos") for site in (*STREAM, "z", "pattern", "post")]
+    sweeps += [(site, by) for site in HEADS for by in ("head", "head pos")]
+    for site, by in sweeps:
+        expected = one_run_per_cell(model, pairs, site, by, direction)
+        assert expected.std(0).max() > 0.01
+        for memory_gb in (1.0, 1e-3):  # the second cuts the sweep into many runs
+            found = sweep(model, pairs, site, by, direction=direction, memory_gb=memory_gb)
+            t.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{site} {by}")
+    for kind in ("log_prob", "kl"):
+        found = sweep(model, pairs, "resid_mid", kind=kind, direction=direction)
+        expected = one_run_per_cell(model, pairs, "resid_mid", "pos", direction, kind)
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_sweep_equals_activation_patch_on_a_bridge(models, pairs, name, direction):
+    model = models[name]
+    sweeps = [(site, "pos") for site in ("resid_pre", "resid_mid", "mlp_out")]
+    sweeps += [(site, "head") for site in HEADS]
+    sweeps += [("pattern", "head pos")]
+    for site, by in sweeps:
+        expected = one_run_per_cell(model, pairs, site, by, direction)
+        assert expected.std(0).max() > 0.01
+        found = sweep(model, pairs, site, by, direction=direction)
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{site} {by}")
+
+
+def test_activation_patch_equals_hooks_written_out(models, pairs):
+    """A head's output at one position, and the pattern of one query, of one layer."""
+    model = models["ours"]
+    names = [act_name("z", 1), act_name("pattern", 1)]
+    _, clean = run_with_cache(model, pairs.clean, names)
+    metric = make_metric(pairs, "logit_diff")
+
+    def patch_z(z, hook):
+        z = z.clone()
+        z[:, 3, 2] = clean["z", 1][:, 3, 2]
+        return z
+
+    def patch_pattern(pattern, hook):
+        pattern = pattern.clone()
+        pattern[:, 2, 5] = clean["pattern", 1][:, 2, 5]
+        return pattern
+
+    for site, position, fn in (("z", 3, patch_z), ("pattern", 5, patch_pattern)):
+        with t.no_grad():
+            logits = run_with_hooks(model, pairs.corrupt, [(act_name(site, 1), fn)])
+        expected = metric(logits[range(3), pairs.answer_pos], pairs.index)
+        assert (expected - baselines(model, pairs, "logit_diff")[1]).abs().max() > 1e-4
+        found = activation_patch(model, pairs, site, 1, position=position, head=2)
+        t.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_every_sweep_equals_transformer_lens(models, pairs, name):
+    from transformer_lens import patching as theirs
+
+    model = models[name]
+    two = pairs.take(slice(0, 2))
+    clean_cache = model.run_with_cache(two.clean)[1]
+
+    def metric(logits):
+        return make_metric(two, "logit_diff")(logits[:, -1], two.index).mean()
+
+    functions = {
+        ("resid_pre", "pos"): "resid_pre",
+        ("resid_mid", "pos"): "resid_mid",
+        ("attn_out", "pos"): "attn_out",
+        ("mlp_out", "pos"): "mlp_out",
+        ("z", "head"): "attn_head_out_all_pos",
+        ("q", "head"): "attn_head_q_all_pos",
+        ("k", "head"): "attn_head_k_all_pos",
+        ("v", "head"): "attn_head_v_all_pos",
+        ("pattern", "head"): "attn_head_pattern_all_pos",
+        ("z", "head pos"): "attn_head_out_by_pos",
+        ("k", "head pos"): "attn_head_k_by_pos",
+        ("pattern", "head pos"): "attn_head_pattern_by_pos",
+    }
+    for (site, by), function in functions.items():
+        with t.no_grad():
+            expected = getattr(theirs, f"get_act_patch_{function}")(model, two.corrupt, clean_cache, metric)
+        if by == "head pos" and site != "pattern":
+            expected = expected.transpose(1, 2)
+        mine = sweep(model, two, site, by).mean(-1)
+        assert mine.shape == expected.shape
+        assert expected.std() > 1e-3
+        t.testing.assert_close(mine, expected, atol=1e-4, rtol=0, msg=f"{site} {by}")
+
+
+@t.no_grad()
+def test_a_run_from_any_layer_equals_the_whole_run(models, pairs):
+    for model in models.values():
+        logits, cache = run_with_cache(model, pairs.clean, ["blocks.*.hook_resid_pre"])
+        answers = logits[range(3), pairs.answer_pos]
+        for layer in range(L):
+            resid = cache["resid_pre", layer]
+            t.testing.assert_close(run_from(model, resid, pairs.answer_pos, layer), answers, atol=1e-5, rtol=1e-5)
+            t.testing.assert_close(run_from(model, resid, None, layer), logits, atol=1e-5, rtol=1e-5)
+        t.testing.assert_close(model(pairs.clean), logits)  # nothing is left behind
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, name, monkeypatch):
+    gates = sweep_gates(models[name], pairs, "log_prob")
+    assert list(gates) == ["answer alone unembedded", "nothing patched", "everything patched"]
+    assert max(gates.values()) < 1e-4
+    import interventions
+
+    def wrong_sweep(*args, **kwargs):
+        return sweep(*args, **kwargs) + 1
+
+    monkeypatch.setattr(interventions, "sweep", wrong_sweep)
+    gates = sweep_gates(models[name], pairs, "log_prob")
+    assert gates["nothing patched"] > 0.01
+    assert gates["everything patched"] > 0.01
+    assert gates["answer alone unembedded"] < 1e-4
+
+
+# %% Memory
+def place(pairs: Pairs, position: int) -> t.Tensor:
+    return t.zeros_like(pairs.clean, dtype=t.bool).index_fill(1, t.tensor([position]), True)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
+    """And what is computed in groups equals what is computed at once."""
+    model = models[name]
+    many = pairs.take(t.arange(3).repeat(16))
+    rows = t.randint(1, 250, (40, 12), generator=t.Generator().manual_seed(0))
+    ablations = [(Part("z", 1), "zero", 1.0), (Part("mlp_out", 0), "mean", 1.0)]
+    calls = {
+        "baselines": lambda gb: t.stack(baselines(model, many, "kl", gb)),
+        "stream": lambda gb: sweep(model, many, "resid_pre", memory_gb=gb),
+        "heads": lambda gb: sweep(model, many, "z", "head pos", memory_gb=gb),
+        "pattern": lambda gb: sweep(model, many, "pattern", "head", memory_gb=gb),
+        "ablations": lambda gb: t.tensor(ablation_effects(model, many, rows, ablations, "logit_diff", gb)),
+        "knock-out": lambda gb: knock_out(model, many, [1], place(many, 2), "logit_diff", gb),
+        "neurons": lambda gb: t.zeros(len(fine_parts(model, many, 1, gb))),
+    }
+    cap = 2e-3
+    for title, call in calls.items():
+        got = []
+        peak = peak_bytes(lambda: got.append(call(cap)))
+        assert peak / 2**30 < cap, title
+        t.testing.assert_close(got[0], call(1.0), atol=1e-4, rtol=1e-4, msg=title)
+    for title in ("stream", "heads", "pattern"):
+        peak = peak_bytes(lambda: calls[title](1.0))
+        assert peak / 2**30 > cap, "these pairs were too few to try the cap"
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_out_of_memory_halves_the_rows_and_changes_no_number(models, pairs, name, capsys):
+    model = models[name]
+    many = pairs.take(t.arange(3).repeat(4))
+    rows = t.randint(1, 250, (9, 12), generator=t.Generator().manual_seed(0))
+    ablations = [(Part("z", 1), how, 1.0) for how in ("mean", "resample")]
+    calls = [
+        lambda: t.stack(baselines(model, many, "logit_diff")),
+        lambda: sweep(model, many, "z", "head"),
+        lambda: t.tensor(ablation_effects(model, many, rows, ablations, "logit_diff")),
+        lambda: knock_out(model, many, [1], many.clean == 5, "log_prob"),
+    ]
+    for call in calls:
+        expected = call()
+        assert "out of memory" not in capsys.readouterr().out
+        with memory_for(model, 30 if len(expected) == L else 7):
+            found = call()
+        assert "out of memory: going on with" in capsys.readouterr().out
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+LLAMA_SHAPE = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "num_key_value_heads": 2,
+}
+STREAMED = [
+    ("GPT2", {"vocab_size": 260, "n_embd": 32, "n_layer": L, "n_head": H, "n_positions": 64}),
+    ("Llama", LLAMA_SHAPE),
+    ("Gemma2", LLAMA_SHAPE | {"head_dim": 8}),
+]
+
+
+@pytest.mark.parametrize("architecture, config", STREAMED)
+def test_weights_from_disk_give_the_same_sweeps_of_the_stream(architecture, config, pairs, tmp_path):
+    folder = str(save_folder(tiny_hf(architecture, **config), tmp_path))
+    whole = load_model(folder, device="cpu")
+    streamed = Streamed(folder, "cpu", t.float32)
+    assert sum(p.is_meta for p in streamed.hf.parameters()) > 10
+    found = t.stack(baselines(streamed, pairs, "kl"))
+    expected = t.stack(baselines(whole, pairs, "kl"))
+    t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for site, direction, memory_gb in (("resid_pre", "denoise", 1.0), ("resid_post", "noise", 1e-3)):
+        expected = sweep(whole, pairs, site, direction=direction)
+        assert expected.std() > 0.01
+        found = sweep(streamed, pairs, site, direction=direction, memory_gb=memory_gb)
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# %% Ablations and knock-out
+def head(h: int):
+    only = t.nn.functional.one_hot(t.tensor(h), H)[:, None]
+    return lambda change: change * only
+
+
+def effects_of(model: nn.Module, pairs: Pairs, rows: t.Tensor, on_pairs: t.Tensor, on_rows: t.Tensor) -> tuple:
+    """(share of the metric lost, nats added) by ablated logits of the pairs' clean texts and of rows."""
+    clean = baselines(model, pairs, "logit_diff")[0].mean()
+    value = make_metric(pairs, "logit_diff")(on_pairs[range(3), pairs.answer_pos], pairs.index).mean()
+    nats = next_token_loss(on_rows, rows) - next_token_loss(model(rows), rows)
+    return (1 - value / clean).item(), nats.item()
+
+
+@t.no_grad()
+def test_ablations_equal_hooks_written_out(models, pairs):
+    model = models["ours"]
+    rows = t.randint(1, 250, (4, 12), generator=t.Generator().manual_seed(3))
+    mean = run_with_cache(model, rows, "blocks.1.hook_mlp_out")[1]["mlp_out", 1][:, 1:].mean((0, 1))
+    neurons = t.nn.functional.one_hot(t.tensor([3, 5]), 48).sum(0)
+    u = t.randn(32)
+    u = u / u.norm()
+    cases = [
+        (Part("z", 1, head(2)), "zero", lambda x, hook: x.index_fill(2, t.tensor([2]), 0)),
+        (Part("mlp_out", 1), "mean", lambda x, hook: mean.expand_as(x)),
+        (Part("z", 2, head(0)), "resample", lambda x, hook: t.cat([x.roll(1, 0)[:, :, :1], x[:, :, 1:]], 2)),
+        (
+            Part("post", 0, lambda change: change * neurons),
+            "zero",
+            lambda x, hook: x.index_fill(2, t.tensor([3, 5]), 0),
+        ),
+        (
+            Part("resid_pre", 2, lambda change: (change @ u)[..., None] * u),
+            "zero",
+            lambda x, hook: x - (x @ u)[..., None] * u,
+        ),
+    ]
+    ablations = [(part, how, 1.0) for part, how, _ in cases]
+    effects = ablation_effects(model, pairs, rows, ablations, "logit_diff")
+    for (part, _, fn), (lost, nats) in zip(cases, effects):
+        entry = [(act_name(part.site, part.layer), fn)]
+        on_pairs = run_with_hooks(model, pairs.clean, entry)
+        on_rows = run_with_hooks(model, rows, entry)
+        expected_lost, expected_nats = effects_of(model, pairs, rows, on_pairs, on_rows)
+        assert abs(lost - expected_lost) < 1e-3, part
+        assert abs(nats - expected_nats) < 1e-4, part
+        assert abs(nats) > 1e-4, part
+    noise = [(Part("mlp_out", 0), "noise", sigma) for sigma in (0.0, 5.0)]
+    without, with_noise = ablation_effects(model, pairs, rows, noise, "logit_diff")
+    assert without[0] == pytest.approx(0, abs=1e-4)
+    assert abs(with_noise[0]) > 0.01
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_the_effects_of_ablations_equal_the_plain_ablate(models, pairs, name):
+    """Noise too: both draw the same from one seed."""
+    model = models[name]
+    rows = t.randint(1, 250, (4, 12), generator=t.Generator().manual_seed(3))
+    for part in (Part("z", 1, head(2)), Part("mlp_out", 2)):
+        for how in ("zero", "mean", "resample", "noise"):
+            t.manual_seed(1)
+            [(lost, nats)] = ablation_effects(model, pairs, rows, [(part, how, 2.0)], "logit_diff")
+            t.manual_seed(1)
+            on_pairs = ablate(model, pairs.clean, part, rows, how, 2.0)
+            on_rows = ablate(model, rows, part, rows, how, 2.0)
+            expected_lost, expected_nats = effects_of(model, pairs, rows, on_pairs, on_rows)
+            assert abs(lost - expected_lost) < 1e-3, (part, how)
+            assert abs(nats - expected_nats) < 1e-4, (part, how)
+            assert abs(nats) > 1e-4, (part, how)
+    t.testing.assert_close(mean_ablation(model, rows, part, rows), ablate(model, rows, part, rows, "mean"))
+
+
+@t.no_grad()
+def test_knock_out_removes_the_attention_from_the_answer_and_no_other(models, pairs):
+    for name in ("ours", "gpt2"):
+        model = models[name]
+
+        def cut(pattern, hook):
+            pattern = pattern.clone()
+            pattern[range(3), :, pairs.answer_pos, 2] = 0
+            return pattern / pattern.sum(-1, keepdim=True)
+
+        logits = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_pattern", cut)])
+        expected = make_metric(pairs, "logit_diff")(logits[range(3), pairs.answer_pos], pairs.index)
+        found = knock_out(model, pairs, [1], place(pairs, 2), "logit_diff")
+        t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+# %% Pairs, their places, and where they come from
+def test_places_share_out_the_positions_and_name_the_names(world):
+    for task in ("ioi", "capitals", "greater_than", "induction", "agreement", "gender"):
+        pairs = draw_pairs(world, task, 8, 0)
+        count = sum(mask.int() for mask in pairs.places.values())
+        behind = t.arange(pairs.clean.shape[1]) > pairs.answer_pos[:, None]
+        assert (count == (~behind).int()).all(), task
+        assert (pairs.clean != pairs.corrupt).any(1).all(), task
+        if task == "ioi":
+            for name, ids in (("IO", pairs.answer), ("S1", pairs.wrong), ("S2", pairs.wrong)):
+                assert (pairs.clean[pairs.places[name]] == ids).all()
+        else:
+            assert (pairs.clean != pairs.corrupt).equal(pairs.places["changed"]), task
+
+
+@dataclass
+class Asked:
+    clean: str | None = None
+    corrupt: str | None = None
+    answer: str | None = None
+    wrong: str | None = None
+    pairs: str | None = None
+    task: str = "ioi"
+    n: int = 4
+    held_out: int = 6
+    seed: int = 0
+
+
+def test_a_task_is_drawn_or_read_and_tested_on_other_pairs(world, tmp_path, capsys):
+    task, pairs, test_pairs = read_task(world, Asked())
+    assert (task, len(pairs), len(test_pairs)) == ("ioi", 4, 6)
+    assert pairs.clean.equal(draw_pairs(world, "ioi", 4, 0).clean)
+    assert test_pairs.clean.equal(draw_pairs(world, "ioi", 6, 1).clean)
+
+    row = "Then Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\n"
+    file = tmp_path / "pairs.csv"
+    file.write_text("clean,corrupt,answer,wrong\n" + row + "Soon Tom saw,Soon Paul saw, the, a\n" + row)
+    task, pairs, test_pairs = read_task(world, Asked(pairs=str(file)))
+    assert (task, len(pairs), len(test_pairs)) == ("own pairs", 2, 1)
+    assert "one pair" not in capsys.readouterr().out
+
+    own = Asked(clean="Soon Tom saw", corrupt="Soon Paul saw", answer=" the", wrong=" a")
+    task, pairs, test_pairs = read_task(world, own)
+    assert (task, len(pairs)) == ("own pairs", 1)
+    assert pairs.clean.equal(test_pairs.clean)
+    assert "one pair: what is found is tested on the same pair" in capsys.readouterr().out
+
+
+def test_bad_input_is_answered_in_one_clear_line(models, pairs, world, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("clean,corrupt,answer\na,b, c\n")
+    cases = [
+        (lambda: make_pairs(world, [("Mary left", "Mary", " the", " a")]), "clean has"),
+        (lambda: make_pairs(world, [("Mary left", "John left", " the park", " a")]), "is not one token"),
+        (lambda: position_masks(pairs, [8]), "outside the sequence"),
+        (lambda: normalised(t.zeros(3), t.ones(3), t.ones(3)), "same metric"),
+        (lambda: make_pairs(world, [("Mary left", "Mary left", " the", " a")]), "the same"),
+        (lambda: read_task(world, Asked(clean="Mary left")), "needs all of --clean"),
+        (lambda: read_task(world, Asked(pairs=str(file))), "row 1 lacks one of the columns"),
+        (lambda: read_task(world, Asked(pairs="nowhere.csv")), "cannot be read"),
+        (lambda: sweep(world, pairs, "z", places={"odd": pairs.clean[:, :2] > 0}), "place 'odd' is not a mask"),
+    ]
+    for call, words in cases:
+        with pytest.raises(SystemExit) as error:
+            call()
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+    for name, site in (("ours", "resid_prre"), ("gpt_neox", "resid_mid")):  # GPT-NeoX has none
+        with pytest.raises(KeyError, match="unknown hook name"):
+            sweep(models[name], pairs, site)
+    with pytest.raises(ValueError, match="unknown metric"):
+        make_metric(pairs, "logit_dif")

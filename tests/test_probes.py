@@ -1,0 +1,173 @@
+"""probes.py against scikit-learn, and concepts made by hand whose columns are known."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch as t
+from conftest import ROOT
+from sklearn.metrics import roc_auc_score
+from tokenizers import Tokenizer
+
+import world
+from anatomy import harvest
+from llama_block import Llama
+from probes import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    auroc,
+    concepts_of_features,
+    draw_sentences,
+    harvest_labelled,
+    random_twin,
+    run_probes,
+    single_feature,
+    split,
+)
+from sae import sparse
+from world import DRAW, Concept, Labelled, fact_prompts, label_sentences, read_countries
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_file(str(ROOT / "models/world/tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Llama.from_folder(str(ROOT / "models/world")).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def either() -> tuple[Concept, np.ndarray]:
+    """A concept of 40 of 120 entities that is written in column 3 or in column 5; and the columns (token, 40)."""
+    rng = np.random.default_rng(0)
+    group = np.repeat([f"e{i}" for i in range(120)], 10)
+    y = np.repeat(np.arange(120) < 40, 10)
+    x = rng.exponential(size=(1200, 40)) * (rng.random((1200, 40)) < 0.1)
+    which = np.repeat(rng.integers(0, 2, 120), 10)
+    x[y & (which == 0), 3] += 4
+    x[y & (which == 1), 5] += 4
+    return Concept(np.arange(1200), y, group), x
+
+
+# %% The measure
+def test_auroc_is_scikit_learns_and_its_weights_repeat_tokens():
+    rng = np.random.default_rng(0)
+    y = rng.random(300) < 0.3
+    score = rng.integers(0, 6, 300).astype(float)
+    score[y] += rng.integers(0, 3, y.sum())
+    times = rng.integers(0, 3, (4, 300))
+    assert auroc(y, score)[0] == pytest.approx(roc_auc_score(y, score))
+    for w, value in zip(times, auroc(y, score, times)):
+        assert value == pytest.approx(roc_auc_score(np.repeat(y, w), np.repeat(score, w)))
+
+
+def test_entities_never_stand_in_two_parts(either):
+    concept, _ = either
+    part = split(concept, 1)
+    assert all(len(set(part[concept.group == g])) == 1 for g in set(concept.group))
+    assert 0.4 < (part == TRAIN).mean() < 0.6
+    assert 0.1 < (part == VALIDATION).mean() < 0.3
+    assert all(concept.y[part == i].any() for i in (TRAIN, VALIDATION, TEST))
+
+
+# %% Probes
+def test_probes_find_what_is_there_for_new_entities(either):
+    """A concept written in columns 3 and 5 (either) is found by two columns."""
+    concept, x = either
+    found = run_probes(concept, {"features": sparse(t.from_numpy(x))}, {"here": x}, 1)
+    assert set(found["2 features"]["units"]) == {3, 5}
+    assert found["2 features"]["test"] > 0.99
+    assert 0.6 < found["single features"]["test"] < 0.9
+    assert found["dense here"]["test"] > 0.98
+    low, high = np.nanpercentile(found["single features"]["boot"], (2.5, 97.5))
+    assert low < found["single features"]["test"] < high
+
+
+def test_probes_find_nothing_in_shuffled_labels(either):
+    concept, x = either
+    shuffled = [run_probes(concept, {}, {"here": x}, seed)["shuffled labels"]["test"] for seed in range(6)]
+    assert abs(np.mean(shuffled) - 0.5) < 0.15, shuffled
+
+
+def test_the_single_feature_is_the_one_that_the_probes_report(either):
+    """Two stories choose it, one with the probes and one without: it must be the same."""
+    concept, x = either
+    codes = sparse(t.from_numpy(x))
+    for seed in range(4):
+        probed = run_probes(concept, {"features": codes}, {}, seed)["single features"]
+        feature, test = single_feature(concept, codes, seed)
+        assert [feature] == probed["units"]
+        assert test == probed["test"]
+        assert feature in (3, 5)
+    none = np.zeros(0, int)
+    labelled = Labelled([], none, none, none, {"this": concept, "the same": concept})
+    assert concepts_of_features(labelled, codes, 3) == {feature: ["this", "the same"]}
+
+
+# %% Labelled tokens
+def test_labels_stand_on_the_last_token_of_their_entity(tokenizer):
+    countries = read_countries()
+    prompts = [p for p in fact_prompts(countries, "forward", True) if "Everyone" in p.text]
+    prompts += [DRAW[task](Random(i), True) for i in range(20) for task in ("ioi", "agreement")]
+    labelled = label_sentences(tokenizer, prompts, t.tensor([[5, 6, 7]]), 10_000, 0)
+    names = {
+        "country": {r["country"] for r in countries},
+        "capital": {r["capital"] for r in countries},
+        "name": set(world.WOMEN + world.MEN),
+        "object": set(world.OBJECTS),
+        "place": set(world.PLACES),
+    }
+    seen = {role: set() for role in names}
+    for row, pos, role in zip(labelled.row, labelled.pos, labelled.role):
+        before = tokenizer.decode(labelled.rows[row][: pos + 1])
+        if role in names:
+            ending = {name for name in names[role] if before.endswith(f" {name}")}
+            seen[role] |= ending
+            assert ending, (before, role)
+        if role in ("plural", "singular"):
+            assert before == prompts[row].text
+            assert prompts[row].labels["number"] == role
+    both = names["country"] & names["capital"]
+    assert seen["country"] >= names["country"] - both
+    assert seen["capital"] >= names["capital"] - both
+    assert seen["name"]
+    assert seen["object"]
+    assert seen["place"]
+    continents = {r["country"]: r["continent"] for r in countries}
+    africa = labelled.concepts["in Africa"]
+    assert all((continents[g] == "Africa") == y for g, y in zip(africa.group, africa.y))
+    assert len(set(africa.group)) > 150
+
+
+def test_sentences_are_drawn_of_every_kind_and_again_the_same():
+    prompts = draw_sentences(3, 0)
+    assert len(prompts) == 3 * 8
+    assert {p.task for p in prompts} == {*world.FACTS, "ioi", "gender", "agreement"}
+    assert all(p.held_out for p in prompts)
+    assert [p.sentence for p in draw_sentences(3, 0)] == [p.sentence for p in prompts]
+    assert [p.sentence for p in draw_sentences(3, 1)] != [p.sentence for p in prompts]
+
+
+def test_harvested_activations_stand_where_their_label_stands(tokenizer, model):
+    """In batches of rows of one length, or each row run by itself: the same activations, in the order of the labels."""
+    hook = "blocks.1.hook_resid_pre"
+    labelled = label_sentences(tokenizer, draw_sentences(2, 0), t.tensor([[5, 6, 7]]), 100, 0)
+    found = harvest_labelled(model, labelled, [hook], [0], "cpu")[hook]
+    assert len(found) == len(labelled.role)
+    for i in range(0, len(found), 17):
+        tokens = t.tensor([[0, *labelled.rows[labelled.row[i]]]])
+        alone = harvest(model, tokens, [hook])[hook][0, labelled.pos[i] + 1]
+        t.testing.assert_close(found[i], alone, rtol=1e-4, atol=1e-3)
+
+
+def test_a_random_twin_has_the_models_shape_and_scale_and_nothing_else_of_it(model):
+    twin = random_twin(model, "models/world", (Llama,), "cpu", 0)
+    for (name, p), drawn in zip(model.named_parameters(), twin.parameters()):
+        if p.ndim > 1:
+            assert drawn.std().item() == pytest.approx(p.std().item(), rel=0.05), name
+            assert abs(t.corrcoef(t.stack([p.flatten(), drawn.flatten()]))[0, 1]) < 0.05, name
+        else:
+            assert drawn.equal(p), name

@@ -1,0 +1,149 @@
+"""The study of many questions: intervals over countries, controls, models one after the other, and the script on models/world."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch as t
+from conftest import ROOT, one_line_error
+from test_lens import save_model
+
+import reversal as rv
+from lens import RULES, Lens, read
+from llama_block import Llama
+from utils import load_model
+from weights import token_text
+from world import read_countries
+
+
+@pytest.fixture(scope="module")
+def world_model():
+    return load_model(str(ROOT / "models/world"), (Llama,), "cpu")
+
+
+def test_intervals_resample_countries():
+    country = np.repeat(np.arange(100), 4)
+    frame = pd.DataFrame({"country": country, "x": np.repeat(np.arange(100) % 2, 4).astype(float), "same": 1.0})
+    mean, low, high = rv.interval(frame, "x", 2000)
+    assert mean == 0.5
+    assert abs((high - low) / 2 - 1.96 * 0.5 / 10) < 0.015  # 400 questions, but 100 countries
+    assert rv.interval(frame, "same", 100) == [1, 1, 1]
+    assert rv.interval(frame, "x", 100, frame) == [0, 0, 0]  # paired
+    assert np.isnan(rv.interval(frame.assign(x=np.nan), "x", 10)).all()
+
+
+def test_a_control_is_the_next_country_with_another_answer():
+    answers = pd.Series({3: [7, 1], 5: [7, 2], 8: [9]})
+    assert rv.find_controls(answers) == {3: 8, 5: 8, 8: 3}
+    assert rv.find_controls(pd.Series({3: [7], 5: [7]})) == {3: 3, 5: 5}
+
+
+def test_questions_come_in_both_directions_forms_and_fillers(world_model):
+    countries = read_countries()[:8]
+    frame = rv.make_questions(world_model, countries, 4, known=True)
+    assert len(frame) == 8 * 2 * 4 * 2  # countries, directions, forms, fillers
+    assert len(rv.chosen_forms("forward", 4)) == 4
+    taught, held_out = rv.FACTS["forward"]
+    assert rv.chosen_forms("forward", 3) == [taught[0], held_out[0], taught[1]]
+    for row, control in zip(frame.itertuples(), frame.control):
+        other = frame.loc[control]
+        if control != row.Index:
+            assert other.answer[0] != row.answer[0]
+        assert (other.task, other.form, other.filler, other.part) == (row.task, row.form, row.filler, row.part)
+        assert "".join(token_text(world_model, i) for i in row.ids[1:] + row.answer) == row.text + row.said
+    unknown = rv.make_questions(world_model, countries, 1, known=False)
+    assert unknown.taught.all()
+    assert set(unknown.part) == {"both"}
+
+
+def test_asking_reads_the_answer_its_control_and_whether_all_of_it_is_said(world_model):
+    frame = rv.make_questions(world_model, read_countries()[:6], 1, known=True)
+    frame, found, texts = rv.ask(world_model, Lens(world_model), frame, 5, 0.5)
+    for row in frame.iloc[::5].itertuples():
+        ids = row.ids + row.answer
+        with t.no_grad():
+            logits = world_model(t.tensor([ids]))[0]
+        said = logits[len(row.ids) - 1 : -1].argmax(-1).tolist()
+        assert row.recall == float(said == row.answer)
+        control = frame.loc[row.control]
+        places = [(0, len(row.ids) - 1), (1, len(control.ids) - 1)]
+        pair = read(world_model, Lens(world_model), [row.ids, control.ids], places, [row.answer[0]] * 2)
+        p = pair["answer_logp"][-1].exp()
+        assert row.margin == pytest.approx((p[0] - p[1]).item(), abs=1e-4)
+    assert set(texts) == set(found["ids"].unique().tolist())
+
+
+def test_a_model_that_reads_too_little_gets_one_line(tmp_path):
+    save_model("GPT2LMHeadModel", tmp_path)
+    model = load_model(str(tmp_path), device="cpu")
+    with pytest.raises(SystemExit, match="reads 64 tokens"):
+        rv.analyse(str(tmp_path), rv.Config(countries=24, forms=2), model)
+
+
+def test_models_one_after_the_other_skip_what_is_finished(run, workdir, tmp_path):
+    folder = tmp_path / "qwen"
+    hf = save_model("Qwen3ForCausalLM", folder)
+    folder = str(folder)
+    small = ("--countries", "6", "--forms", "1", "--draws", "50", "--device", "cpu")
+    assert run("reversal.py", "--models", "models/world", *small).returncode == 0
+    done = run("reversal.py", "--models", "models/world", folder, *small)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "models-world: finished before" in done.stdout
+    assert f"{rv.slug(folder)}: finished" not in done.stdout
+    assert "Answers settle" in done.stdout
+    table = (workdir / "results/reversal/cross-model.md").read_text()
+    assert "models-world" in table
+    assert rv.slug(folder) in table
+    assert all(f"- {rule}:" in table for rule in RULES)
+    assert (workdir / "results/reversal" / f"{rv.slug(folder)}.md").is_file()
+    assert (workdir / "figs/reversal/cross_model.html").is_file()
+    models = json.loads((workdir / "results/reversal.json").read_text())["models"]
+    assert set(models) == {"models-world", rv.slug(folder)}
+    assert set(models["models-world"]) == set(rv.KEYS)
+    assert set(models[rv.slug(folder)]["reversal_gap"]) == {"all"}  # what it was taught is not known
+
+    key = rv.run_key(folder, rv.Config())
+    assert key == rv.run_key(folder, rv.Config(offload="off", device="cpu"))
+    assert key != rv.run_key(folder, rv.Config(forms=3))
+    hf.get_output_embeddings().weight.data.mul_(2)
+    other = tmp_path / "other"
+    hf.save_pretrained(other)
+    assert rv.run_key(str(other), rv.Config()) != key  # other weights, the same settings
+
+
+def test_a_comparison_names_what_was_published():
+    study = json.loads(json.dumps({"model": "google-gemma-2-9b", "n_layers": 42, "semantic_layer": None}))
+    study |= {"depth": [None] * 3, "named": [0.5, 0.4, 0.6], "anomalies": {"junk": 0.25}, "last_layer_gate_error": 1e-6}
+    study |= {"reverse_minus_forward": {"recall": [0.1, 0, 0.2]}, "filler_minus_plain": {"depth": [0.1, 0, 0.2]}}
+    row = rv.comparison_row(study)
+    assert row["published"] == "42 of 42"
+    assert row["layer"] == ""
+    assert row["answer depth"] == "none"
+    assert row["junk"] == "25%"
+    assert rv.comparison_row(study | {"model": "gpt2", "semantic_layer": 3.0})["published"] == ""
+
+
+def test_the_script_finds_that_facts_run_one_way(run, workdir):
+    done = run("reversal.py", "--countries", "24", "--forms", "2", "--draws", "200", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    world = json.loads((workdir / "results/reversal.json").read_text())["models"]["models-world"]
+    assert set(world) == set(rv.KEYS)
+    assert world["last_layer_gate_error"] < 1e-4
+    assert set(world["reversal_gap"]) == {"forward", "reverse"}
+    assert all(gap < -0.8 for gap in world["reversal_gap"].values())
+    assert 0.5 < world["depth_fraction"] <= 1
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert "put first, once" in said
+    assert "Facts run one way" in said
+    drawn = set(re.findall(r"figs/reversal/(\w+).html", said))
+    assert drawn == {"probability", "rank", "kl", "entropy", "reversal"}
+    report = (workdir / "results/reversal/models-world.md").read_text()
+    assert report.count("(direction not taught)") == 2
+    assert all(f"- {rule}:" in report for rule in RULES)
+
+
+def test_bad_settings_get_one_line(run):
+    for flags in (("--forms", "12"), ("--countries", "-1"), ("--top", "0")):
+        one_line_error(run("reversal.py", *flags), "--forms is 1 to 11")
