@@ -261,10 +261,9 @@ def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> 
     device = model.W_E.device
     p_after = array(model(t.tensor([token], device=device)).softmax(-1)[0])
     asked = np.flatnonzero(totals >= min(RARE, totals.max()))
-    p_token = []  # of each token asked: how likely it makes token
-    for rows in np.array_split(asked, -(-len(asked) // CHUNK)):
-        p_token.append(array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token]))
-    p_before = np.concatenate(p_token)
+    chunks = np.array_split(asked, -(-len(asked) // CHUNK))
+    p_token = [array(model(t.from_numpy(rows).to(device)).softmax(-1)[:, token]) for rows in chunks]
+    p_before = np.concatenate(p_token)  # of each token asked: how likely it makes token
 
     found = []
     for following, i in zip(p_after.argsort()[::-1][:k], p_before.argsort()[::-1][:k]):
