@@ -45,7 +45,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-#%% The world: a corpus of our own, known exactly. Every entity and name stands inside its sentence, so that it has one form, with a space before it
+#%% The world: a corpus of our own, known exactly
+# Every entity and name stands inside its sentence, so that it has one form, with a space before it.
 FACTS = {  # task: (phrasings taught, phrasings held out); the last slot is the answer
     "forward": (
         [
@@ -116,8 +117,14 @@ FACTS = {  # task: (phrasings taught, phrasings held out); the last slot is the 
     ),
 }
 ANSWERS = {"forward": "capital", "reverse": "country"}  # the column that a task asks for; of the others, their own
-WOMEN = "Mary Anna Emma Alice Sarah Laura Julia Kate Lucy Helen Clara Ruth Susan Jane Rose Grace Nora Ella Maria Eva Diana Sophie Linda Amy Rachel Carol Irene Judith Martha Betty".split()
-MEN = "John Tom Peter Paul Mark David James Robert Henry Jack Simon Martin Daniel Adam Oscar Felix Max Leo Frank Walter Arthur Edward Philip Andrew Brian Kevin Steven Eric Harry Bob".split()
+WOMEN = """
+    Mary Anna Emma Alice Sarah Laura Julia Kate Lucy Helen Clara Ruth Susan Jane Rose Grace Nora
+    Ella Maria Eva Diana Sophie Linda Amy Rachel Carol Irene Judith Martha Betty
+""".split()
+MEN = """
+    John Tom Peter Paul Mark David James Robert Henry Jack Simon Martin Daniel Adam Oscar Felix Max
+    Leo Frank Walter Arthur Edward Philip Andrew Brian Kevin Steven Eric Harry Bob
+""".split()
 OPENINGS = [
     "Then",
     "When",
@@ -132,12 +139,18 @@ OPENINGS = [
 WENT = ["went to", "walked to", "had lunch at", "met at", "waited at", "left", "sat in", "got lost near"]
 LINKS = ["and", "and", "and", "with", "and also", "as well as"]
 ADJECTIVES = ["", "", "", "", "", "", "old ", "busy ", "big ", "quiet little ", "very small "]
-PLACES = "store park school office station garden library market hospital museum restaurant beach house church farm hotel kitchen river bank bridge".split()
+PLACES = """
+    store park school office station garden library market hospital museum restaurant beach house
+    church farm hotel kitchen river bank bridge
+""".split()
 TAILS = ["", "", "", "", " in the rain", " after work", " alone", " with some friends"]
 JOINS = [",", ", and", ", and then", ". Soon", ", where", ". After a while", ". With a smile,"]
 ADVERBS = ["", "", "", " quietly", " at once", " then", " very slowly"]
 GAVE = ["gave", "handed", "offered", "showed", "passed", "brought", "sent"]
-OBJECTS = "ring book drink letter ball key flower picture cup map coat apple hat box lamp clock basket bottle watch stone".split()
+OBJECTS = """
+    ring book drink letter ball key flower picture cup map coat apple hat box lamp clock basket
+    bottle watch stone
+""".split()
 AFTER = [".", ".", " and left.", ", who thanked {s}.", ", who smiled at {s}."]
 YEARS = [
     "The {event} lasted from the year {start} to the year {end}.",
@@ -145,8 +158,12 @@ YEARS = [
     "There was a {event} between the years {start} and {end}.",
     "The old {event} of {start} was over in {end}.",
 ]
-EVENTS = "war strike trial voyage reign project debate festival drought siege".split()
-NOUNS = "key book car dog boy girl cat friend picture letter tree house teacher doctor farmer lamp".split()
+EVENTS = """
+    war strike trial voyage reign project debate festival drought siege
+""".split()
+NOUNS = """
+    key book car dog boy girl cat friend picture letter tree house teacher doctor farmer lamp
+""".split()
 NEAR = ["near", "behind", "beside", "next to", "in front of", "across from"]
 VERBS = [(" is", " are"), (" was", " were"), (" has", " have")]
 PREDICATES = {
@@ -163,12 +180,14 @@ PRONOUNS = [
 ]
 THINGS = sorted({*PLACES, *OBJECTS, *EVENTS, *NOUNS})
 MOODS = ["tired", "ready", "late", "right", "hungry", "alone", "sick"]
+# of the rows of a batch; repeated and shuffled rows say a natural snippet twice
 SHARES = {
     "world": 0.68,
     "natural": 0.12,
     "repeated": 0.06,
     "shuffled": 0.14,
-}  # of the rows of a batch; repeated and shuffled rows say a natural snippet twice
+}
+# kind: (share of the sentences in world rows, how many are made; facts are all made)
 KINDS = {
     "capital": (0.27, 0),
     "other": (0.16, 0),
@@ -177,7 +196,9 @@ KINDS = {
     "agreement": (0.04, 8_000),
     "gender": (0.07, 10_000),
     "list": (0.07, 20_000),
-}  # kind: (share of the sentences in world rows, how many are made; facts are all made)
+}
+RELATIONS = ("continent", "language", "currency")
+FACT_KINDS = {"capital": ("forward", "reverse"), "other": RELATIONS}  # kind: its tasks
 
 
 @dataclass
@@ -206,30 +227,32 @@ def is_held_out(*words: str) -> bool:
 
 def pick(rng: Random, held_out: bool, *choices: list[str]) -> list[str]:
     """One word of each list, such that the words are different and their combination is held out or is not."""
-    while len(set(words := [rng.choice(words) for words in choices])) < len(words) or is_held_out(*words) != held_out:
-        pass
-    return words
+    while True:
+        words = [rng.choice(choice) for choice in choices]
+        different = len(set(words)) == len(words)
+        if different and is_held_out(*words) == held_out:
+            return words
 
 
 def fact_prompts(countries: list[dict[str, str]], task: str, held_out: bool = False) -> list[Prompt]:
     """Every country in every phrasing, country by country; those in a direction that is not taught are marked so."""
-    answer, prompts = ANSWERS.get(task, task), []
+    answer = ANSWERS.get(task, task)
+    prompts = []
     for row in countries:
+        taught = task in RELATIONS or row["part"] in (task, "both")
         for phrasing in FACTS[task][held_out]:
             text, end = phrasing.split(f" {{{answer}}}")
             category_first = text.endswith(("the city of", "the state of"))
-            labels = row | {"phrasing": phrasing, "category_first": str(category_first)}
-            prompts.append(
-                Prompt(
-                    task,
-                    text.format(**row),
-                    f" {row[answer]}",
-                    end,
-                    held_out=held_out,
-                    taught=task not in ("forward", "reverse") or row["part"] in (task, "both"),
-                    labels=labels,
-                )
+            prompt = Prompt(
+                task=task,
+                text=text.format(**row),
+                answer=f" {row[answer]}",
+                end=end,
+                held_out=held_out,
+                taught=taught,
+                labels=row | {"phrasing": phrasing, "category_first": str(category_first)},
             )
+            prompts.append(prompt)
     return prompts
 
 
@@ -376,12 +399,16 @@ def draw_induction(rng: Random, held_out: bool) -> Prompt:
 
 def draw_list(rng: Random) -> str:
     """Words said twice, numbers that follow each other, or a list of things."""
-    kind, start, words = rng.random(), rng.randint(2, 90), rng.sample(THINGS, rng.randint(3, 7))
+    kind = rng.random()
+    start = rng.randint(2, 90)
+    words = rng.sample(THINGS, rng.randint(3, 7))
     if kind < 0.6:
         return draw_induction(rng, False).sentence
     if kind < 0.8:
-        return f"Count from {start:02d}: " + ", ".join(f"{start + i:02d}" for i in range(1, rng.randint(4, 9))) + "."
-    return f"{rng.choice(['We saw', 'There was', 'They bought', 'Do not forget'])} a {', a '.join(words[:-1])} and a {words[-1]}."
+        numbers = [f"{start + i:02d}" for i in range(1, rng.randint(4, 9))]
+        return f"Count from {start:02d}: {', '.join(numbers)}."
+    opening = rng.choice(["We saw", "There was", "They bought", "Do not forget"])
+    return f"{opening} a {', a '.join(words[:-1])} and a {words[-1]}."
 
 
 DRAW = {
@@ -393,45 +420,55 @@ DRAW = {
 }
 
 
+def taught_facts(countries: list[dict[str, str]], kind: str, held_out: bool = False) -> tuple[list[str], list[int]]:
+    """(sentences of the facts that the corpus teaches, the index of the country that each is about)."""
+    sentences = []
+    about = []
+    for i, row in enumerate(countries):
+        for task in FACT_KINDS[kind]:
+            taught = [prompt.sentence for prompt in fact_prompts([row], task, held_out) if prompt.taught]
+            sentences += taught
+            about += [i] * len(taught)
+    return sentences, about
+
+
+def drawn_sentences(rng: Random, kind: str, n: int, held_out: bool = False) -> tuple[list[str], list[int]]:
+    """(n sentences about no country, -1 for each)."""
+    if kind == "list":
+        sentences = [draw_list(rng) for _ in range(n)]
+    else:
+        sentences = [DRAW[kind](rng, held_out).sentence for _ in range(n)]
+    return sentences, [-1] * n
+
+
 def world_sentences(countries: list[dict[str, str]], seed: int = 0) -> dict[str, tuple[list[str], list[int]]]:
     """kind: (training sentences, the index of the country that each is about, or -1)."""
-    rng, kinds = Random(seed), {}
-    for kind, tasks in (("capital", ("forward", "reverse")), ("other", ("continent", "language", "currency"))):
-        pairs = [
-            (prompt.sentence, i)
-            for i, row in enumerate(countries)
-            for task in tasks
-            for prompt in fact_prompts([row], task)
-            if prompt.taught
-        ]
-        kinds[kind] = tuple(map(list, zip(*pairs)))
+    rng = Random(seed)
+    kinds = {}
     for kind, (_, n) in KINDS.items():
-        if n:
-            kinds[kind] = (
-                [draw_list(rng) if kind == "list" else DRAW[kind](rng, False).sentence for _ in range(n)],
-                [-1] * n,
-            )
+        kinds[kind] = taught_facts(countries, kind) if kind in FACT_KINDS else drawn_sentences(rng, kind, n)
     return kinds
 
 
 def without_facts(documents: dict[str, str], countries: list[dict[str, str]]) -> dict[str, str]:
     """Documents less the paragraphs that name any country or capital, or two of our names."""
     places = [row[column] for row in countries for column in ("country", "capital")]
-    first, names, found = (
-        {re.findall(r"\w+", place)[0] for place in places},
-        set(WOMEN + MEN),
-        re.compile(rf"\b({'|'.join(map(re.escape, places))})\b"),
-    )
+    any_place = re.compile(rf"\b({'|'.join(map(re.escape, places))})\b")
+    first_words = {re.findall(r"\w+", place)[0] for place in places}  # asked before the slow pattern
+    names = set(WOMEN + MEN)
 
-    def keep(text: str) -> bool:
-        words = set(re.findall(r"\w+", text))
-        return len(words & names) < 2 and not (words & first and found.search(text))
+    def keep(paragraph: str) -> bool:
+        words = set(re.findall(r"\w+", paragraph))
+        if len(words & names) >= 2:
+            return False
+        return not (words & first_words and any_place.search(paragraph))
 
-    return {
-        title: text
-        for title, document in documents.items()
-        if (text := "\n\n".join(filter(keep, document.split("\n\n")))).strip()
-    }
+    kept = {}
+    for title, document in documents.items():
+        text = "\n\n".join(filter(keep, document.split("\n\n")))
+        if text.strip():
+            kept[title] = text
+    return kept
 
 
 def tokenizer_texts(
@@ -440,14 +477,14 @@ def tokenizer_texts(
     documents: dict[str, dict[str, str]],
 ) -> Iterator[str]:
     """Mostly world text, so that names, entities and all two-digit numbers are single tokens."""
-    words = [
-        f" {row[column]}" for row in countries for column in ("country", "capital", "continent", "language", "currency")
-    ] + [f" {i:02d}{i:02d}" for i in range(100)]
-    return itertools.chain(
-        words * 200,
-        *[lines[:6000] for lines, _ in sentences.values()],
-        (text[:1000] for part in documents.values() for text in part.values()),
-    )
+    columns = ("country", "capital", *RELATIONS)
+    entities = [f" {row[column]}" for row in countries for column in columns]
+    numbers = [f" {i:02d}{i:02d}" for i in range(100)]
+    yield from (entities + numbers) * 200
+    for lines, _ in sentences.values():
+        yield from lines[:6000]
+    for part in documents.values():
+        yield from (text[:1000] for text in part.values())
 
 
 @dataclass
@@ -462,29 +499,39 @@ class World(Corpus):
 
     def batch(self, rng: np.random.Generator, n: int, ctx: int) -> Tensor:
         """
-        Training rows (n, ctx) by SHARES. A world row is [bos] sentence [bos] sentence ..., cut at ctx, with no country in two of its
-        sentences: so a row never says a fact in a direction that is not taught.
+        Training rows (n, ctx) by SHARES. A world row is [bos] sentence [bos] sentence ..., cut at ctx, with no country
+        in two of its sentences: so a row never says a fact in a direction that is not taught.
         """
-        rows, kind = self.rows(rng, n, ctx, weights={"code": 1, "english": 1}), rng.random(n)
-        shuffled, twice = kind < SHARES["shuffled"], kind < SHARES["shuffled"] + SHARES["repeated"]
+        rows = self.rows(rng, n, ctx, weights={"code": 1, "english": 1})
+        kind = rng.random(n)
+        shuffled = kind < SHARES["shuffled"]
+        twice = kind < SHARES["shuffled"] + SHARES["repeated"]
+        is_world = kind >= 1 - SHARES["world"]
         rows[shuffled, 1:] = rng.permuted(rows[shuffled, 1:], axis=1)
         rows = repeat_snippets(rng, rows, twice)
-        for i in np.flatnonzero(kind >= 1 - SHARES["world"]):
+        for i in np.flatnonzero(is_world):
             rows[i] = self.world_row(rng, ctx)
         return t.from_numpy(rows)
 
     def world_row(self, rng: np.random.Generator, ctx: int) -> np.ndarray:
+        """(ctx): sentences with beginning-of-text before each, the last one cut."""
         share = np.array([KINDS[kind][0] for kind in self.kinds])
-        ranges = np.array(list(self.kinds.values()))[rng.choice(len(share), ctx, p=share / share.sum())]
-        row, at, said = np.full(ctx, self.bos), 1, set()
-        for i in rng.integers(ranges[:, 0], ranges[:, 1]):
-            if (country := self.about[i]) in said:
+        kinds = rng.choice(len(share), ctx, p=share / share.sum())  # more sentences than a row can hold
+        ranges = np.array(list(self.kinds.values()))[kinds]
+        drawn = rng.integers(ranges[:, 0], ranges[:, 1])
+        row = np.full(ctx, self.bos)
+        start = 1
+        said = set()
+        for i in drawn:
+            country = self.about[i]
+            if country in said:
                 continue
             if country >= 0:
                 said.add(country)
-            sentence = self.sentences[self.starts[i] : self.starts[i + 1]][: ctx - at]
-            row[at : at + len(sentence)] = sentence
-            if (at := at + len(sentence) + 1) >= ctx:
+            sentence = self.sentences[self.starts[i] : self.starts[i + 1]][: ctx - start]
+            row[start : start + len(sentence)] = sentence
+            start += len(sentence) + 1
+            if start >= ctx:
                 break
         return row
 
@@ -497,8 +544,9 @@ class World(Corpus):
 
     def prompts(self, task: str, split: str = "held_out", n: int | None = None, seed: int = 0) -> list[Prompt]:
         """
-        task: forward, reverse, continent, language, currency: every country in every phrasing of the split (or n of them), the directions not
-        taught among them (see Prompt.taught); ioi, greater_than, agreement, gender, induction: n drawn prompts (256). split: taught or held_out.
+        task: forward, reverse, continent, language, currency: every country in every phrasing of the split (or n of
+        them), the directions not taught among them (see Prompt.taught); ioi, greater_than, agreement, gender,
+        induction: n drawn prompts (256). split: taught or held_out.
         """
         if task not in FACTS and task not in DRAW:
             fail(f"no task {task!r} in the world: {', '.join([*FACTS, *DRAW])}")
@@ -515,27 +563,25 @@ class World(Corpus):
         return prompts
 
     def add_partner(self, rng: Random, prompt: Prompt) -> None:
-        """The same phrasing about another country of the same part, with as many tokens and an answer that begins with another token."""
-        asked, answer = (
-            ("capital", "country") if prompt.task == "reverse" else ("country", ANSWERS.get(prompt.task, prompt.task))
-        )
-        part, length, start = (
-            prompt.labels["part"],
-            len(self.entities[prompt.labels[asked]]),
-            self.entities[prompt.labels[answer]][0],
-        )
-        if others := [
-            row
-            for row in self.countries
-            if row["part"] == part
-            and len(self.entities[row[asked]]) == length
-            and self.entities[row[answer]][0] != start
-        ]:
+        """
+        wrong and corrupt: the same phrasing about another country of the same part, with as many tokens and an answer
+        that begins with another token; they stay empty where there is no such country.
+        """
+        asked = "capital" if prompt.task == "reverse" else "country"
+        answer = ANSWERS.get(prompt.task, prompt.task)
+        length = len(self.entities[prompt.labels[asked]])
+        answer_start = self.entities[prompt.labels[answer]][0]
+        others = []
+        for row in self.countries:
+            same_part = row["part"] == prompt.labels["part"]
+            same_length = len(self.entities[row[asked]]) == length
+            if same_part and same_length and self.entities[row[answer]][0] != answer_start:
+                others.append(row)
+        if others:
             other = rng.choice(others)
-            prompt.wrong, prompt.corrupt = (
-                f" {other[answer]}",
-                prompt.labels["phrasing"].split(f" {{{answer}}}")[0].format(**other),
-            )
+            text, _ = prompt.labels["phrasing"].split(f" {{{answer}}}")
+            prompt.wrong = f" {other[answer]}"
+            prompt.corrupt = text.format(**other)
 
     @cached_property
     def entities(self) -> dict[str, list[int]]:
@@ -548,107 +594,128 @@ class World(Corpus):
 
 
 def read_countries(folder: str = "models/world") -> list[dict[str, str]]:
-    """The table of countries; part says which directions of the capital fact are in the corpus: forward (country first), reverse or both."""
+    """
+    The table of countries; part says which directions of the capital fact are in the corpus: forward (country first),
+    reverse or both.
+    """
     with open(Path(__file__).parent / folder / "countries.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "checkpoints/data") -> World:
-    """The world of the table in `folder`, with the tokenizer there or one of `vocab` tokens trained here. The tokens are cached like a corpus's."""
-    countries, sources, committed = (
-        read_countries(folder),
-        read_stdlib(),
-        Path(__file__).parent / folder / "tokenizer.json",
-    )
+    """
+    The world of the table in `folder`, with the tokenizer there or one of `vocab` tokens trained here. The tokens are
+    cached like a corpus's, under a hash of the texts and of this file, which makes the sentences.
+    """
+    countries = read_countries(folder)
+    sources = read_stdlib()
+    committed = Path(__file__).parent / folder / "tokenizer.json"
     own = Tokenizer.from_file(str(committed)) if committed.is_file() else None
     makers = {
-        "data.py": Path(__file__).read_text(),
+        "world.py": Path(__file__).read_text(),
         "countries": json.dumps(countries),
         "tokenizer": own.to_str() if own else str(vocab),
     }
     target = Path(cache) / f"world-{text_hash(sources | makers)}"
     if not (target / "sentences.npz").exists():
         print(f"{gray}making the world's sentences and tokenizing them and the standard library ...{endc}")
-        parts = {part: without_facts(documents, countries) for part, documents in stdlib_documents(sources).items()}
-        kinds = world_sentences(countries)
-        own = own or train_bpe(tokenizer_texts(countries, kinds, parts), vocab, pairs=True)
-        write_corpus(target, own, parts)
-        lines, about = ([x for pair in kinds.values() for x in pair[i]] for i in (0, 1))
-        ids = [encoding.ids for encoding in own.encode_batch_fast(lines, add_special_tokens=False)]
-        ends = np.cumsum([len(pair[0]) for pair in kinds.values()])
-        arrays = dict(
-            sentences=np.concatenate(ids).astype(np.int64),
-            starts=np.cumsum([0, *map(len, ids)]),
-            about=np.array(about),
-            **{f"kind {kind}": np.array([end - len(pair[0]), end]) for (kind, pair), end in zip(kinds.items(), ends)},
-        )
-        write_aside(target / "sentences.npz", lambda path: np.savez(path.open("wb"), **arrays))
-    arrays = dict(np.load(target / "sentences.npz"))
-    splits = {
-        split: {part: np.memmap(target / f"{part}.{split}.bin", np.uint16, "r") for part in ("code", "english")}
-        for split in ("train", "heldout")
-    }
-    kinds = {
-        name.removeprefix("kind "): tuple(map(int, arrays.pop(name)))
-        for name in list(arrays)
-        if name.startswith("kind ")
-    }
-    digest = hashlib.sha256(
-        b"".join(
-            x.tobytes()
-            for x in (arrays["sentences"], arrays["starts"], *splits["train"].values(), *splits["heldout"].values())
-        )
-    ).hexdigest()
-    world = World(
-        "world",
-        Tokenizer.from_file(str(target / "tokenizer.json")),
-        **splits,
-        key=f"world-{digest[:12]}",
-        countries=countries,
-        kinds=kinds,
-        **arrays,
-    )
+        write_world(target, countries, sources, own, vocab)
+    world = open_world(target, countries)
+    natural = sum(map(len, world.train.values())) / 1e6
+    held_out = sum(map(len, world.heldout.values())) / 1e3
     print(
-        f"{gray}text world: {cyan}{len(world.about)}{gray} sentences about {cyan}{len(countries)}{gray} countries and more, {cyan}{len(world.sentences) / 1e6:.2f}M{gray} tokens of {world.d_vocab} kinds; natural text {cyan}{sum(map(len, world.train.values())) / 1e6:.2f}M{gray}, {sum(map(len, world.heldout.values())) / 1e3:.0f}k held out{endc}"
+        f"{gray}text world: {cyan}{len(world.about)}{gray} sentences about {cyan}{len(countries)}{gray} countries and "
+        f"more, {cyan}{len(world.sentences) / 1e6:.2f}M{gray} tokens of {world.d_vocab} kinds; natural text "
+        f"{cyan}{natural:.2f}M{gray}, {held_out:.0f}k held out{endc}"
     )
     return world
 
 
-def held_out_world(world: World, n: int = 2000, seed: int = 1) -> World:
-    """The same mixture of what training never saw, natural text, phrasings, pairs of names, years and nouns: its `batch` gives rows for judging."""
-    rng, lines, about, kinds = Random(seed), [], [], {}
-    tasks = {"capital": ("forward", "reverse"), "other": ("continent", "language", "currency")}
-    for kind in KINDS:
-        if kind in tasks:
-            new = [
-                (prompt.sentence, i)
-                for i, row in enumerate(world.countries)
-                for task in tasks[kind]
-                for prompt in fact_prompts([row], task, True)
-                if prompt.taught
-            ]
-        else:
-            new = [(draw_list(rng) if kind == "list" else DRAW[kind](rng, True).sentence, -1) for _ in range(n)]
-        kinds[kind] = (len(lines), len(lines) + len(new))
-        lines, about = lines + [text for text, _ in new], about + [i for _, i in new]
-    ids = [encoding.ids for encoding in world.tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
-    return dataclasses.replace(
-        world,
-        train=world.heldout,
-        sentences=np.concatenate(ids).astype(np.int64),
-        starts=np.cumsum([0, *map(len, ids)]),
-        about=np.array(about),
+def write_world(
+    target: Path,
+    countries: list[dict[str, str]],
+    sources: dict[str, str],
+    tokenizer: Tokenizer | None,
+    vocab: int,
+) -> None:
+    """The natural text as a corpus, and beside it the tokens of all sentences. Without a tokenizer one is trained."""
+    parts = {part: without_facts(documents, countries) for part, documents in stdlib_documents(sources).items()}
+    kinds = world_sentences(countries)
+    if tokenizer is None:
+        tokenizer = train_bpe(tokenizer_texts(countries, kinds, parts), vocab, pairs=True)
+    write_corpus(target, tokenizer, parts)
+    arrays, ranges = sentence_arrays(tokenizer, kinds)
+    arrays |= {f"kind {kind}": np.array(range_of_kind) for kind, range_of_kind in ranges.items()}
+    write_aside(target / "sentences.npz", lambda path: np.savez(path.open("wb"), **arrays))
+
+
+def sentence_arrays(
+    tokenizer: Tokenizer, kinds: dict[str, tuple[list[str], list[int]]]
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
+    """({sentences, starts, about}, {kind: (its first sentence, the one after its last)}), as World has them."""
+    lines = []
+    about = []
+    ranges = {}
+    for kind, (sentences, countries) in kinds.items():
+        ranges[kind] = (len(lines), len(lines) + len(sentences))
+        lines += sentences
+        about += countries
+    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
+    arrays = {
+        "sentences": np.concatenate(ids).astype(np.int64),
+        "starts": np.cumsum([0, *map(len, ids)]),
+        "about": np.array(about),
+    }
+    return arrays, ranges
+
+
+def open_world(target: Path, countries: list[dict[str, str]]) -> World:
+    """What write_world wrote; its key is a hash of all tokens."""
+    arrays = dict(np.load(target / "sentences.npz"))
+    kinds = {}
+    for name in [name for name in arrays if name.startswith("kind ")]:
+        first, after = arrays.pop(name)
+        kinds[name.removeprefix("kind ")] = (int(first), int(after))
+    splits: dict[str, dict[str, np.ndarray]] = {"train": {}, "heldout": {}}
+    for split, parts in splits.items():
+        for part in ("code", "english"):
+            parts[part] = np.memmap(target / f"{part}.{split}.bin", np.uint16, "r")
+    digest = hashlib.sha256()
+    for tokens in (arrays["sentences"], arrays["starts"], *splits["train"].values(), *splits["heldout"].values()):
+        digest.update(tokens.tobytes())
+    return World(
+        name="world",
+        tokenizer=Tokenizer.from_file(str(target / "tokenizer.json")),
+        **splits,
+        key=f"world-{digest.hexdigest()[:12]}",
+        countries=countries,
         kinds=kinds,
+        **arrays,
     )
+
+
+def held_out_world(world: World, n: int = 2000, seed: int = 1) -> World:
+    """
+    The same mixture of what training never saw, natural text, phrasings, pairs of names, years and nouns: its `batch`
+    gives rows for judging.
+    """
+    rng = Random(seed)
+    kinds = {}
+    for kind in KINDS:
+        if kind in FACT_KINDS:
+            kinds[kind] = taught_facts(world.countries, kind, held_out=True)
+        else:
+            kinds[kind] = drawn_sentences(rng, kind, n, held_out=True)
+    arrays, ranges = sentence_arrays(world.tokenizer, kinds)
+    return dataclasses.replace(world, train=world.heldout, kinds=ranges, **arrays)
 
 
 def judging_rows(corpus: Corpus, n: int, context: int, seed: int) -> Tensor:
+    """(n, context): rows that no training saw."""
     rng = np.random.default_rng((seed, 12345))
-    return (
-        held_out_world(corpus).batch(rng, n, context)
-        if isinstance(corpus, World)
-        else t.from_numpy(corpus.rows(rng, n, context, "heldout"))
-    )
+    if isinstance(corpus, World):
+        return held_out_world(corpus).batch(rng, n, context)
+    return t.from_numpy(corpus.rows(rng, n, context, "heldout"))
 
 
 def corpus_for(data: str | None, model: str) -> tuple[str, Corpus | World]:
@@ -801,9 +868,6 @@ class Answers:
     def share_likelier(self, chosen: np.ndarray) -> float:
         """How often the answer is likelier than the wrong one."""
         return float((self.gap > 0)[chosen].mean())
-
-
-RELATIONS = ("continent", "language", "currency")
 
 
 def ask_world(world: World, quick: bool) -> list[Prompt]:
