@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import hashlib
-import itertools
 import json
 import re
 import zlib
@@ -740,7 +739,10 @@ class Concept:
 
 @dataclass
 class Labelled:
-    """Rows of tokens without beginning-of-text; of the kept tokens row, position and role ('' is none, 'skip' is part of an entity); what is asked of them."""
+    """
+    Rows of tokens without beginning-of-text; of the kept tokens row, position and role ('' is none, 'skip' is part of
+    an entity); what is asked of them.
+    """
 
     rows: list[list[int]]
     row: np.ndarray
@@ -750,96 +752,141 @@ class Labelled:
 
 
 def label_sentences(tokenizer, prompts: list[Prompt], natural: Tensor, limit: int, seed: int) -> Labelled:
-    """The last token of an entity has its role; natural (row, pos) adds text without labels. Of the tokens without a role, `limit` are kept."""
+    """
+    The last token of an entity has its role; natural (row, pos) adds text without labels. Of the tokens without a role,
+    `limit` are kept.
+    """
     facts = {row["country"]: row for row in read_countries()}
-    words, roles = (
-        {
-            "country": list(facts),
-            "capital": [row["capital"] for row in facts.values()],
-            "name": WOMEN + MEN,
-            "place": PLACES,
-            "object": OBJECTS,
-        },
-        {},
-    )
-    for role, names in words.items():
-        roles |= {name: "skip" if name in roles else role for name in names}
-    find = re.compile(rf"(?<= )(?:{'|'.join(map(re.escape, sorted(roles, key=len, reverse=True)))})(?!\w)")
-    rows, table = [], []
-    for i, (prompt, encoding) in enumerate(
-        zip(prompts, tokenizer.encode_batch([p.sentence for p in prompts], add_special_tokens=False))
-    ):
-        labels = [("", f"sentence {i}")] * len(encoding.ids)
-        for match in find.finditer(prompt.sentence):
-            at = [j for j, (start, end) in enumerate(encoding.offsets) if start < match.end() and end > match.start()]
-            for j in at:
-                labels[j] = ("skip" if j < at[-1] else roles[match[0]], match[0])
-        if prompt.task == "agreement":
-            labels[max(j for j, (_, end) in enumerate(encoding.offsets) if end <= len(prompt.text))] = (
-                prompt.labels["number"],
-                prompt.labels["subject"],
-            )
-        rows.append(encoding.ids)
-        table += [(i, j, *label) for j, label in enumerate(labels)]
-    known = {word.lower() for name in roles for word in name.split()}
+    entities = {
+        "country": list(facts),
+        "capital": [row["capital"] for row in facts.values()],
+        "name": WOMEN + MEN,
+        "place": PLACES,
+        "object": OBJECTS,
+    }
+    roles = entity_roles(entities)
+    rows = []
+    table = []  # (row, position, role, group) of every token
+    encodings = tokenizer.encode_batch([prompt.sentence for prompt in prompts], add_special_tokens=False)
+    for i, labels in enumerate(sentence_labels(prompts, encodings, roles)):
+        rows.append(encodings[i].ids)
+        table += [(i, pos, role, group) for pos, (role, group) in enumerate(labels)]
+    entity_words = {word.lower() for name in roles for word in name.split()}
     for i, ids in enumerate(natural.tolist(), len(rows)):
         rows.append(ids)
-        table += [
-            (i, j, "skip" if word.strip().lower() in known else "natural", f"row {i}")
-            for j, word in enumerate(str_tokens(tokenizer, ids))
-        ]
-    plain = np.isin([role for _, _, role, _ in table], ("", "skip", "natural"))
-    keep = np.sort(
-        np.concatenate([np.flatnonzero(~plain), np.random.default_rng(seed).permutation(np.flatnonzero(plain))[:limit]])
-    )
+        for pos, word in enumerate(str_tokens(tokenizer, ids)):
+            role = "skip" if word.strip().lower() in entity_words else "natural"
+            table.append((i, pos, role, f"row {i}"))
+
+    is_plain = np.isin([role for _, _, role, _ in table], ("", "skip", "natural"))
+    plain = np.random.default_rng(seed).permutation(np.flatnonzero(is_plain))[:limit]
+    keep = np.sort(np.concatenate([np.flatnonzero(~is_plain), plain]))
     row, pos, role, group = (np.array(column) for column in zip(*(table[i] for i in keep)))
-    fact = lambda column: np.array([facts[g][column] if r == "country" else "" for g, r in zip(group, role)])
     before_capital = np.array([i < len(prompts) and prompts[i].task != "reverse" for i in row])
-    asked = {name: (role != "skip", role == name) for name in words} | {
-        f"in {c}": (role == "country", fact("continent") == c) for c in sorted({r["continent"] for r in facts.values()})
-    }
-    asked |= {
-        "known both ways": ((role == "country") & before_capital & (fact("part") != "reverse"), fact("part") == "both"),
-        "plural subject": (np.isin(role, ("plural", "singular")), role == "plural"),
-        "early position": (role == "natural", pos < 8),
-    }
-    return Labelled(
-        rows,
-        row,
-        pos,
-        role,
-        {name: Concept(np.flatnonzero(which), y[which], group[which]) for name, (which, y) in asked.items()},
-    )
+    asked = asked_of_tokens(list(entities), facts, role, group, pos, before_capital)
+    concepts = {}
+    for name, (which, y) in asked.items():
+        concepts[name] = Concept(np.flatnonzero(which), y[which], group[which])
+    return Labelled(rows, row, pos, role, concepts)
+
+
+def entity_roles(entities: dict[str, list[str]]) -> dict[str, str]:
+    """{name of an entity: its role}; 'skip' where it has two."""
+    roles: dict[str, str] = {}
+    for role, names in entities.items():
+        roles |= {name: "skip" if name in roles else role for name in names}
+    return roles
+
+
+def sentence_labels(prompts: list[Prompt], encodings: list, roles: dict[str, str]) -> Iterator[list[tuple[str, str]]]:
+    """By sentence: (role, group) of each token."""
+    longest_first = sorted(roles, key=len, reverse=True)
+    any_entity = re.compile(rf"(?<= )(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+    for i, (prompt, encoding) in enumerate(zip(prompts, encodings)):
+        labels = [("", f"sentence {i}")] * len(encoding.ids)
+        for match in any_entity.finditer(prompt.sentence):
+            entity = match[0]
+            inside = [
+                pos for pos, (start, end) in enumerate(encoding.offsets) if start < match.end() and end > match.start()
+            ]
+            for pos in inside:
+                labels[pos] = ("skip", entity)
+            labels[inside[-1]] = (roles[entity], entity)
+        if prompt.task == "agreement":
+            before_verb = max(pos for pos, (_, end) in enumerate(encoding.offsets) if end <= len(prompt.text))
+            labels[before_verb] = (prompt.labels["number"], prompt.labels["subject"])
+        yield labels
+
+
+def asked_of_tokens(
+    entity_kinds: list[str],
+    facts: dict[str, dict[str, str]],
+    role: np.ndarray,
+    group: np.ndarray,
+    pos: np.ndarray,
+    before_capital: np.ndarray,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{concept: (which tokens it is asked of, whether it holds)}; all arrays (token)."""
+    is_country = role == "country"
+
+    def of_country(column: str) -> np.ndarray:
+        return np.array([facts[name][column] if country else "" for name, country in zip(group, is_country)])
+
+    asked = {}
+    for kind in entity_kinds:
+        asked[kind] = (role != "skip", role == kind)
+    continents = of_country("continent")
+    for continent in sorted({row["continent"] for row in facts.values()}):
+        asked[f"in {continent}"] = (is_country, continents == continent)
+    parts = of_country("part")
+    asked["known both ways"] = (is_country & before_capital & (parts != "reverse"), parts == "both")
+    asked["plural subject"] = (np.isin(role, ("plural", "singular")), role == "plural")
+    asked["early position"] = (role == "natural", pos < 8)
+    return asked
 
 
 #%% What a model knows of the world: any callable from tokens (batch, pos) to logits
 @t.no_grad()
 def read_answers(
-    model: Callable[[Tensor], Tensor], world: World, prompts: list[Prompt], device: str = "cpu", batch: int = 256
+    model: Callable[[Tensor], Tensor],
+    world: World,
+    prompts: list[Prompt],
+    device: str = "cpu",
+    batch: int = 256,
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """
-    By prompt: whether the whole answer (of a fact: and the token that ends it) is chosen greedily; logit of the answer's first token
-    minus the wrong one's; log-probabilities (prompt, vocab) at the place of the first token.
+    By prompt: whether the whole answer (of a fact: and the token that ends it) is chosen greedily; logit of the
+    answer's first token minus the wrong one's; log-probabilities (prompt, vocab) at the place of the first token.
     """
-    encode = lambda texts: [x.ids for x in world.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    asked, whole = encode([p.text for p in prompts]), encode([p.sentence for p in prompts])
-    said, wrong = (
-        encode([p.text + p.answer for p in prompts]),
-        encode([p.text + (p.wrong or p.answer) for p in prompts]),
-    )
-    right, gap, first = np.zeros(len(prompts), bool), np.zeros(len(prompts)), t.zeros(len(prompts), world.d_vocab)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in world.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    asked = encode([p.text for p in prompts])
+    whole = encode([p.sentence for p in prompts])
+    answered = encode([p.text + p.answer for p in prompts])
+    wrong = encode([p.text + (p.wrong or p.answer) for p in prompts])
+    right = np.zeros(len(prompts), bool)
+    gap = np.zeros(len(prompts))
+    first = t.zeros(len(prompts), world.d_vocab)
 
     def answer(rows: list[int]) -> None:
         tokens = t.tensor([[world.bos, *whole[i]] for i in rows], device=device)
         logits = model(tokens).float().cpu()
         hits = (logits[:, :-1].argmax(-1) == tokens[:, 1:].cpu()).numpy()
         for row, i in enumerate(rows):
-            start, stop = len(asked[i]), min(len(said[i]) + (prompts[i].task in FACTS), len(whole[i]))
-            right[i], at = hits[row, start:stop].all(), logits[row, start]
-            gap[i], first[i] = at[whole[i][start]] - at[wrong[i][start]], at.log_softmax(-1)
+            start = len(asked[i])  # beginning-of-text comes before: the logits here are of the answer's first token
+            ends_with = 1 if prompts[i].task in FACTS else 0
+            stop = min(len(answered[i]) + ends_with, len(whole[i]))
+            right[i] = hits[row, start:stop].all()
+            at_answer = logits[row, start]
+            gap[i] = at_answer[whole[i][start]] - at_answer[wrong[i][start]]
+            first[i] = at_answer.log_softmax(-1)
 
     for length in tqdm(sorted({len(ids) for ids in whole}), desc="questions", **BRIEF):
-        list(in_batches(answer, [i for i, ids in enumerate(whole) if len(ids) == length], batch))
+        of_this_length = [i for i, ids in enumerate(whole) if len(ids) == length]
+        for _ in in_batches(answer, of_this_length, batch):
+            pass
     return right, gap, first
 
 
@@ -957,11 +1004,16 @@ def evaluate_world(
 
 
 def write_metrics(folder: Path, known: dict[str, float], others: tuple[str, ...] = (), **made) -> dict[str, list]:
-    """metrics.json beside the weights: what the model knows, how it was made, and all that by seed, from the folders of the others. Returns the last."""
-    runs = [made | known, *(json.loads((Path(other) / "metrics.json").read_text()) for other in others)]
-    for other, run in zip(others, runs[1:]):
+    """
+    metrics.json beside the weights: what the model knows, how it was made, and all that by seed, from the folders of
+    the others. Returns the last.
+    """
+    runs = [made | known]
+    for other in others:
+        run = json.loads((Path(other) / "metrics.json").read_text())
         if any(run[key] != made[key] for key in ("corpus", "steps")):
             fail(f"--others {other}: trained on another corpus, or for other steps")
+        runs.append(run)
     by_seed = {name: [run[name] for run in runs] for name in ("seed", *known)}
     (folder / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": by_seed}, indent=1) + "\n")
     return by_seed
