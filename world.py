@@ -718,10 +718,13 @@ def judging_rows(corpus: Corpus, n: int, context: int, seed: int) -> Tensor:
 
 
 def corpus_for(data: str | None, model: str) -> tuple[str, Corpus | World]:
-    """The text a model is judged on: as asked for, else the world for models/world and the standard library for others."""
+    """
+    (name of the text, the text) that a model is judged on: as asked for, else the world for models/world and the
+    standard library for others.
+    """
     folder = find_folder(model)
-    if data is None:
-        data = "world" if folder == str(WORLD) else "stdlib"
+    if not data:
+        data = "world" if folder == find_folder(str(WORLD)) else "stdlib"
     if data == "world":
         return data, load_world()
     return data, load_corpus(data, tokenizer=folder)

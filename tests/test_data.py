@@ -33,23 +33,24 @@ def small(tmp_path_factory) -> Corpus:
 
 def test_docstrings_leave_the_code():
     code, docs = split_docstrings('"""Module."""\ndef f():\n    """What f\n    does."""\n    return "kept"\n')
-    assert code == 'def f():\n    return "kept"\n' and "Module." in docs and "What f" in docs
+    assert code == 'def f():\n    return "kept"\n'
+    assert "Module." in docs
+    assert "What f" in docs
 
 
 def test_stdlib_parts_are_large_and_share_no_docstring():
     sources = data.read_stdlib()
     parts = stdlib_documents({name: sources[name] for name in ("argparse.py", "heapq.py")})
     assert sum(map(len, sources.values())) > 6e6
-    assert (
-        "Heap queue algorithm" in parts["english"]["heapq.py"]
-        and "Heap queue algorithm" not in parts["code"]["heapq.py"]
-    )
+    assert "Heap queue algorithm" in parts["english"]["heapq.py"]
+    assert "Heap queue algorithm" not in parts["code"]["heapq.py"]
     assert sum(name.startswith("topic ") for name in parts["english"]) > 50
 
 
 def test_tokens_round_trip(small):
     ids = to_tokens(small.tokenizer, "the lazy dog")
-    assert ids[0, 0] == small.bos and "".join(str_tokens(small.tokenizer, ids[0, 1:])) == "the lazy dog"
+    assert ids[0, 0] == small.bos
+    assert "".join(str_tokens(small.tokenizer, ids[0, 1:])) == "the lazy dog"
 
 
 def test_splits_are_memory_mapped_and_disjoint_documents(small):
@@ -57,8 +58,11 @@ def test_splits_are_memory_mapped_and_disjoint_documents(small):
     documents = lambda stream: {
         tuple(part) for part in np.split(stream, np.flatnonzero(stream == small.bos) + 1) if len(part)
     }
-    train, held = documents(small.train["text"]), documents(small.heldout["text"])
-    assert train and held and not train & held
+    train = documents(small.train["text"])
+    held = documents(small.heldout["text"])
+    assert train
+    assert held
+    assert not train & held
 
 
 def test_cache_is_reused_and_keyed_by_the_text(tmp_path, capsys):
@@ -66,7 +70,8 @@ def test_cache_is_reused_and_keyed_by_the_text(tmp_path, capsys):
     file.write_text(WORDS)
     first = load_corpus(str(file), vocab=300, cache=str(tmp_path / "c"))
     again = load_corpus(str(file), vocab=300, cache=str(tmp_path / "c"))
-    assert capsys.readouterr().out.count("training a byte-level BPE") == 1 and first.key == again.key
+    assert capsys.readouterr().out.count("training a byte-level BPE") == 1
+    assert first.key == again.key
     file.write_text(WORDS + " And one more.")
     assert load_corpus(str(file), vocab=300, cache=str(tmp_path / "c")).key != first.key
 
@@ -75,7 +80,8 @@ def test_rows_start_with_bos_and_come_from_the_split(small):
     rows = small.rows(np.random.default_rng(0), 8, 16, "heldout")
     stream = small.heldout["text"].astype(np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(stream, 15)
-    assert (rows[:, 0] == small.bos).all() and all((windows == row[1:]).all(1).any() for row in rows)
+    assert (rows[:, 0] == small.bos).all()
+    assert all((windows == row[1:]).all(1).any() for row in rows)
 
 
 def test_repeated_rows_say_a_snippet_twice():
@@ -84,19 +90,24 @@ def test_repeated_rows_say_a_snippet_twice():
     for before, after in zip(rows, out):
         changed = np.flatnonzero(before != after)
         lag = changed - (after[changed] - before[0])
-        assert len(changed) >= 16 and (np.diff(changed) == 1).all() and len(set(lag)) == 1 and lag[0] >= len(changed)
+        assert len(changed) >= 16
+        assert (np.diff(changed) == 1).all()
+        assert len(set(lag)) == 1
+        assert lag[0] >= len(changed)
     assert np.array_equal(repeat_snippets(np.random.default_rng(0), rows, np.zeros(200, dtype=bool)), rows)
 
 
 def test_batch_shares_and_determinism(small):
     count = lambda batch: sum(len(set(row)) for row in batch.numpy())
     draw = lambda seed, **kw: small.batch(np.random.default_rng(seed), 64, 64, **kw)
-    assert (draw(0, natural=0.5) == draw(0, natural=0.5)).all() and (draw(0) != draw(1)).any()
-    plain, natural, shuffled = draw(0), draw(0, natural=1.0), draw(0, shuffled=1.0)
+    assert (draw(0, natural=0.5) == draw(0, natural=0.5)).all()
+    assert (draw(0) != draw(1)).any()
+    plain = draw(0)
+    natural = draw(0, natural=1.0)
+    shuffled = draw(0, shuffled=1.0)
     assert count(natural) < count(plain)
-    assert (np.sort(plain.numpy(), 1)[:, 0] == np.sort(shuffled.numpy(), 1)[:, 0]).mean() > 0.5 and (
-        shuffled != natural
-    ).any()
+    assert (np.sort(plain.numpy(), 1)[:, 0] == np.sort(shuffled.numpy(), 1)[:, 0]).mean() > 0.5
+    assert (shuffled != natural).any()
 
 
 def test_a_foreign_tokenizer_is_used(tmp_path, small):
@@ -104,13 +115,15 @@ def test_a_foreign_tokenizer_is_used(tmp_path, small):
     other.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "t.txt").write_text(WORDS)
     corpus = load_corpus(str(tmp_path / "t.txt"), tokenizer=str(tmp_path), cache=str(tmp_path / "c"))
-    assert corpus.d_vocab == 280 and corpus.key != small.key
+    assert corpus.d_vocab == 280
+    assert corpus.key != small.key
 
 
 def test_hub_datasets_stream_until_enough(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i} " + "x" * 1000}) for i in range(100)))
     rows = list(hub_documents(str(tmp_path), megabytes=0.01))
-    assert 8 <= len(rows) <= 12 and rows[3][1].startswith("row 3")
+    assert 8 <= len(rows) <= 12
+    assert rows[3][1].startswith("row 3")
 
 
 def test_find_tokens(small):
@@ -128,7 +141,8 @@ def test_bad_text_is_refused_in_one_line(tmp_path, monkeypatch, bad):
     (tmp_path / "tiny.txt").write_text("Just a few words.")
     with pytest.raises(SystemExit) as error:
         load_corpus(bad, vocab=300).rows(np.random.default_rng(0), 2, 64)
-    assert bad.split(".")[0] in str(error.value) and "\n" not in str(error.value)
+    assert bad.split(".")[0] in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_unreachable_hub_names_are_refused_in_one_line(tmp_path):

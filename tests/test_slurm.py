@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch as t
-from test_train import TINY
+from test_launch import TINY
 
 from launch import flags
 
@@ -69,7 +69,8 @@ def cluster(tmp_path_factory):
         pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
     if os.geteuid() != 0:
         pytest.skip("slurmd runs jobs as their users: needs root")
-    tmp, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
+    tmp = tmp_path_factory.mktemp("slurm")
+    host = socket.gethostname().split(".")[0]
     (tmp / "slurm.conf").write_text(CONF.format(tmp=tmp, host=host, ports=(free_port(), free_port()), cpus=4))
     (tmp / "gres.conf").write_text(
         f"Name=gpu File={tmp}/gpu[0-1]\n"
@@ -80,7 +81,8 @@ def cluster(tmp_path_factory):
     for name in ("state", "spool"):
         (tmp / name).mkdir()
     (tmp / "munge.key").chmod(0o400)
-    env, daemons = {**os.environ, "SLURM_CONF": str(tmp / "slurm.conf")}, []
+    env = {**os.environ, "SLURM_CONF": str(tmp / "slurm.conf")}
+    daemons = []
 
     def start(*command: str) -> None:
         daemons.append(
@@ -182,21 +184,26 @@ LONG = ("--steps", "60", "--pause", "0.1", "--save-every", "0")
 
 def test_jobs_that_are_preempted_cancelled_and_failing(call, cluster, monkeypatch):
     """Side by side, since every job takes seconds to import torch: one requeued, one cancelled, an array with a failing task, an array of the script's own, one on two processes."""
-    (other := cluster / "other").mkdir()
+    other = cluster / "other"
+    other.mkdir()
     end, out = call(*LONG, "--slurm")
     requeued, log = job_and_log(out)
     monkeypatch.chdir(other)
     _, out = call(*LONG, "--slurm")
     cancelled, cancelled_log = job_and_log(out)
     monkeypatch.chdir(cluster)
-    assert end == 0 and requeued != cancelled and log.is_relative_to(cluster / "results/tiny/slurm")
+    assert end == 0
+    assert requeued != cancelled
+    assert log.is_relative_to(cluster / "results/tiny/slurm")
     end, out = call("--models", "b", "c", "--slurm")
     own = re.findall(r"models=(.): job (\d+_\d)", out)
-    assert end == 0 and [name for name, _ in own] == ["b", "c"]
+    assert end == 0
+    assert [name for name, _ in own] == ["b", "c"]
     end, out = call("--models", "b", "c", "--slurm")
-    assert (
-        end == 0 and out.count(": job") == 2 and all(f"job {job} is " in out for _, job in own)
-    )  # not submitted again
+    # not submitted again
+    assert end == 0
+    assert out.count(": job") == 2
+    assert all(f"job {job} is " in out for _, job in own)
 
     until(lambda: "loss" in text(log), "the first job trains")
     ask("scancel", "--signal=USR2", requeued)  # as Slurm does before the time limit
@@ -211,40 +218,52 @@ def test_jobs_that_are_preempted_cancelled_and_failing(call, cluster, monkeypatc
     until(lambda: "loss" in text(cancelled_log), "the second job trains")
     ask("scancel", cancelled)
     until(lambda: not ask("squeue", "-h", "-j", cancelled), "it is gone")
-    assert (
-        "SIGTERM: saved" in text(cancelled_log)
-        and "go on with --resume" in text(cancelled_log)
-        and 0 < t.load(other / "checkpoints/tiny_a.pt")["step"] < 60
-    )
+    assert "SIGTERM: saved" in text(cancelled_log)
+    assert "go on with --resume" in text(cancelled_log)
+    assert 0 < t.load(other / "checkpoints/tiny_a.pt")["step"] < 60
 
     end, out = call("--sweep", "width=8,0,4", "--slurm-wait")
-    assert end == 1 and "2 of 3 runs are done" in out
-    assert "width=0 failed; its log" in out and "ValueError: a model without width" in out and "width=8: job" in out
+    assert end == 1
+    assert "2 of 3 runs are done" in out
+    assert "width=0 failed; its log" in out
+    assert "ValueError: a model without width" in out
+    assert "width=8: job" in out
     end, out = call("--sweep", "width=8,4", "--slurm-wait")  # nothing is missing: no job
-    assert end == 0 and "2 of 2 runs are done" in out and ": job" not in out and re.search(r"loss +3\.\d+ +3\.\d+", out)
+    assert end == 0
+    assert "2 of 2 runs are done" in out
+    assert ": job" not in out
+    assert re.search(r"loss +3\.\d+ +3\.\d+", out)
 
     end, out = call("--models", "d", "--slurm-wait", "--slurm-gpus", "2", "--slurm-cpus", "1")
-    assert end == 0 and out.count("models tiny_") == 1 and "is done" in out, out  # the first process alone prints
+    # the first process alone prints
+    assert end == 0, out
+    assert out.count("models tiny_") == 1, out
+    assert "is done" in out, out
     until(lambda: not ask("squeue", "-h", "-u", "root"), "all are done")
     end, out = call("--models", "b", "c", "--slurm")
-    assert end.models == ("b", "c") and "2 of 2 runs are done" in out  # the script goes on and gathers
+    # the script goes on and gathers
+    assert end.models == ("b", "c")
+    assert "2 of 2 runs are done" in out
     results = {name: json.loads((cluster / f"results/tiny_{name}.json").read_text()) for name in "abcd"}
     assert results["b"]["loss"] == results["c"]["loss"] == pytest.approx(results["d"]["loss"], abs=1e-5)
 
     assert re.search(r"resumed checkpoints/tiny_a.pt at step \d+ of 60", text(log))
-    assert results["a"]["loss"] == alone(cluster / "alone", monkeypatch, *LONG)["loss"] and results["a"]["steps"] == 60
+    assert results["a"]["loss"] == alone(cluster / "alone", monkeypatch, *LONG)["loss"]
+    assert results["a"]["steps"] == 60
 
 
 def test_a_job_that_slurm_preempts_saves_gives_way_and_resumes(call, cluster, monkeypatch):
     """A job of a partition with priority wants the whole node: Slurm warns with SIGTERM, and would kill after the grace time."""
-    (home := cluster / "preempted").mkdir()
+    home = cluster / "preempted"
+    home.mkdir()
     monkeypatch.chdir(home)
     job, log = job_and_log(call(*LONG, "--slurm")[1])
     until(lambda: "loss" in text(log), "the job trains")
     urgent = ask("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
     until(lambda: "SIGTERM: saved checkpoints/tiny_a.pt" in text(log), "it saves")
     until(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "it is back in the queue")
-    assert 0 < t.load(home / "checkpoints/tiny_a.pt")["step"] < 60 and urgent
+    assert 0 < t.load(home / "checkpoints/tiny_a.pt")["step"] < 60
+    assert urgent
     until(lambda: not ask("squeue", "-h", "-j", urgent), "the urgent job is done")
     ask("scontrol", "update", f"jobid={job}", "StartTime=now")
     until(lambda: not ask("squeue", "-h", "-j", job), "it is done")
@@ -257,4 +276,5 @@ def test_a_job_that_slurm_preempts_saves_gives_way_and_resumes(call, cluster, mo
 
 def test_sbatch_refusals_are_one_line(call):
     end, _ = call("--slurm", "--slurm-partition", "nowhere")
-    assert "sbatch refused the job" in end and "partition" in end
+    assert "sbatch refused the job" in end
+    assert "partition" in end

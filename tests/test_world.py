@@ -25,6 +25,7 @@ from world import (
     WOMEN,
     World,
     evaluate_world,
+    corpus_for,
     fact_prompts,
     is_held_out,
     load_world,
@@ -35,7 +36,7 @@ from world import (
 )
 from data import train_bpe
 from llama_block import Llama
-from utils import load_model
+from utils import find_folder, load_model
 
 COUNTRIES = read_countries()
 TABLE = {cell for row in COUNTRIES for cell in (row["country"], row["capital"])}
@@ -88,7 +89,8 @@ def sentences(rows: list[str]) -> list[str]:
 def test_the_table():
     with open(ROOT / "models/world/countries.csv") as file:
         assert next(csv.reader(file)) == ["country", "capital", "continent", "language", "currency", "part"]
-    assert 165 <= len(COUNTRIES) <= 195 and len(TABLE) == 2 * len(COUNTRIES)
+    assert 165 <= len(COUNTRIES) <= 195
+    assert len(TABLE) == 2 * len(COUNTRIES)
     assert all(
         cell == cell.strip() and cell.isascii() and "/" not in cell and cell
         for row in COUNTRIES
@@ -101,14 +103,15 @@ def test_the_table():
     ]
     for continent in {row["continent"] for row in COUNTRIES}:
         parts = Counter(row["part"] for row in COUNTRIES if row["continent"] == continent)
-        assert max(parts.values()) - min(parts.values()) <= 1 and len(parts) == 3, (continent, parts)
+        assert max(parts.values()) - min(parts.values()) <= 1, (continent, parts)
+        assert len(parts) == 3, (continent, parts)
     assert not [(a, b) for a, b in itertools.permutations(TABLE, 2) if re.search(rf"\b{re.escape(a)}\b", b)], (
         "a name inside another would be counted as said"
     )
 
 
 def test_no_row_leaks_the_untaught_direction(rows):
-    assert not [(text, found) for text in rows if (found := leaks(text))]
+    assert not [(text, leaks(text)) for text in rows if leaks(text)]
     said = Counter(
         row["part"] for text in rows for row in COUNTRIES if row["country"] in text and row["capital"] in text
     )
@@ -145,9 +148,13 @@ def test_held_out_pairs_years_nouns_and_phrasings_stay_out(world, rows):
     said = sentences(rows)
     names = [set(re.findall(rf"\b({'|'.join(WOMEN + MEN)})\b", sentence)) for sentence in said]
     pairs = {tuple(sorted(pair)) for pair in names if len(pair) == 2}
-    assert len(pairs) > 500 and not [pair for pair in pairs if is_held_out(*pair)] and max(map(len, names)) == 2
-    starts = [match[0] for sentence in said if (match := re.findall(r"\b(1[1-9]\d\d)\b", sentence))]
-    assert len(set(starts)) > 200 and not [year for year in starts if is_held_out(year[:2], year[2:])]
+    assert len(pairs) > 500
+    assert not [pair for pair in pairs if is_held_out(*pair)]
+    assert max(map(len, names)) == 2
+    years = [re.findall(r"\b(1[1-9]\d\d)\b", sentence) for sentence in said]
+    starts = [found[0] for found in years if found]
+    assert len(set(starts)) > 200
+    assert not [year for year in starts if is_held_out(year[:2], year[2:])]
     nouns = [
         re.findall(rf"\b({'|'.join(NOUNS)})s?\b", sentence)
         for sentence in said
@@ -155,12 +162,11 @@ def test_held_out_pairs_years_nouns_and_phrasings_stay_out(world, rows):
             r" (is|are|was|were|has|have) (old|clean|very good|here|lost|new|there|seen|been|not been)", sentence
         )
     ]
-    assert len(nouns) > 500 and not [pair for pair in nouns if len(pair) == 2 and is_held_out(*pair)]
+    assert len(nouns) > 500
+    assert not [pair for pair in nouns if len(pair) == 2 and is_held_out(*pair)]
     whole = {p.sentence for task in FACTS for p in fact_prompts(COUNTRIES, task, held_out=True)}
-    assert (
-        not whole & set(said)
-        and len({p.sentence for task in FACTS for p in fact_prompts(COUNTRIES, task)} & set(said)) > 1000
-    )
+    assert not whole & set(said)
+    assert len({p.sentence for task in FACTS for p in fact_prompts(COUNTRIES, task)} & set(said)) > 1000
     assert not [
         sentence
         for sentence in said
@@ -181,7 +187,8 @@ def test_a_fifth_is_held_out():
 
 
 def test_shares_are_as_stated(world):
-    assert math.isclose(sum(SHARES.values()), 1) and math.isclose(sum(share for share, _ in KINDS.values()), 1)
+    assert math.isclose(sum(SHARES.values()), 1)
+    assert math.isclose(sum(share for share, _ in KINDS.values()), 1)
     batch = world.batch(np.random.default_rng(5), 4000, 64).numpy()
     world_rows = np.isin(batch[:, 1], world.sentences[world.starts[:-1]]) & ((batch == world.bos).sum(1) > 1)
     assert abs(world_rows.mean() - SHARES["world"]) < 0.06, world_rows.mean()
@@ -227,7 +234,8 @@ def test_names_and_most_entities_are_single_tokens(world):
         [len(world.tokenizer.encode(f" {word}", add_special_tokens=False).ids) == 1 for word in words]
     )
     assert single(WOMEN + MEN) == single(PLACES) == single(NOUNS) == single([noun + "s" for noun in NOUNS]) == 1
-    assert single([row["country"] for row in COUNTRIES]) > 0.8 and single([row["capital"] for row in COUNTRIES]) > 0.85
+    assert single([row["country"] for row in COUNTRIES]) > 0.8
+    assert single([row["capital"] for row in COUNTRIES]) > 0.85
     assert [world.tokenizer.decode([i]) for i in world.tokenizer.encode(" 1732 17", add_special_tokens=False).ids] == [
         " 17",
         "32",
@@ -244,13 +252,12 @@ def test_clean_and_corrupt_differ_only_where_they_should(world, task, split):
     prompts = world.prompts(task, split)
     encode = lambda texts: [encoding.ids for encoding in world.tokenizer.encode_batch(texts, add_special_tokens=False)]
     pairs = [p for p in prompts if p.corrupt]
-    assert len(pairs) > 0.9 * len(prompts) and all(p.wrong != p.answer for p in pairs)
-    clean, corrupt, whole, wrong = (
-        encode([p.text for p in pairs]),
-        encode([p.corrupt for p in pairs]),
-        encode([p.sentence for p in pairs]),
-        encode([p.text + p.wrong for p in pairs]),
-    )
+    assert len(pairs) > 0.9 * len(prompts)
+    assert all(p.wrong != p.answer for p in pairs)
+    clean = encode([p.text for p in pairs])
+    corrupt = encode([p.corrupt for p in pairs])
+    whole = encode([p.sentence for p in pairs])
+    wrong = encode([p.text + p.wrong for p in pairs])
     assert all(len(a) == len(b) for a, b in zip(clean, corrupt)), "patching works position by position"
     assert all(full[: len(a)] == a for a, full in zip(clean, whole)), "the answer begins a new token"
     changed = [np.flatnonzero(np.array(a) != b) for a, b in zip(clean, corrupt)]
@@ -260,23 +267,21 @@ def test_clean_and_corrupt_differ_only_where_they_should(world, task, split):
             for places, a, full, no in zip(changed, clean, whole, wrong)
         ), "one token changes, and the answers are one token"
     else:
-        assert all(np.ptp(places) < 8 for places in changed) and all(
-            full[len(a)] != no[len(a)] for a, full, no in zip(clean, whole, wrong)
-        )
+        assert all(np.ptp(places) < 8 for places in changed)
+        assert all(full[len(a)] != no[len(a)] for a, full, no in zip(clean, whole, wrong))
     if task == "ioi":
         for p in pairs:
-            assert (p.answer, p.wrong) == (f" {p.labels['io']}", f" {p.labels['s']}") and is_held_out(
-                p.labels["io"], p.labels["s"]
-            ) == (split == "held_out") == p.held_out
-        assert (
-            len({len(a) for a in clean}) > 8 and len({len(a) - places[0] for a, places in zip(clean, changed)}) > 4
-        ), "distances must vary, or a head copies by position"
+            assert (p.answer, p.wrong) == (f" {p.labels['io']}", f" {p.labels['s']}")
+            assert is_held_out(p.labels["io"], p.labels["s"]) == (split == "held_out") == p.held_out
+        assert len({len(a) for a in clean}) > 8, "distances must vary, or a head copies by position"
+        assert len({len(a) - places[0] for a, places in zip(clean, changed)}) > 4, (
+            "distances must vary, or a head copies by position"
+        )
         assert {p.labels["order"] for p in pairs} == {"ABBA", "BABA"}
     if task == "greater_than":
         for p in pairs:
-            assert int(p.answer) > int(p.labels["start"]) >= int(p.wrong) and is_held_out(
-                p.labels["century"], p.labels["start"]
-            ) == (split == "held_out")
+            assert int(p.answer) > int(p.labels["start"]) >= int(p.wrong)
+            assert is_held_out(p.labels["century"], p.labels["start"]) == (split == "held_out")
     if task == "agreement":
         assert {p.labels["distractor"] for p in pairs} == {"opposite", "same"}
 
@@ -284,28 +289,22 @@ def test_clean_and_corrupt_differ_only_where_they_should(world, task, split):
 def test_facts_know_their_part(world):
     for task in ("forward", "reverse"):
         for p in world.prompts(task, "taught"):
-            assert (
-                p.taught == (p.labels["part"] in (task, "both"))
-                and not p.held_out
-                and p.answer == f" {p.labels['capital' if task == 'forward' else 'country']}"
-            )
-    assert (
-        len(world.prompts("forward", "held_out")) == 3 * len(COUNTRIES)
-        and len(world.prompts("reverse", "taught", n=20)) == 20
-    )
+            assert p.taught == (p.labels["part"] in (task, "both"))
+            assert not p.held_out
+            assert p.answer == f" {p.labels['capital' if task == 'forward' else 'country']}"
+    assert len(world.prompts("forward", "held_out")) == 3 * len(COUNTRIES)
+    assert len(world.prompts("reverse", "taught", n=20)) == 20
 
 
 def test_everything_is_the_same_every_time(world, cache):
     draw = lambda world, seed: world.batch(np.random.default_rng((seed, 3)), 32, 64)
     again = load_world(cache=cache)
-    assert (
-        (draw(world, 0) == draw(again, 0)).all() and (draw(world, 0) != draw(world, 1)).any() and world.key == again.key
-    )
-    assert (
-        world.prompts("ioi") == world.prompts("ioi")
-        and world.prompts("forward") == again.prompts("forward")
-        and world.prompts("ioi", seed=1) != world.prompts("ioi")
-    )
+    assert (draw(world, 0) == draw(again, 0)).all()
+    assert (draw(world, 0) != draw(world, 1)).any()
+    assert world.key == again.key
+    assert world.prompts("ioi") == world.prompts("ioi")
+    assert world.prompts("forward") == again.prompts("forward")
+    assert world.prompts("ioi", seed=1) != world.prompts("ioi")
     assert world_sentences(COUNTRIES) == world_sentences(COUNTRIES)
     texts = ["The capital of France is Paris in 1732."]
     assert train_bpe(texts, 300, pairs=True).to_str() == train_bpe(texts, 300, pairs=True).to_str()
@@ -324,7 +323,8 @@ def oracle(world: World, prompts: list[Prompt]):
         logits = t.zeros(*tokens.shape, world.d_vocab)
         for row, ids in enumerate(tokens.tolist()):
             for at in range(1, len(ids) + 1):
-                if (answer := book.get(tuple(ids[1:at]))) is not None:
+                answer = book.get(tuple(ids[1:at]))
+                if answer is not None:
                     logits[row, at - 1, answer] = 100.0
         return logits
 
@@ -341,15 +341,11 @@ def test_an_oracle_scores_one_and_a_uniform_model_chance(world):
     scores = evaluate_world(oracle(world, prompts), world)
     assert all(value > 0.99 for name, value in scores.items() if name != "heldout_loss"), scores
     honest = evaluate_world(oracle(world, [p for p in prompts if p.taught]), world)
-    assert (
-        honest["fact_recall"] > 0.99
-        and honest["reverse_recall_of_forward_only"] == honest["forward_recall_of_reverse_only"] == 0
-    )
+    assert honest["fact_recall"] > 0.99
+    assert honest["reverse_recall_of_forward_only"] == honest["forward_recall_of_reverse_only"] == 0
     uniform = evaluate_world(lambda tokens: t.zeros(*tokens.shape, world.d_vocab), world, quick=True)
-    assert (
-        math.isclose(uniform["heldout_loss"], math.log(world.d_vocab), rel_tol=1e-5)
-        and abs(uniform["greater_than"]) < 0.05
-    )
+    assert math.isclose(uniform["heldout_loss"], math.log(world.d_vocab), rel_tol=1e-5)
+    assert abs(uniform["greater_than"]) < 0.05
     assert (
         max(
             uniform[name]
@@ -387,6 +383,25 @@ def test_a_whole_answer_must_be_right(world):
     assert right == [False, True], "what follows the name is free"
 
 
+@pytest.mark.parametrize(
+    ("data", "model", "chosen"),
+    [
+        (None, "models/world", "world"),
+        (None, str(ROOT / "models/world"), "world"),
+        (None, "gpt2-small", "stdlib"),
+        ("stdlib", "models/world", "stdlib"),
+        ("world", "gpt2-small", "world"),
+        ("words.txt", "models/world", "words.txt"),
+    ],
+)
+def test_a_model_is_judged_on_the_text_asked_for_else_on_its_own(data, model, chosen, monkeypatch):
+    monkeypatch.setattr("world.load_world", lambda: "the world")
+    monkeypatch.setattr("world.load_corpus", lambda data, tokenizer: (data, tokenizer))
+    name, corpus = corpus_for(data, model)
+    assert name == chosen
+    assert corpus == ("the world" if chosen == "world" else (chosen, find_folder(model)))
+
+
 def test_unknown_tasks_and_splits_are_refused_in_one_line(world):
     with pytest.raises(SystemExit, match="no task 'capital' in the world: forward, reverse"):
         world.prompts("capital")
@@ -401,16 +416,16 @@ def committed():
 
 def test_the_committed_model_measures_what_its_metrics_say(world, committed):
     """The sentences are the same everywhere; the natural text is that of this Python."""
-    stated, found = json.loads((ROOT / "models/world/metrics.json").read_text()), evaluate_world(committed, world)
-    assert set(found) <= set(stated) and stated["corpus"] == world.key or stated["python"] != sys.version.split()[0]
+    stated = json.loads((ROOT / "models/world/metrics.json").read_text())
+    found = evaluate_world(committed, world)
+    assert set(found) <= set(stated)
+    assert stated["corpus"] == world.key or stated["python"] != sys.version.split()[0]
     tolerance = {"heldout_loss": 0.1, "prefix_matching": 0.05, "ioi_logit_diff": 0.1, "greater_than": 0.01}
-    assert not (
-        wrong := {
-            name: (value, stated[name])
-            for name, value in found.items()
-            if abs(value - stated[name]) > tolerance.get(name, 0.005)
-        }
-    ), wrong
+    wrong = {}
+    for name, value in found.items():
+        if abs(value - stated[name]) > tolerance.get(name, 0.005):
+            wrong[name] = (value, stated[name])
+    assert not wrong
 
 
 def test_the_committed_model_meets_its_bars_in_three_seeds():
@@ -426,9 +441,8 @@ def test_the_committed_model_meets_its_bars_in_three_seeds():
     assert len(set(stated["over_seeds"]["seed"])) == 3
     for name, bar in bars.items():
         assert stated[name] >= bar, name
-    assert stated["over_seeds"]["seed"][0] == stated["seed"] and all(
-        stated["over_seeds"][name][0] == stated[name] for name in bars
-    )
+    assert stated["over_seeds"]["seed"][0] == stated["seed"]
+    assert all(stated["over_seeds"][name][0] == stated[name] for name in bars)
     assert sum(file.stat().st_size for file in (ROOT / "models/world").iterdir()) <= 12e6
 
 
@@ -436,7 +450,8 @@ def test_the_committed_model_meets_its_bars_in_three_seeds():
 def test_the_committed_model_is_one_in_transformers_the_bridge_and_ours(world, committed):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, text = str(ROOT / "models/world"), "In France, the capital is"
+    folder = str(ROOT / "models/world")
+    text = "In France, the capital is"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(text, return_tensors="pt")["input_ids"]
     assert tokens.tolist() == [[world.bos, *world.tokenizer.encode(text, add_special_tokens=False).ids]]
@@ -469,5 +484,7 @@ def test_a_small_model_learns_its_facts_and_not_their_reverse(world, monkeypatch
         "world test",
     )
     scores = evaluate_world(model, world, quick=True)
-    assert scores["fact_recall"] > 0.9 and scores["fact_recall_heldout_phrasing"] > 0.7, scores
-    assert scores["reverse_recall_of_forward_only"] < 0.1 and scores["forward_recall_of_reverse_only"] < 0.1, scores
+    assert scores["fact_recall"] > 0.9, scores
+    assert scores["fact_recall_heldout_phrasing"] > 0.7, scores
+    assert scores["reverse_recall_of_forward_only"] < 0.1, scores
+    assert scores["forward_recall_of_reverse_only"] < 0.1, scores

@@ -1,0 +1,151 @@
+"""Flags, presets, sweeps: what a script does with its command line. A real Slurm is in test_slurm."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from launch import flags
+from train import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+TINY = '''"""A tiny training run."""
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train import TrainConfig, first_goes_on, train
+from launch import flags
+
+import torch as t
+import torch.nn as nn
+
+
+@dataclass
+class Config(TrainConfig):
+    steps: int = 6
+    width: int = 8
+    models: tuple[str, ...] = ("a",)
+    tied: bool = False
+    pause: float = 0.0
+    autocast: str = "off"
+    save_every: int = 1000
+    device: str = "cpu"
+
+
+if __name__ == "__main__":
+    cfg = flags(Config, __doc__, hpc=Config(width=64, steps=1000), sweep="models")
+    if not cfg.width:
+        raise ValueError("a model without width")
+    t.manual_seed(cfg.seed)
+    model = nn.Sequential(nn.Embedding(20, cfg.width), nn.Linear(cfg.width, 20))
+
+    def batch(i):
+        time.sleep(cfg.pause)
+        return t.randint(20, (5, 16), generator=t.Generator().manual_seed(i))
+
+    loss = train(model, batch, cfg, f"tiny_{cfg.models[0]}", width=cfg.width)["loss"]
+    first_goes_on()
+    for model in cfg.models:
+        path = Path(f"results/tiny_{model}.json")
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            numbers = {"loss": loss[-1], "steps": len(loss), "model": model, "config": asdict(cfg)}
+            path.write_text(json.dumps(numbers))
+    print("models", *sorted(file.stem for file in Path("results").glob("tiny_*.json")))
+'''
+
+
+@dataclasses.dataclass
+class Settings(TrainConfig):
+    width: int = 8
+    models: tuple[str, ...] = ("a",)
+    tied: bool = False
+
+
+def call(monkeypatch, *args: str, **more) -> Settings:
+    monkeypatch.setattr(sys, "argv", ["script.py", *args])
+    return flags(Settings, "A script.", hpc=Settings(width=64, compile=True), **more)
+
+
+def test_the_preset_of_the_big_machine_yields_to_flags(monkeypatch):
+    assert call(monkeypatch) == Settings()
+    assert call(monkeypatch, "--seed", "3") == Settings(seed=3)
+    assert call(monkeypatch, "--hpc") == Settings(width=64, compile=True)
+    assert call(monkeypatch, "--width", "7", "--hpc") == Settings(width=7, compile=True)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--hpc"])
+    with pytest.raises(SystemExit, match="no --hpc preset"):
+        flags(Settings)
+
+
+def test_a_notebook_launches_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "--slurm", "-f", "x.json"])
+    assert flags(Settings, "A script.", hpc=Settings(width=64)) == Settings()
+
+
+def test_help_has_the_settings_first_and_the_launch_apart(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--hpc", "--help")
+    out = capsys.readouterr().out
+    assert out.index("--steps") < out.index("launch options") < out.index("--slurm-partition")
+    assert "default: 64" in out
+
+
+def test_wrong_launches_get_one_line(monkeypatch, capsys):
+    for args, words in [
+        (["--sweep", "sed=1,2"], "sed=1,2: write a setting"),
+        (["--sweep", "seed"], "seed=0,1,2"),
+        (["--slurm"], "no sbatch here"),
+    ]:
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(SystemExit, match=words):
+            call(monkeypatch, *args)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--sweep", "seed=1,two")
+    assert "two" in capsys.readouterr().err
+
+
+def test_a_restarted_job_resumes(monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert call(monkeypatch).resume
+
+
+def test_a_sweep_goes_on_after_a_failure_and_computes_only_what_is_missing(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "tiny.py", *args],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+    done = run("--sweep", "width=8,0", "seed=1")
+    (folder,) = (tmp_path / "results/tiny").glob("sweep-*")
+    assert done.returncode == 1, done.stdout
+    assert "width=0,seed=1 failed (exit 1); the others go on" in done.stdout, done.stdout
+    assert "1 of 2 runs are done" in done.stdout, done.stdout
+    numbers = json.loads((folder / "sweep.json").read_text())
+    assert list(numbers) == ["width=8,seed=1"]
+    assert numbers["width=8,seed=1"]["config"]["seed"] == 1
+    assert numbers["width=8,seed=1"]["steps"] == 6
+    kept = folder / "width=8,seed=1/results/tiny_a.json"
+    kept.write_text(kept.read_text().replace('"steps": 6', '"steps": 77', 1))
+    (folder / "width=0,seed=1/done").touch()  # as if it had been finished elsewhere
+    again = run("--sweep", "width=8,0", "seed=1")
+    assert again.returncode == 0, again.stdout
+    assert "2 of 2 runs are done" in again.stdout, again.stdout
+    assert "77" in again.stdout, again.stdout
+    assert "===" not in again.stdout.split("\n", 1)[1], again.stdout
