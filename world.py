@@ -612,6 +612,7 @@ def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "ch
     own = Tokenizer.from_file(str(committed)) if committed.is_file() else None
     makers = {
         "world.py": Path(__file__).read_text(),
+        "data.py": (Path(__file__).parent / "data.py").read_text(),  # it trains the tokenizer and writes the tokens
         "countries": json.dumps(countries),
         "tokenizer": own.to_str() if own else str(vocab),
     }
