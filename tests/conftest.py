@@ -21,8 +21,14 @@ import torch as t  # noqa: E402
 from data import train_bpe  # noqa: E402
 
 
+QUICK = ("test_hooks", "test_plots", "test_layers", "test_house", "test_utils", "test_anatomy")  # rooms
+
+
 def pytest_collection_modifyitems(items: list) -> None:
-    """What waits for Slurm comes first, so that nothing waits for it at the end."""
+    """What waits for Slurm comes first, so that nothing waits for it at the end; the quick rooms are marked."""
+    for item in items:
+        if item.path.stem in QUICK:
+            item.add_marker(pytest.mark.quick)
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
