@@ -589,6 +589,12 @@ def sweep_gates(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.
     return {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}
 
 
+def missed_gates(gates: dict[str, float], model: nn.Module) -> list[str]:
+    """The titles of the gates that miss by more than the model's dtype explains; NaN is a miss."""
+    allowed = 1e-4 if model.W_U.dtype == t.float32 else 5e-2
+    return [title for title, miss in gates.items() if not miss <= allowed]
+
+
 #%% Ablations, the plain form: a part is zeroed, set to its mean, to another row's value, or drowned in noise
 class Part(NamedTuple):
     """Of `site` in a layer: of the change (row, pos, ...) that an ablation makes there, keep lets only the part's own through."""

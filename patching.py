@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
-    WORLD,
     cyan,
     endc,
     fail,
-    find_folder,
     gray,
     green,
     pick_device,
@@ -21,10 +19,9 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from plots import imshow, label_tokens, line, show
 from hooks import act_name, hook_points, is_streamed
 from weights import about_bos, open_model, token_text
-from data import load_corpus
 from train import keep_freed_memory
 from launch import flags
-from world import judging_rows, load_world
+from world import corpus_for, judging_rows
 from interventions import (
     HEADS,
     STREAM,
@@ -36,6 +33,7 @@ from interventions import (
     fine_parts,
     inputs,
     knock_out,
+    missed_gates,
     normalised,
     position_masks,
     read_task,
@@ -119,10 +117,9 @@ numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gat
 print(
     f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, {test_corrupt.mean():.3f}); gates: {', '.join(f'{title} {miss:.0e}' for title, miss in gates.items())}{endc}"
 )
-tolerance = 1e-4 if model.W_U.dtype == t.float32 else 5e-2
-for title, miss in gates.items():
-    if not miss <= tolerance:
-        fail(f"gate: {title} misses; sweeps of this model cannot be believed")
+missed = missed_gates(gates, model)
+if missed:
+    fail(f"gate: {missed[0]} misses; sweeps of this model cannot be believed")
 
 #%% Which activations are swept: of the stream by layer and place, of the heads one by one
 print(f"{purple}=== Activation patching ==={endc}")
@@ -314,9 +311,7 @@ if task == "capitals":
 
 #%% What is needed: every head and MLP taken away in four ways, with the effect on the answer and on the loss over text
 print(f"{purple}=== Ablations ==={endc}")
-own_corpus = "world" if find_folder(cfg.model) == str(WORLD) else "stdlib"
-data = cfg.data or own_corpus
-corpus = load_world() if data == "world" else load_corpus(data, tokenizer=find_folder(cfg.model))
+data, corpus = corpus_for(cfg.data, cfg.model)
 rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
 parts = {}
 for layer in range(n_layers):

@@ -30,10 +30,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from plots import array, visible
 from hooks import find_hooks, hook_points, in_batches, run_with_hooks
 from weights import text_tokenizer
-from data import Corpus, load_corpus, str_tokens
+from data import Corpus, str_tokens
 from train import start_wandb
 from anatomy import folded_W_U, harvest
-from world import judging_rows, load_world
+from world import corpus_for, judging_rows
 from interventions import loss_of, put
 
 import numpy as np
@@ -551,9 +551,7 @@ def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject
 
 
 def text_for(model: nn.Module, name: str, data: str | None) -> Corpus:
-    if data is None:
-        data = "world" if find_folder(name) == find_folder("models/world") else "stdlib"
-    corpus = load_world() if data == "world" else load_corpus(data, tokenizer=find_folder(name))
+    _, corpus = corpus_for(data, name)
     if corpus.d_vocab > model.W_U.shape[1]:
         fail(
             f"the text has {corpus.d_vocab} kinds of tokens, the model {model.W_U.shape[1]}: --data world is for models/world"

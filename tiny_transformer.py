@@ -29,7 +29,17 @@ from hooks import HookPoint, run_with_cache
 from layers import Attention
 from weights import read_tensors, take_tensors, tensor_table
 
-from anatomy import catalogue, ff_maps, fold_norm, logit_parts, mixing, neuron_catalogue, parts_error, random_repeats
+from anatomy import (
+    catalogue,
+    ff_maps,
+    fold_norm,
+    listening_gap,
+    logit_parts,
+    mixing,
+    neuron_catalogue,
+    parts_error,
+    random_repeats,
+)
 from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
 from launch import flags
 from plots import attention_page, bar, imshow, label_tokens, show, show_page, visible
@@ -501,7 +511,6 @@ if __name__ == "__main__":
     folded = fold_norm(model)
     maps = [ff_maps(model, prompt, layer) for layer in range(n_layers)]
     with t.no_grad():
-        hooks_gap = (logits - model(prompt)).abs().max() / logits.abs().max()
         folding_gap = (folded(prompt).log_softmax(-1) - logits.log_softmax(-1)).abs().max()
     row_gaps = [(cache["pattern", layer].sum(-1) - 1).abs().max().item() for layer in range(n_layers)]
     sum_gaps = []
@@ -510,7 +519,7 @@ if __name__ == "__main__":
             parts = logit_parts(model, natural[[i]], int(natural[i, -1]), position)
             sum_gaps.append(parts_error(parts))
     errors = {
-        "hooks": hooks_gap.item(),
+        "hooks": listening_gap(model, prompt),
         "fold_norm": folding_gap.item(),
         "rows": max(row_gaps),
         "attribution": max(sum_gaps),

@@ -18,6 +18,9 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     model_folder,
     pick_device,
     pick_dtype,
+    read_config,
+    refuse_foreign,
+    refuse_incomplete,
     secret,
     yellow,
 )
@@ -120,13 +123,16 @@ class Streamed(nn.Module):
         stack = path_of_blocks(empty, shape.num_hidden_layers)
         places = offload_places(empty, stack, shape.num_hidden_layers, device, resident)
         self.converted = tempfile.TemporaryDirectory()  # for tensors that are not kept as the file has them (experts)
-        self.hf = AutoModelForCausalLM.from_pretrained(
+        hf, info = AutoModelForCausalLM.from_pretrained(
             name,
             device_map=places,
             offload_folder=self.converted.name,
             dtype=dtype,
             token=token,
-        ).eval()
+            output_loading_info=True,
+        )
+        refuse_incomplete(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+        self.hf = hf.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(name, token=token)
         self.cfg = SimpleNamespace(
             n_layers=shape.num_hidden_layers,
@@ -230,6 +236,7 @@ def open_model(
     name = find_model(name)
     device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
+    refuse_foreign(model_folder(name), read_config(name))
     need = count_parameters(name) * torch_dtype.itemsize
     free = free_bytes(device)
     if offload == "off" or (offload == "auto" and need < 0.85 * free):

@@ -10,6 +10,7 @@ from conftest import ROOT, relative_error, tiny_hf
 from safetensors.torch import load_file, save_file
 
 from llama_block import Llama
+from weights import Streamed, open_model
 from utils import LFS_POINTER, find_folder, load_model, model_folder, refuse_incomplete
 
 LLAMA = {
@@ -211,3 +212,28 @@ def test_a_hub_model_and_its_copy_take_the_same_path(tmp_path, monkeypatch):
         assert isinstance(model, Llama)
         with t.no_grad():
             assert relative_error(model(ROW), hf(ROW).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: change_weights(folder, without("layers.1.")), "tensors that the model needs are missing"),
+        (lambda folder: change_weights(folder, prefixed("module.")), "DistributedDataParallel"),
+        (an_adapter, "merge it first"),
+        (an_lfs_pointer, "git lfs pull"),
+    ],
+    ids=["a layer is missing", "a prefix", "an adapter", "a pointer"],
+)
+def test_streamed_weights_pass_the_same_door(spoil, said, tmp_path):
+    made(tmp_path, "Llama", LLAMA)
+    spoil(tmp_path)
+    with pytest.raises(SystemExit, match=said):
+        open_model(str(tmp_path), (Llama,), "cpu", offload="on")
+
+
+def test_streamed_weights_answer_as_transformers_does(tmp_path):
+    hf = made(tmp_path, "Llama", LLAMA)
+    model = open_model(str(tmp_path), (Llama,), "cpu", offload="on")
+    assert isinstance(model, Streamed)
+    with t.no_grad():
+        assert relative_error(model(ROW), hf(ROW).logits) < 1e-5

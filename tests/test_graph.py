@@ -4,9 +4,10 @@ import pytest
 import torch as t
 import torch.nn as nn
 from conftest import ROOT, memory_for
+from models_for_tests import H, L, three_pairs, tiny_models
 
 from hooks import act_name, peak_bytes, run_with_cache, run_with_hooks
-from interventions import Pairs, baselines, draw_pairs, find_places, make_metric, sweep
+from interventions import Pairs, baselines, draw_pairs, make_metric, sweep
 from graph import (
     Graph,
     area,
@@ -25,55 +26,15 @@ from graph import (
 )
 from llama_block import Llama, LlamaConfig
 
-L, H = 3, 4
-
 
 @pytest.fixture(scope="module")
 def pairs() -> Pairs:
-    """Three pairs of two lengths; clean and corrupt differ from position 2 or 3 on."""
-    rng = t.Generator().manual_seed(0)
-    clean = t.randint(1, 250, (3, 8), generator=rng)
-    corrupt = clean.clone()
-    corrupt[:, 3] = t.randint(1, 250, (3,), generator=rng)
-    corrupt[1, 2] = 7
-    clean[2, 6:] = 0
-    corrupt[2, 6:] = 0
-    made = Pairs(clean, corrupt, t.tensor([5, 9, 3]), t.tensor([7, 100, 8]), t.tensor([7, 7, 5]))
-    made.places = find_places(made)
-    return made
+    return three_pairs()
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
-    """Tiny Hugging Face models with large weights as bridges; 'ours' is the Llama, with grouped queries, in our class."""
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
-    from transformers import LlamaConfig as HFLlamaConfig
-
-    t.manual_seed(0)
-    shape = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": L,
-        "num_attention_heads": H,
-    }
-    hf = {
-        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_layer=L, n_head=H, n_positions=64)),
-        "llama": LlamaForCausalLM(HFLlamaConfig(**shape, num_key_value_heads=2)),
-        "gpt_neox": GPTNeoXForCausalLM(GPTNeoXConfig(**shape)),
-    }
-    out = {}
-    for name, model in hf.items():
-        for p in model.parameters():
-            p.data.add_(0.15 * t.randn(p.shape))
-        architecture = type(model).__name__
-        model.config.architectures = [architecture]
-        if name == "llama":
-            out["ours"] = Llama.from_hf(model).requires_grad_(False)
-        bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
-        out[name] = bridge.eval().requires_grad_(False)
-    return out
+    return tiny_models()
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +85,7 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
     chosen = range(0, len(edges), 5)
     values = edge_patch(model, graph, pairs, masks[chosen], "logit_diff", memory_gb=1e-2)
     clean, _ = baselines(model, pairs, "logit_diff")
-    assert (values - clean).abs().max() > 0.05
+    assert (values - clean).abs().max() > 0.1
     for value, i in zip(values, chosen):
         writer, receiver = graph.writers[edges[i, 0]], graph.receivers[edges[i, 1]]
         expected = path_patch(model, graph, pairs, writer, receiver)
@@ -138,7 +99,7 @@ def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, nam
     for kind in ("logit_diff", "log_prob"):
         plain = t.stack([plain_eap(model, graph, pairs, r, kind) for r in graph.receivers], 1)
         plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, kind, steps=3) for r in graph.receivers], 1)
-        assert plain.abs().max() > 0.05 and (plain - plain_ig).abs().max() > 0.01
+        assert plain.abs().max() > 0.1 and (plain - plain_ig).abs().max() > 0.01
         t.testing.assert_close(eap(model, graph, pairs, kind, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
         t.testing.assert_close(eap_ig(model, graph, pairs, kind, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
 

@@ -24,6 +24,7 @@ from interventions import (
     make_metric,
     make_pairs,
     mean_ablation,
+    missed_gates,
     normalised,
     position_masks,
     read_task,
@@ -49,6 +50,13 @@ def models() -> dict[str, nn.Module]:
 @pytest.fixture(scope="module")
 def world() -> Llama:
     return Llama.from_folder(str(ROOT / "models/world"))
+
+
+def test_a_gate_that_is_nan_is_missed_and_half_precision_is_allowed_more(world):
+    gates = {"exact": 0.0, "close": 1e-3, "nothing": float("nan")}
+    assert missed_gates(gates, world) == ["close", "nothing"]
+    half = Llama.from_folder(str(ROOT / "models/world"), dtype=t.bfloat16)
+    assert missed_gates(gates, half) == ["nothing"]
 
 
 # %% Activation patching
