@@ -44,7 +44,8 @@ def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: in
     frequent where the text is small.
     """
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
-    counts[corpus.bos] = 0
+    if corpus.bos is not None:
+        counts[corpus.bos] = 0
     fiftieth = np.sort(counts)[-min(50, len(counts))]
     known = np.flatnonzero(counts >= min(at_least, fiftieth))
     return repeated_tokens(rows, half, t.from_numpy(known), corpus.bos, seed)

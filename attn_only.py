@@ -26,7 +26,7 @@ from layers import Attention, RMSNorm, next_token_loss, rotate
 
 # The second half, what is measured and the experiment, uses these as well.
 from plots import attention_page, imshow, label_tokens, line, show, show_page, visible
-from data import Corpus, find_tokens, load_corpus, str_tokens, to_tokens
+from data import Corpus, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
 from anatomy import head_scores, listening_gap, random_repeats
@@ -150,7 +150,7 @@ def open_own(folder: Path, device: str) -> tuple[AttnOnly, Tokenizer, dict]:
     scores = config.pop("scores")
     model = AttnOnly(AttnOnlyConfig(**config))
     model.load_state_dict(read_state(folder / "model.safetensors", model))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
     return model.to(device).eval(), tokenizer, scores
 
 

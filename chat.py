@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -13,13 +14,15 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     green,
     pick_device,
     purple,
+    read_json,
     save_results,
     set_seed,
     yellow,
 )
 from plots import show
-from hooks import device_of, is_streamed
-from weights import about_bos, begin, encode, open_model, token_text
+from data import end_ids, text_of
+from hooks import device_of
+from weights import about_bos, encode, open_model, text_tokenizer, token_text
 from launch import flags
 from lens import Lens, gate, grid_figure, grid_table, read, slug, token_texts
 from llama_block import Llama
@@ -32,26 +35,21 @@ GATE_PROMPT = "Everyone knows that the capital of Japan is"
 
 
 #%% Answers, token by token
-def ends_of(model: nn.Module) -> list[int]:
-    """The tokens by which a model ends its text."""
-    if isinstance(model.tokenizer, Tokenizer):
-        return [begin(model)]  # our texts follow each other, each begun by this
-    hf = model.hf if is_streamed(model) else model.original_model
-    ends = hf.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
-
-
 @t.no_grad()
 def generate(model: nn.Module, ids: list[int], n: int) -> Iterator[int]:
-    """Up to n greedy tokens, until the model ends its text; transformers models keep their keys and values, ours read all again."""
+    """
+    Up to n greedy tokens, until the model ends its text or its context is full; transformers models keep their keys and
+    values, ours read all again.
+    """
+    room = model.cfg.n_ctx - len(ids)
     keeps: dict = {}
     if not isinstance(model.tokenizer, Tokenizer):
         from transformers import DynamicCache
 
         keeps = {"past_key_values": DynamicCache(), "use_cache": True}
-    ends = ends_of(model)
+    ends = end_ids(text_tokenizer(model), model.folder)
     unread = list(ids)
-    for _ in range(n):
+    for _ in range(min(n, room)):
         logits = model(t.tensor([unread], device=device_of(model)), **keeps)
         token = int(logits[0, -1].argmax())
         if token in ends:
@@ -61,13 +59,21 @@ def generate(model: nn.Module, ids: list[int], n: int) -> Iterator[int]:
 
 
 #%% A conversation
+def has_template(folder: Path) -> bool:
+    """Whether a model's folder says how messages are written."""
+    said = read_json(folder / "tokenizer_config.json")
+    return bool(said.get("chat_template")) or any(folder.glob("chat_template*"))
+
+
 def prompt_tokens(model: nn.Module, messages: list[dict[str, str]]) -> list[int]:
-    """All messages in the tokenizer's chat template; without one, the last as plain text that the model goes on with."""
-    tokenizer = model.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
+    """All messages in the folder's chat template; without one, the last as plain text that the model goes on with."""
+    if not has_template(model.folder):
         return encode(model, messages[-1]["content"])
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    from transformers import AutoTokenizer
+
+    writer = AutoTokenizer.from_pretrained(model.folder)
+    text = writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text_tokenizer(model).encode(text, add_special_tokens=False).ids
 
 
 def say(model: nn.Module, asked: list[int], n: int) -> tuple[list[int], str]:
@@ -77,7 +83,7 @@ def say(model: nn.Module, asked: list[int], n: int) -> tuple[list[int], str]:
     try:
         for token in generate(model, asked, n):
             answer.append(token)
-            text = model.tokenizer.decode(answer)
+            text = text_of(text_tokenizer(model), answer)
             if text.endswith("\ufffd"):  # half of a character
                 continue
             print(f"{cyan}{text[len(shown) :]}{endc}", end="", flush=True)
@@ -102,8 +108,8 @@ def show_answer_lens(model: nn.Module, lens: Lens, asked: list[int], answer: lis
 def chat(model: nn.Module, lens: Lens, n: int) -> int:
     """Ask and answer until Ctrl-D, up to n tokens an answer; how many answers there were."""
     style = f"no chat template: the model goes on with what you write; {about_bos(model)}"
-    if getattr(model.tokenizer, "chat_template", None):
-        style = "chat template of the tokenizer"
+    if has_template(model.folder):
+        style = "messages are written in the model's chat template"
     print(f"{gray}{style}; /lens shows the lens of the last answer, Ctrl-D leaves{endc}")
     messages: list[dict[str, str]] = []
     asked: list[int] = []
@@ -124,6 +130,13 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
             continue
         messages.append({"role": "user", "content": text})
         asked = prompt_tokens(model, messages)
+        if len(asked) >= model.cfg.n_ctx:
+            print(
+                f"{yellow}this conversation has {len(asked)} tokens, the model reads {model.cfg.n_ctx}: "
+                f"what was said is forgotten, ask again{endc}"
+            )
+            messages.clear()
+            continue
         answer, shown = say(model, asked, n)
         messages.append({"role": "assistant", "content": shown})
 

@@ -10,6 +10,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -17,8 +18,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
-    full_name,
+    TOKENIZER_FILES,
     gray,
+    model_folder,
+    read_json,
     secret,
     write_aside,
 )
@@ -30,7 +33,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from tqdm import tqdm, trange
 
-BOS_NAMES = ("<|endoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[CLS]")
+OWN_BOS = "<|endoftext|>"  # beginning-of-text of the tokenizers that are trained here
+FORMAT = 2  # of cached corpora: another number leaves those of before alone
 HELD_OUT = 16  # one document of 16 is kept out of training
 
 
@@ -145,7 +149,10 @@ def fetch(name: str, megabytes: float) -> dict[str, str]:
 
 #%% Tokenizer: a byte-level BPE trained here, or anyone's
 def train_bpe(texts: Iterable[str], vocab: int, pairs: bool = False) -> Tokenizer:
-    """pairs: numbers are cut into two-digit tokens, so that a year is a century and a year in it."""
+    """
+    Its texts begin with OWN_BOS. pairs: numbers are cut into two-digit tokens, so that a year is a century and a year
+    in it.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -154,41 +161,124 @@ def train_bpe(texts: Iterable[str], vocab: int, pairs: bool = False) -> Tokenize
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([two_digits, tokenizer.pre_tokenizer])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[BOS_NAMES[0]],
+        special_tokens=[OWN_BOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    put_first(tokenizer, tokenizer.token_to_id(OWN_BOS))
     return tokenizer
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer.json, a folder that holds one, or a hub name."""
-    path = Path(name)
-    if path.is_dir():
-        path = path / "tokenizer.json"
+def tokenizer_folder(name: str | Path) -> Path:
+    """Where the tokenizer's files lie: of a tokenizer.json its folder, else the folder or hub model of that name."""
+    path = Path(name).expanduser()
+    return path.parent if path.is_file() else model_folder(name, TOKENIZER_FILES)
+
+
+def load_tokenizer(name: str | Path, bos: bool | None = None) -> Tokenizer:
+    """
+    A tokenizer.json, a folder, or a hub name. bos (--bos, --no-bos): whether a beginning-of-text token stands before
+    every text; None: as the files say.
+    """
+    folder = tokenizer_folder(name)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        path = folder / "tokenizer.json"
     if path.is_file():
-        return Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:
+            fail(f"{path} is no tokenizer: {error}")
+    else:
+        tokenizer = convert_tokenizer(folder)
+    choose_bos(tokenizer, folder, bos)
+    return tokenizer
+
+
+def convert_tokenizer(folder: Path) -> Tokenizer:
+    """From the files that came before tokenizer.json (OPT's vocab.json and merges.txt, SentencePiece), by transformers."""
+    from transformers import AutoTokenizer
+
     try:
-        return Tokenizer.from_pretrained(full_name(name), token=secret("HF_TOKEN"))
+        return AutoTokenizer.from_pretrained(folder).backend_tokenizer
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        fail(f"cannot load tokenizer {name!r}: no such file or folder, and the hub said: {reason}")
+        reason = str(error).strip().splitlines()[0][:200]
+        fail(
+            f"no tokenizer.json in {folder} (tokenizer.save_pretrained puts it there), and transformers reads no other "
+            f"tokenizer there: {reason}"
+        )
 
 
-def bos_id(tokenizer: Tokenizer) -> int:
-    """The id of beginning-of-text, under the first of BOS_NAMES that the tokenizer has."""
-    ids = [tokenizer.token_to_id(name) for name in BOS_NAMES]
-    known = [i for i in ids if i is not None]
-    assert known, f"the tokenizer has none of {BOS_NAMES}"
-    return known[0]
+#%% Beginning-of-text and the tokens that end a text: what a model's own files say
+def bos_id(tokenizer: Tokenizer) -> int | None:
+    """The token that stands before every text: what the tokenizer itself puts there (its post-processor), or None."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    own = tokenizer.encode("a", add_special_tokens=True).ids
+    places = [i for i in range(len(own)) if own[i : i + len(bare)] == bare]
+    before = own[: places[0]] if places else []
+    if len(before) > 1:
+        fail(
+            f"this tokenizer puts {len(before)} tokens before a text, which is not read here: choose --bos or --no-bos"
+        )
+    return before[0] if before else None
 
 
-def to_tokens(tokenizer: Tokenizer, text: str, bos: bool = True) -> Tensor:
-    """(1, pos), beginning-of-text first unless bos is False."""
+def put_first(tokenizer: Tokenizer, bos: int | None) -> None:
+    """Make the tokenizer put this token before every text, and nothing else."""
+    tokenizer.post_processor = None
+    if bos is not None:
+        name = tokenizer.id_to_token(bos)
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, bos)])
+
+
+def choose_bos(tokenizer: Tokenizer, folder: Path, asked: bool | None) -> None:
+    """
+    Make the tokenizer put first what the model reads. That is what it puts by itself, or its bos_token where
+    tokenizer_config.json has add_bos_token; that there is a bos_token is not enough (Pythia, Qwen). asked overrides.
+    """
+    if asked is False:
+        put_first(tokenizer, None)
+        return
+    if bos_id(tokenizer) is not None:
+        return
+    declared = declared_token(tokenizer, folder, "bos_token")
+    if asked and declared is None:
+        fail(f"--bos: the files in {folder} name no beginning-of-text token")
+    if asked or read_json(folder / "tokenizer_config.json").get("add_bos_token"):
+        put_first(tokenizer, declared)
+
+
+def declared_token(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
+    """The token that the files call bos_token or eos_token, or None."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        said = read_json(folder / file)
+        if name in said:
+            token = said[name]
+            if isinstance(token, dict):
+                token = token["content"]
+            return None if token is None else tokenizer.token_to_id(token)
+    for file in ("generation_config.json", "config.json"):
+        token = read_json(folder / file).get(f"{name}_id")
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    return None
+
+
+def end_ids(tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """The tokens by which a model ends its text or its turn."""
+    said = read_json(folder / "generation_config.json").get("eos_token_id")
+    ends = said if isinstance(said, list) else [said]
+    ends = [*ends, declared_token(tokenizer, folder, "eos_token")]
+    return sorted({i for i in ends if i is not None})
+
+
+def to_tokens(tokenizer: Tokenizer, text: str) -> Tensor:
+    """(1, pos), beginning-of-text first where the tokenizer puts one."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if bos:
-        ids = [bos_id(tokenizer), *ids]
+    bos = bos_id(tokenizer)
+    if bos is not None:
+        ids = [bos, *ids]
     return t.tensor([ids])
 
 
@@ -205,6 +295,14 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 def str_tokens(tokenizer: Tokenizer, tokens: Iterable[int] | Tensor) -> list[str]:
     return [token_text(tokenizer, int(token)) for token in tokens]
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of tokens that follow each other, with the space before the first; halves of a character become one."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    if ids and token_text(tokenizer, ids[0]).startswith(" ") and not text.startswith(" "):
+        return f" {text}"
+    return text
 
 
 def find_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -259,8 +357,8 @@ class Corpus:
     def d_vocab(self) -> int:
         return self.tokenizer.get_vocab_size()
 
-    @property
-    def bos(self) -> int:
+    @cached_property
+    def bos(self) -> int | None:
         return bos_id(self.tokenizer)
 
     def rows(
@@ -272,8 +370,8 @@ class Corpus:
         weights: dict[str, float] | None = None,
     ) -> np.ndarray:
         """
-        (n, ctx) natural rows: beginning-of-text, then ctx - 1 tokens from a random place. weights: share of each part,
-        default by size.
+        (n, ctx) natural rows: beginning-of-text where there is one, then tokens from a random place. weights: share of
+        each part, default by size.
         """
         parts = getattr(self, split)
         streams = list(parts.values())
@@ -287,13 +385,15 @@ class Corpus:
                 f"the {split} text of {self.name} has {shortest} tokens, too few for rows of {ctx}: use more text or a "
                 "smaller --contexts"
             )
-        out = np.full((n, ctx), self.bos, dtype=np.int64)
+        rows = np.empty((n, ctx), dtype=np.int64)
+        first = 0 if self.bos is None else 1
+        rows[:, :first] = self.bos or 0
         chosen = rng.choice(len(share), n, p=share / share.sum())
-        for row, part in zip(out, chosen):
+        for row, part in zip(rows, chosen):
             stream = streams[part]
             start = rng.integers(len(stream) - ctx + 1)
-            row[1:] = stream[start : start + ctx - 1]
-        return out
+            row[first:] = stream[start : start + ctx - first]
+        return rows
 
     def batch(
         self,
@@ -342,14 +442,17 @@ def load_corpus(
     tokenizer: str | None = None,
     megabytes: float = 100.0,
     cache: str = "checkpoints/data",
+    bos: bool | None = None,
 ) -> Corpus:
     """
     data: 'stdlib', a text file or folder, or a hub dataset name. The tokens are cached under a name that carries a hash
     of the text (of the name and size for a hub dataset), since the standard library differs between patch releases.
+    bos (--bos, --no-bos): whether rows begin with beginning-of-text; None: as the tokenizer's files say.
     """
     sources = read_sources(data, megabytes)
-    own = load_tokenizer(tokenizer) if tokenizer else None
-    key = corpus_key(data, sources, own, vocab)
+    own = load_tokenizer(tokenizer, bos) if tokenizer else None
+    separator = separator_of(own, tokenizer_folder(tokenizer)) if own else None
+    key = corpus_key(data, sources, own, vocab, separator)
     folder = Path(cache) / key
     if not folder.exists():
         how = f"tokenizing it with {tokenizer}" if tokenizer else f"training a byte-level BPE of {vocab} tokens on it"
@@ -357,7 +460,8 @@ def load_corpus(
         parts = read_parts(data, sources, megabytes)
         if own is None:
             own = train_bpe((text for part in parts.values() for text in part.values()), vocab)
-        write_corpus(folder, own, parts)
+            separator = bos_id(own)
+        write_corpus(folder, own, parts, separator)
     corpus = open_corpus(data, key, folder)
     trained_on = sum(map(len, corpus.train.values())) / 1e6
     held_out = sum(map(len, corpus.heldout.values())) / 1e3
@@ -380,13 +484,28 @@ def read_sources(data: str, megabytes: float) -> dict[str, str]:
     return {"hub": f"{data} {megabytes}"}
 
 
-def corpus_key(data: str, sources: dict[str, str], tokenizer: Tokenizer | None, vocab: int) -> str:
+def separator_of(tokenizer: Tokenizer, folder: Path) -> int | None:
+    """What stands between two documents: the bos_token of the files, or else their eos_token, or nothing."""
+    bos = bos_id(tokenizer)
+    for name in ("bos_token", "eos_token"):
+        if bos is None:
+            bos = declared_token(tokenizer, folder, name)
+    return bos
+
+
+def corpus_key(
+    data: str,
+    sources: dict[str, str],
+    tokenizer: Tokenizer | None,
+    vocab: int,
+    separator: int | None = None,
+) -> str:
     """Names the text and the tokenizer; without one, the byte-level BPE of `vocab` tokens that is trained on the text."""
     stem = Path(data).expanduser().stem or "root"
     tokenized_by = f"bpe{vocab}"
     if tokenizer is not None:
-        tokenized_by = text_hash({"tokenizer": tokenizer.to_str()})[:6]
-    return f"{stem}-{tokenized_by}-{text_hash(sources)}"
+        tokenized_by = text_hash({"tokenizer": tokenizer.to_str(), "separator": str(separator)})[:6]
+    return f"{stem}-{tokenized_by}-{text_hash(sources)}-{FORMAT}"
 
 
 def read_parts(data: str, sources: dict[str, str], megabytes: float) -> dict[str, dict[str, str]]:
@@ -410,16 +529,21 @@ def open_corpus(name: str, key: str, folder: Path) -> Corpus:
     return Corpus(name, tokenizer, **splits, key=key)
 
 
-def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, str]]) -> None:
+def write_corpus(
+    folder: Path,
+    tokenizer: Tokenizer,
+    parts: dict[str, dict[str, str]],
+    separator: int | None,
+) -> None:
     """
-    Documents of each part, joined by beginning-of-text, as <part>.train.bin and <part>.heldout.bin; written aside, then
-    renamed.
+    Documents of each part, joined by the separator (beginning-of-text), as <part>.train.bin and <part>.heldout.bin;
+    written aside, then renamed.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     dtype = np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.uint32
     for part, documents in parts.items():
-        train, heldout = split_documents(documents, tokenize(tokenizer, documents, part, dtype))
+        train, heldout = split_documents(documents, tokenize(tokenizer, documents, part, dtype, separator))
         np.concatenate(train).tofile(aside / f"{part}.train.bin")
         np.concatenate(heldout).tofile(aside / f"{part}.heldout.bin")
     tokenizer.save(str(aside / "tokenizer.json"))
@@ -432,14 +556,20 @@ def write_corpus(folder: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, 
         shutil.rmtree(aside)  # another process was first
 
 
-def tokenize(tokenizer: Tokenizer, documents: dict[str, str], part: str, dtype: type) -> list[np.ndarray]:
-    """The tokens of each document, beginning-of-text last."""
-    bos = bos_id(tokenizer)
+def tokenize(
+    tokenizer: Tokenizer,
+    documents: dict[str, str],
+    part: str,
+    dtype: type,
+    separator: int | None,
+) -> list[np.ndarray]:
+    """The tokens of each document, the separator last."""
+    last = [] if separator is None else [separator]
     texts = list(documents.values())
     ids = []
     for i in trange(0, len(texts), 64, desc=f"tokens of {part}", **BRIEF):
         encodings = tokenizer.encode_batch_fast(texts[i : i + 64], add_special_tokens=False)
-        ids += [np.array([*encoding.ids, bos], dtype) for encoding in encodings]
+        ids += [np.array([*encoding.ids, *last], dtype) for encoding in encodings]
     return ids
 
 
@@ -458,22 +588,25 @@ def split_documents(names: Iterable[str], ids: list[np.ndarray]) -> tuple[list[n
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json and tokenizer_config.json as transformers reads them; like our training rows, its texts begin with beginning-of-text."""
-    bos = tokenizer.id_to_token(bos_id(tokenizer))
-    own = Tokenizer.from_str(tokenizer.to_str())
-    if own.post_processor is None:
-        own.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id(own))])
-    own.save(str(folder / "tokenizer.json"))
+    """tokenizer.json and tokenizer_config.json as transformers reads them; what begins a text also ends it."""
+    bos = bos_id(tokenizer)
+    name = None if bos is None else tokenizer.id_to_token(bos)
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": bos,
+        "bos_token": name,
+        "eos_token": name,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict, tokenizer: Tokenizer | None = None) -> None:
+def write_folder(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: dict,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """An ordinary Hugging Face folder, weights first and whole."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.to("cpu").contiguous() for name, x in tensors.items()}

@@ -22,13 +22,14 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     read_config,
     save_results,
     set_seed,
+    with_defaults,
 )
 from hooks import HookPoint, run_with_cache
 from layers import HeadWeights, attend
 from weights import read_tensors, take_tensors, tensor_table
 
 from anatomy import listening_gap
-from data import load_corpus, str_tokens, to_tokens, write_folder
+from data import load_corpus, load_tokenizer, str_tokens, to_tokens, write_folder
 from launch import flags
 from plots import imshow, line, show, visible
 from train import TrainConfig, context_at, first_goes_on, train
@@ -313,11 +314,8 @@ class Llama(nn.Module):
         A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json. Read tensor by tensor onto the
         device.
         """
-        tokenizer = Path(folder) / "tokenizer.json"
-        if not tokenizer.is_file():
-            fail(f"no tokenizer.json in {folder}: copy the tokenizer there (tokenizer.save_pretrained)")
         with t.device("meta"):
-            model = cls(cls.read_config(read_config(folder)), Tokenizer.from_file(str(tokenizer)))
+            model = cls(cls.read_config(read_config(folder)), load_tokenizer(folder))
         take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder)))
         cos, sin = rope_tables(model.cfg, min(model.cfg.n_ctx, TABLE_LENGTH))
         model.cos = cos.to(device)
@@ -380,6 +378,24 @@ def hf_name(ours: str) -> str:
     return theirs if ours.startswith("unembed") else f"model.{theirs}"
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+OWN_DEFAULTS = {  # fields whose default is another in each architecture: a window of 4096, heads of 128
+    "MistralForCausalLM": ("sliding_window",),
+    "MixtralForCausalLM": ("sliding_window",),
+    "Qwen3ForCausalLM": ("head_dim",),
+    "Qwen3MoeForCausalLM": ("head_dim",),
+}
+
+
 def read_rope(hf: dict) -> dict:
     """rope_theta and what scales it, in the words of transformers 5; older files say the same by two fields."""
     if hf.get("rope_parameters"):
@@ -429,6 +445,7 @@ def read_llama_config(hf: dict, architectures: tuple[str, ...]) -> dict:
     """Fields of LlamaConfig from a config.json."""
     refuse_unbuilt(hf, architectures)
     name = hf["architectures"][0]
+    hf = with_defaults(hf, (*SIZES, *OWN_DEFAULTS.get(name, ())))
     rope = read_rope(hf)
     n_heads = hf["num_attention_heads"]
     attention_bias = hf.get("attention_bias", False)

@@ -24,6 +24,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     read_config,
     save_results,
     set_seed,
+    with_defaults,
 )
 from hooks import HookPoint, run_with_cache
 from layers import Attention
@@ -40,7 +41,7 @@ from anatomy import (
     parts_error,
     random_repeats,
 )
-from data import find_tokens, load_corpus, str_tokens, to_tokens, write_folder
+from data import bos_id, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens, write_folder
 from launch import flags
 from plots import attention_page, bar, imshow, label_tokens, show, show_page, visible
 from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
@@ -239,11 +240,8 @@ class TinyTransformer(nn.Module):
     @classmethod
     def from_folder(cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32) -> "TinyTransformer":
         """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json."""
-        tokenizer = Path(folder) / "tokenizer.json"
-        if not tokenizer.is_file():
-            fail(f"no tokenizer.json in {folder}: copy the tokenizer there (tokenizer.save_pretrained)")
         with t.device("meta"):
-            model = cls(cls.read_config(read_config(folder)), Tokenizer.from_file(str(tokenizer)))
+            model = cls(cls.read_config(read_config(folder)), load_tokenizer(folder))
         return take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder))).eval()
 
     def to_hf(self, folder: Path, dtype: t.dtype | None = None) -> None:
@@ -265,6 +263,7 @@ class TinyTransformer(nn.Module):
         for key, built in BUILT.items():
             if hf.get(key, built) != built:
                 fail(f"{key}={hf[key]} is not built here")
+        hf = with_defaults(hf, ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"))
         return TinyConfig(
             n_layers=hf["n_layer"],
             n_heads=hf["n_head"],
@@ -280,7 +279,7 @@ class TinyTransformer(nn.Module):
     def write_config(self) -> dict:
         """read_config's inverse: a config.json that transformers reads."""
         cfg = self.cfg
-        bos = int(to_tokens(self.tokenizer, "")) if self.tokenizer else None
+        bos = bos_id(self.tokenizer) if self.tokenizer else None
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",

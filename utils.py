@@ -203,11 +203,14 @@ def said_by_the_hub(error: Exception) -> str:
     return f"no such folder, and the hub said: {str(error).splitlines()[0]}"
 
 
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 
 
-def model_folder(name: str) -> Path:
-    """The one folder of files behind a name: local, beside the scripts, or the hub model's in the hub's cache."""
+def model_folder(name: str | Path, files: Iterable[str] = (*TOKENIZER_FILES, "*.safetensors")) -> Path:
+    """
+    The one folder of files behind a name: local, beside the scripts, or the hub model's in the hub's cache, into which
+    these files are fetched.
+    """
     name = find_folder(str(name))
     if Path(name).is_dir():
         return Path(name)
@@ -216,9 +219,14 @@ def model_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, token=secret("HF_TOKEN")))
+        return Path(snapshot_download(name, allow_patterns=list(files), token=secret("HF_TOKEN")))
     except (OSError, ValueError) as error:
-        fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
+        fail(f"cannot load {name!r}: {said_by_the_hub(error)}")
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file of a model's folder says; nothing where there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def read_config(name: str) -> dict:
@@ -239,6 +247,21 @@ def read_config(name: str) -> dict:
         fail(f"cannot load model {name!r}: {said_by_the_hub(error)}")
 
 
+def with_defaults(config: dict, needed: Iterable[str]) -> dict:
+    """
+    A config.json in which a field that is left out says what transformers takes it to say. Its own class is asked
+    (an import of seconds) only where a needed field is missing.
+    """
+    if all(field in config for field in needed):
+        return config
+    from transformers import AutoConfig
+
+    if "model_type" not in config:
+        missing = next(field for field in needed if field not in config)
+        fail(f"config.json says neither {missing} nor a model_type: it is no transformers config")
+    return AutoConfig.for_model(**config).to_dict() | {"architectures": config.get("architectures")}
+
+
 #%% The loader: one of our classes where it takes the architecture, else a TransformerBridge held against transformers
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")  # buffers
 LARGEST_MISS = {t.float32: 1e-4, t.bfloat16: 5e-2, t.float16: 1e-2}  # of the largest logit, against transformers
@@ -254,7 +277,7 @@ def load_model(
     hf_model: nn.Module | None = None,
 ) -> nn.Module:
     """
-    A hooked model in eval mode with .cfg and .tokenizer, from a hub name, a short name or a folder.
+    A hooked model in eval mode with .cfg, .tokenizer and .folder, from a hub name, a short name or a folder.
     ours: classes with `architectures`, `read_config(config)` and `from_folder(folder, device, dtype)`; one that takes the
     architecture is used (torch only, seconds), else TransformerBridge (imports transformer_lens, 10 s).
     base: architecture and tokenizer to put the weights of name (or hf_model) on.
@@ -269,6 +292,8 @@ def load_model(
         for own in ours:
             if architecture in own.architectures and builds(own, config):
                 model = own.from_folder(str(folder), device=device, dtype=torch_dtype).eval()
+                model.folder = folder
+                model.register_forward_pre_hook(refuse_unreadable)
                 with t.no_grad():
                     refuse_not_finite(model(a_row_of_tokens(model.cfg.d_vocab, device)), model)
                 return model
@@ -278,7 +303,12 @@ def load_model(
         hf_model = read_hf_model(folder, torch_dtype)
     elif "peft" in type(hf_model).__module__ or hasattr(hf_model, "peft_config"):
         fail("hf_model holds an adapter, which would be ignored: hand over hf_model.merge_and_unload()")
-    return open_bridge(str(model_folder(base) if base else folder), hf_model, device, torch_dtype)
+    source = model_folder(base) if base else folder
+    model = open_bridge(str(source), hf_model, device, torch_dtype)
+    model.folder = source
+    model.cfg.n_ctx = context_length(hf_model.config)
+    model.register_forward_pre_hook(refuse_unreadable)
+    return model
 
 
 def builds(own: type, config: dict) -> bool:
@@ -300,6 +330,13 @@ def refuse_foreign(folder: Path, config: dict) -> None:
     if quantisation:
         kind = quantisation.get("quant_method", "unknown kind")
         fail(f"{folder} is quantised ({kind}): its weights are not read here; give the model it was made from")
+    architecture = (config.get("architectures") or [""])[0]
+    if config.get("is_encoder_decoder"):
+        fail(
+            f"{folder} is an encoder with a decoder ({architecture}): only models that read from left to right open here"
+        )
+    if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+        fail(f"{folder} is a {architecture}, not a causal language model: only those open here")
     if "vision_config" in config or "audio_config" in config:
         fail(
             f"{folder} is a multimodal wrapper: save its language model alone (model.language_model) and give that folder"
@@ -387,6 +424,33 @@ def open_bridge(source: str, hf_model: nn.Module, device: str, dtype: t.dtype) -
     del hf_model
     tec()
     return model
+
+
+def context_length(hf_config: object) -> int:
+    """How many tokens a transformers model reads; where nothing limits them (Mamba, Bloom) a number no row reaches."""
+    shape = hf_config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        length = getattr(shape, name, None)
+        if length:
+            return length
+    return 2**31
+
+
+def refuse_unreadable(model: nn.Module, args: tuple) -> None:
+    """Before every forward: a row longer than the context, or an id beyond the embedding, ends the program in a line."""
+    tokens = args[0] if args else None
+    if not isinstance(tokens, t.Tensor) or tokens.is_floating_point() or tokens.numel() == 0:
+        return
+    if tokens.shape[-1] > model.cfg.n_ctx:
+        fail(
+            f"a row of {tokens.shape[-1]} tokens is longer than the {model.cfg.n_ctx} that this model reads: shorten it"
+        )
+    highest = tokens.max().item()
+    if highest >= model.cfg.d_vocab:
+        fail(
+            f"token {highest} is beyond the {model.cfg.d_vocab} of the model's embedding: its tokenizer is not its own, "
+            "or has grown since"
+        )
 
 
 def a_row_of_tokens(d_vocab: int, device: str) -> t.Tensor:

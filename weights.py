@@ -2,6 +2,7 @@
 Weights and tokens of any model: safetensors tensor by tensor, models larger than memory, beginning-of-text exactly once.
 """
 
+import hashlib
 import json
 import math
 import tempfile
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     HARMLESS,
+    context_length,
     endc,
     fail,
     find_model,
@@ -21,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     read_config,
     refuse_foreign,
     refuse_incomplete,
+    refuse_unreadable,
     secret,
     yellow,
 )
@@ -140,7 +143,7 @@ class Streamed(nn.Module):
             d_model=shape.hidden_size,
             d_mlp=getattr(shape, "intermediate_size", 4 * shape.hidden_size),
             d_vocab=shape.vocab_size,
-            n_ctx=shape.max_position_embeddings,
+            n_ctx=context_length(config),
             output_logits_soft_cap=getattr(shape, "final_logit_softcapping", None),
         )
         outside = [module for path, module in self.hf.named_modules() if not path.startswith(f"{stack}.")]
@@ -210,6 +213,45 @@ def listen_to_stream(ours: nn.Module, theirs: nn.Module) -> None:
     theirs.register_forward_hook(after)
 
 
+#%% What names a result: everything that its numbers come from
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def hash_of_file(path: Path) -> str:
+    """Of the whole file; the hub's cache names a large file by it already, and leaves a link."""
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == 64:
+        return blob
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_model(folder: Path) -> str:
+    """12 digits, of the config, the tokenizer and every weight of a model."""
+    digest = hashlib.sha256()
+    for name in [*CONFIG_FILES, *weight_files(folder)]:
+        if (folder / name).is_file():
+            digest.update(f"{name} {hash_of_file(folder / name)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def model_key(name: str, settings: list) -> str:
+    """Names what was computed from a model: by its files and the settings that change numbers."""
+    digest = hashlib.sha256(json.dumps([settings, hash_of_model(model_folder(name))]).encode())
+    return digest.hexdigest()[:12]
+
+
+#%% Does it fit?
 def count_parameters(name: str) -> int:
     """From the headers of a folder's or hub model's files."""
     count = 0
@@ -231,8 +273,24 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
     offload: str = "auto",
+    bos: bool | None = None,
 ) -> nn.Module:
-    """load_model, or Streamed where the weights do not fit (offload auto) or always (on)."""
+    """
+    load_model, or Streamed where the weights do not fit (offload auto) or always (on). bos (--bos, --no-bos): whether
+    a beginning-of-text token stands before every text; None: as the model's own files say.
+    """
+    model = open_in_memory_or_streamed(name, ours, device, dtype, offload)
+    choose_bos(model, bos)
+    return model
+
+
+def open_in_memory_or_streamed(
+    name: str,
+    ours: tuple[type, ...],
+    device: str,
+    dtype: str,
+    offload: str,
+) -> nn.Module:
     name = find_model(name)
     device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
@@ -248,30 +306,47 @@ def open_model(
         f"{yellow}{name}: {need / 1e9:.2f} GB of weights, {free / 1e9:.1f} GB free on {device}: {resident:.0%} of the "
         f"blocks stay, the others come from disk at every pass; hooks on the residual stream only{endc}"
     )
-    return Streamed(name, device, torch_dtype, resident)
+    model = Streamed(name, device, torch_dtype, resident)
+    model.register_forward_pre_hook(refuse_unreadable)
+    model.folder = model_folder(name)
+    return model
 
 
 #%% Tokens of any model: its own tokenizer, beginning-of-text exactly once
 def text_tokenizer(model: nn.Module) -> Tokenizer:
-    return getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    """
+    As the model's folder has it, whichever door the model came by: TransformerBridge's own copy was made to put a
+    beginning-of-text token before every text.
+    """
+    if isinstance(model.tokenizer, Tokenizer):
+        return model.tokenizer
+    if not hasattr(model, "text_tokenizer"):
+        folder = getattr(model, "folder", None)
+        model.text_tokenizer = data.load_tokenizer(folder) if folder else model.tokenizer.backend_tokenizer
+    return model.text_tokenizer
 
 
-def begin(model: nn.Module) -> int | None:
-    """
-    The beginning-of-text token this model reads, or None: what TransformerLens says of the architecture, else what the
-    tokenizer does by itself.
-    """
-    tokenizer = text_tokenizer(model)
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    own = tokenizer.encode("a", add_special_tokens=True).ids
-    bos = getattr(model.tokenizer, "bos_token_id", own[0])
-    puts_it = own != bare and own[0] == bos
-    return bos if getattr(model.cfg, "default_prepend_bos", puts_it) else None
+def choose_bos(model: nn.Module, asked: bool | None) -> None:
+    """--bos, --no-bos: whether a beginning-of-text token stands before every text; None: as the model's files say."""
+    if asked is None:
+        return
+    tokenizer = data.load_tokenizer(model.folder, asked)
+    if isinstance(model.tokenizer, Tokenizer):
+        model.tokenizer = tokenizer
+    else:
+        model.text_tokenizer = tokenizer
+
+
+def bos_id(model: nn.Module) -> int | None:
+    """The beginning-of-text token that stands before every text, or None."""
+    return data.bos_id(text_tokenizer(model))
 
 
 def encode(model: nn.Module, text: str) -> list[int]:
-    ids = text_tokenizer(model).encode(text, add_special_tokens=False).ids
-    bos = begin(model)
+    """Token ids, beginning-of-text first and once where the model reads one."""
+    tokenizer = text_tokenizer(model)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    bos = data.bos_id(tokenizer)
     if bos is None or ids[:1] == [bos]:
         return ids
     return [bos, *ids]
@@ -282,10 +357,15 @@ def token_text(model: nn.Module, token: int) -> str:
 
 
 def about_bos(model: nn.Module) -> str:
-    bos = begin(model)
-    if bos is None:
-        return "no beginning-of-text token: this model reads none"
-    return f"beginning-of-text token {token_text(model, bos)!r} ({bos}) put first, once"
+    bos = bos_id(model)
+    if bos is not None:
+        return f"beginning-of-text token {token_text(model, bos)!r} ({bos}) put first, once"
+    tokenizer = text_tokenizer(model)
+    folder = getattr(model, "folder", None)
+    known = data.declared_token(tokenizer, folder, "bos_token") if folder else None
+    if known is None:
+        return "no beginning-of-text token: the model has none"
+    return f"no beginning-of-text token: the tokenizer puts none first (--bos puts {token_text(model, known)!r})"
 
 
 def answer_token(model: nn.Module, prompt: str, answer: str) -> int:
@@ -299,6 +379,8 @@ def answer_token(model: nn.Module, prompt: str, answer: str) -> int:
     for piece in pieces:
         if len(piece) == 1:
             return piece[0]
+    if not any(pieces):
+        fail(f"--answer {answer!r} merges with the end of the prompt: end the prompt before its last space")
     texts = [token_text(model, i) for i in pieces[0]]
     fail(
         f"--answer {answer!r} is several tokens here ({' + '.join(map(repr, texts))}): the lens follows one, "

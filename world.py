@@ -31,6 +31,7 @@ from data import (
     stdlib_documents,
     str_tokens,
     text_hash,
+    bos_id,
     train_bpe,
     write_corpus,
 )
@@ -643,7 +644,7 @@ def write_world(
     kinds = world_sentences(countries)
     if tokenizer is None:
         tokenizer = train_bpe(tokenizer_texts(countries, kinds, parts), vocab, pairs=True)
-    write_corpus(target, tokenizer, parts)
+    write_corpus(target, tokenizer, parts, bos_id(tokenizer))
     arrays, ranges = sentence_arrays(tokenizer, kinds)
     arrays |= {f"kind {kind}": np.array(range_of_kind) for kind, range_of_kind in ranges.items()}
     write_aside(target / "sentences.npz", lambda path: np.savez(path.open("wb"), **arrays))

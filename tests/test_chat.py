@@ -1,14 +1,19 @@
 """Talking to models/world and to transformers models: greedy tokens, the chat template, and the lens of the last answer."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch as t
 from conftest import ROOT
 from test_lens import ROWS, save_model
 
 import chat as ch
+from data import text_of
 from lens import Lens
 from llama_block import Llama
 from utils import load_model
+from weights import text_tokenizer
 
 
 def type_in(monkeypatch, *texts: str) -> None:
@@ -35,15 +40,25 @@ def test_chat_goes_on_shows_its_lens_and_leaves(workdir, monkeypatch, capsys):
     assert (workdir / "figs/chat/lens.html").is_file()
 
 
-def test_chat_uses_the_template_and_what_was_said_before(tmp_path, monkeypatch, capsys):
-    save_model("GPT2LMHeadModel", tmp_path)
-    model = load_model(str(tmp_path), device="cpu")
-    model.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def write_json(path: Path, **fields) -> None:
+    """Set fields of a JSON file, which may not be there yet."""
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(said | fields))
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])  # through the bridge, in our class
+def test_chat_uses_the_folders_template_and_what_was_said_before(name, tmp_path, monkeypatch, capsys):
+    save_model(name, tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", chat_template=TEMPLATE)
+    model = load_model(str(tmp_path), (Llama,), device="cpu")
     asked = []
     generate = ch.generate
 
     def spy(model, ids: list[int], n: int):
-        asked.append(model.tokenizer.decode(ids))
+        asked.append(text_of(text_tokenizer(model), ids))
         return generate(model, ids, n)
 
     monkeypatch.setattr(ch, "generate", spy)
@@ -52,7 +67,27 @@ def test_chat_uses_the_template_and_what_was_said_before(tmp_path, monkeypatch, 
     assert asked[0] == "[user]Tokyo"
     assert asked[1].startswith("[user]Tokyo[assistant]")
     assert asked[1].endswith("[user]Japan")
-    assert "chat template of the tokenizer" in capsys.readouterr().out
+    assert "chat template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_an_answer_ends_at_the_end_of_turn_of_generation_config(name, tmp_path):
+    save_model(name, tmp_path)
+    model = load_model(str(tmp_path), (Llama,), device="cpu")
+    untold = list(ch.generate(model, ROWS[0], 6))
+    assert len(untold) > 2
+    write_json(tmp_path / "generation_config.json", eos_token_id=[7, untold[2]])
+    assert list(ch.generate(model, ROWS[0], 6)) == untold[: untold.index(untold[2])]
+
+
+def test_a_conversation_beyond_the_context_is_said_and_begun_anew(tmp_path, monkeypatch, capsys):
+    save_model("LlamaForCausalLM", tmp_path)
+    model = load_model(str(tmp_path), (Llama,), device="cpu")
+    full = [1] * (model.cfg.n_ctx - 2)
+    assert len(list(ch.generate(model, full, 8))) <= 2
+    type_in(monkeypatch, "Tokyo " * model.cfg.n_ctx, "Tokyo")
+    assert ch.chat(model, Lens(model), 2) == 1
+    assert f"the model reads {model.cfg.n_ctx}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])

@@ -148,7 +148,7 @@ def test_bad_text_is_refused_in_one_line(tmp_path, monkeypatch, bad):
 def test_unreachable_hub_names_are_refused_in_one_line(tmp_path):
     with pytest.raises(SystemExit, match="the hub said"):
         load_corpus("nobody/nothing", cache=str(tmp_path))
-    with pytest.raises(SystemExit, match="cannot load tokenizer"):
+    with pytest.raises(SystemExit, match="cannot load 'nobody/nothing'"):
         load_corpus("stdlib", tokenizer="nobody/nothing", cache=str(tmp_path))
 
 

@@ -4,13 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as t
-from conftest import ROOT, relative_error, tiny_hf
+from conftest import ROOT, one_line_error, relative_error, tiny_hf
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, processors
+from transformers import AutoTokenizer
 
 from llama_block import Llama
-from weights import Streamed, open_model
+from data import bos_id, load_corpus, load_tokenizer, put_first
+from weights import Streamed, about_bos, encode, model_key, open_model
 from utils import LFS_POINTER, find_folder, load_model, model_folder, refuse_incomplete
 
 LLAMA = {
@@ -198,15 +202,21 @@ def test_a_name_becomes_one_folder_from_anywhere(tmp_path, monkeypatch):
         model_folder("./nothing")
 
 
-def test_a_hub_model_and_its_copy_take_the_same_path(tmp_path, monkeypatch):
-    hf = made(tmp_path / "copy", "Qwen3", LLAMA | {"head_dim": 16, "num_key_value_heads": 2})
-    room = tmp_path / "cache/models--Qwen--Qwen3-tiny"
-    shutil.copytree(tmp_path / "copy", room / "snapshots" / ("0123456789" * 4))
-    (room / "refs").mkdir()
-    (room / "refs/main").write_text("0123456789" * 4)
+def put_into_hub_cache(folder: Path, cache: Path, name: str, monkeypatch) -> None:
+    """As if the hub model of that name had been fetched before; the hub itself is not reachable."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    room = cache / f"models--{name.replace('/', '--')}"
+    commit = "0123456789" * 4
+    shutil.copytree(folder, room / "snapshots" / commit)
+    (room / "refs").mkdir()
+    (room / "refs/main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+def test_a_hub_model_and_its_copy_take_the_same_path(tmp_path, monkeypatch):
+    hf = made(tmp_path / "copy", "Qwen3", LLAMA | {"head_dim": 16, "num_key_value_heads": 2})
+    put_into_hub_cache(tmp_path / "copy", tmp_path / "cache", "Qwen/Qwen3-tiny", monkeypatch)
     for name in ("Qwen/Qwen3-tiny", "Qwen3-tiny"):
         model = load_model(name, (Llama,), device="cpu")
         assert isinstance(model, Llama)
@@ -237,3 +247,159 @@ def test_streamed_weights_answer_as_transformers_does(tmp_path):
     assert isinstance(model, Streamed)
     with t.no_grad():
         assert relative_error(model(ROW), hf(ROW).logits) < 1e-5
+
+
+# %% Beginning-of-text: what the model's own files say, by every door alike
+def tokenizer_that(folder: Path, before: bool, after: bool, **config) -> None:
+    """Rewrite a folder's tokenizer: whether it puts <|endoftext|> (0) before and after a text."""
+    tokenizer = load_tokenizer(folder)
+    form = f"{'<|endoftext|> ' if before else ''}$A{' <|endoftext|>' if after else ''}"
+    special = [("<|endoftext|>", 0)] if before or after else []
+    tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def by_every_door(folder: Path, monkeypatch, tmp_path: Path, bos: bool | None = None) -> list:
+    """The model of a folder in our class, through the bridge, streamed, and by a hub name."""
+    put_into_hub_cache(folder, tmp_path / f"cache of {bos}", "me/model", monkeypatch)
+    name = str(folder)
+    return [
+        open_model(name, (Llama,), "cpu", bos=bos),
+        open_model(name, (), "cpu", bos=bos),
+        open_model(name, (), "cpu", offload="on", bos=bos),
+        open_model("me/model", (Llama,), "cpu", bos=bos),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "config", "begins"),
+    [
+        (True, False, {}, True),  # Llama, Gemma, Mistral
+        (False, False, {}, False),  # Pythia, Qwen: a bos_token that no text begins with
+        (False, True, {}, False),  # only ends its texts
+        (True, True, {}, True),
+        (False, False, {"add_bos_token": True}, True),  # OPT
+    ],
+)
+def test_every_door_reads_the_beginning_of_text_that_the_files_say(
+    before, after, config, begins, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    made(folder, "Llama", LLAMA)
+    tokenizer_that(folder, before, after, **config)
+    text = "The capital of Japan"
+    bare = load_tokenizer(folder).encode(text, add_special_tokens=False).ids
+    theirs = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    expected = [0, *bare] if begins else bare
+    if not config:  # add_bos_token is no longer read by transformers 5
+        assert theirs[: len(expected)] == expected
+    for model in by_every_door(folder, monkeypatch, tmp_path):
+        assert encode(model, text) == expected
+        assert ("put first" in about_bos(model)) == begins
+
+
+def test_bos_and_no_bos_override_by_every_door(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    made(folder, "Llama", LLAMA)
+    for model in by_every_door(folder, monkeypatch, tmp_path, bos=False):
+        assert 0 not in encode(model, "The capital")
+    tokenizer_that(folder, before=False, after=False)
+    for model in by_every_door(folder, monkeypatch, tmp_path, bos=True):
+        assert encode(model, "The capital")[0] == 0
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None}))
+    with pytest.raises(SystemExit, match="--bos: the files in"):
+        open_model(str(folder), (Llama,), "cpu", bos=True)
+
+
+def test_rows_of_text_follow_the_same_rule(tmp_path):
+    folder = tmp_path / "model"
+    made(folder, "Llama", LLAMA)
+    text = tmp_path / "text.txt"
+    text.write_text("Then Mary and John left the park.\n\n" * 400)
+    for before in (True, False):
+        tokenizer_that(folder, before, after=False)
+        corpus = load_corpus(str(text), tokenizer=str(folder), cache=str(tmp_path / "data"))
+        rows = corpus.rows(np.random.default_rng(0), 16, 24)
+        assert corpus.bos == (0 if before else None)
+        assert (rows[:, 0] == 0).all() == before
+        stream = corpus.train["text"]
+        assert (stream == 0).any()  # documents are apart in either case
+
+
+# %% What no model reads
+@pytest.mark.parametrize("ours", [(), (Llama,)])
+def test_ids_beyond_the_embedding_and_rows_beyond_the_context_end_in_a_line(ours, tmp_path):
+    made(tmp_path, "Llama", LLAMA)
+    model = load_model(str(tmp_path), ours, "cpu")
+    with pytest.raises(SystemExit, match="token 3072 is beyond the 3072"):
+        model(t.tensor([[1, 3072]]))
+    with pytest.raises(SystemExit, match="a row of 257 tokens is longer than the 256"):
+        model(t.ones(1, 257, dtype=t.long))
+
+
+def test_a_tokenizer_that_has_grown_ends_in_a_line(tmp_path, run):
+    made(tmp_path, "Llama", LLAMA)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens([AddedToken("<bos>", special=True)])
+    put_first(tokenizer, tokenizer.token_to_id("<bos>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert bos_id(tokenizer) == 3072
+    done = run("logit_lens.py", "--model", str(tmp_path), "--tuned-steps", "0", "--device", "cpu")
+    one_line_error(done, "token 3072 is beyond the 3072")
+
+
+def test_an_encoder_and_an_encoder_with_a_decoder_are_refused(tmp_path):
+    import transformers
+
+    small = {"vocab_size": 300, "num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 1}
+    transformers.BertForMaskedLM(transformers.BertConfig(**small)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(SystemExit, match="not a causal language model"):
+        load_model(str(tmp_path / "bert"))
+    t5 = transformers.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    with pytest.raises(SystemExit, match="an encoder with a decoder"):
+        load_model(str(tmp_path / "t5"))
+
+
+# %% Fields that config.json leaves out, and the key of what was computed
+@pytest.mark.parametrize(
+    ("architecture", "field", "attribute", "default"),
+    [
+        ("Mistral", "sliding_window", "windows", (4096,) * 3),
+        ("Mistral", "num_key_value_heads", "n_kv_heads", 8),
+        ("Qwen3", "head_dim", "d_head", 128),
+        ("Llama", "num_key_value_heads", "n_kv_heads", 4),
+    ],
+)
+def test_a_field_left_out_says_what_transformers_takes_it_to_say(architecture, field, attribute, default):
+    config = {
+        **LLAMA,
+        "model_type": architecture.lower(),
+        "architectures": [f"{architecture}ForCausalLM"],
+        "num_attention_heads": 8 if architecture == "Mistral" else 4,
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+    }
+    del config[field]
+    assert getattr(Llama.read_config(config), attribute) == default
+
+
+def test_the_key_of_a_result_covers_all_weights_the_tokenizer_and_the_settings(tmp_path):
+    made(tmp_path, "Llama", LLAMA | {"hidden_size": 96})
+    keys = [model_key(str(tmp_path), ["float32", 0])]
+    assert model_key(str(tmp_path), ["float32", 0]) == keys[0]
+    keys.append(model_key(str(tmp_path), ["float32", 1]))
+
+    def last_norm_changed(tensors: dict) -> dict:
+        return tensors | {"model.norm.weight": 2 * tensors["model.norm.weight"]}  # behind the first megabyte
+
+    change_weights(tmp_path, last_norm_changed)
+    keys.append(model_key(str(tmp_path), ["float32", 0]))
+    tokenizer_that(tmp_path, before=False, after=False)
+    keys.append(model_key(str(tmp_path), ["float32", 0]))
+    assert len(set(keys)) == len(keys)

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch as t
 from conftest import memory_for
-from tokenizers import processors
 
 import lens as ls
-from data import train_bpe
+from data import put_first, train_bpe
 from lens import Lens, Translator, read
 from llama_block import Llama
 from utils import find_model, load_model
@@ -58,10 +57,7 @@ def save_tokenizer(folder: Path, bos: bool = True) -> None:
     from transformers import PreTrainedTokenizerFast
 
     own = train_bpe(["the capital of Japan is Tokyo, the city of Tokyo is the capital of Japan."] * 9, 300)
-    if bos:
-        own.post_processor = processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-        )
+    put_first(own, own.token_to_id("<|endoftext|>") if bos else None)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
 
@@ -401,13 +397,12 @@ def test_bos_stands_once_and_the_run_says_so(made, tmp_path, name, bos):
     save_tokenizer(tmp_path, bos)
     model = load_model(str(tmp_path), (Llama,), "cpu")
     ids = encode(model, "the capital")
-    here = bos and name != "GPTNeoXForCausalLM"  # Pythia was trained without
-    assert ids.count(0) == here
-    assert (ids[0] == 0) == here
-    assert ("put first, once" in about_bos(model)) == here
-    if here:
+    assert ids.count(0) == bos
+    assert (ids[0] == 0) == bos
+    assert ("put first, once" in about_bos(model)) == bos
+    if bos:
         assert encode(model, "<|endoftext|>the capital") == ids
-    assert "".join(token_text(model, i) for i in ids[here:]) == "the capital"
+    assert "".join(token_text(model, i) for i in ids[bos:]) == "the capital"
 
 
 def test_a_model_that_cannot_be_read_gets_one_line(made, tmp_path):
