@@ -40,40 +40,42 @@ from torch import Tensor
 EDGE_COLORS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
 
 
-def node_places(graph: Graph) -> dict[str, tuple[float, float]]:
+def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
     """(x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper one."""
     n_heads = graph.n_heads
-    places = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
+    coordinates = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
     for layer in range(graph.n_layers):
         for head in range(n_heads):
-            places[f"L{layer}H{head}"] = (float(head), 2.0 * layer)
-        places[f"L{layer} MLP"] = (n_heads + 0.5, 2.0 * layer + 1)
-    return places
+            coordinates[f"L{layer}H{head}"] = (float(head), 2.0 * layer)
+        coordinates[f"L{layer} MLP"] = (n_heads + 0.5, 2.0 * layer + 1)
+    return coordinates
 
 
 def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
     """The edges kept (writer, receiver) with their scores; dotted where an edge works against the answer."""
     fig = go.Figure()
-    for kind, color in EDGE_COLORS.items():
+    for input, color in EDGE_COLORS.items():
         legend = {"color": color, "width": 4}
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {kind}"))
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {input}"))
 
-    places = node_places(graph)
+    coordinates = node_coordinates(graph)
     largest = score[kept].abs().max().item()
     used = {}  # the nodes at an end of some edge
     for w, r in kept.nonzero().tolist():
         writer = graph.writers[w]
         receiver = graph.receivers[r]
         reader = receiver.split(".")[0]
-        used[writer] = places[writer]
-        used[reader] = places[reader]
+        used[writer] = coordinates[writer]
+        used[reader] = coordinates[reader]
         value = score[w, r].item()
         look = {
-            "color": EDGE_COLORS[graph.reads[r].kind],
+            "color": EDGE_COLORS[graph.reads[r].input],
             "width": 1 + 7 * abs(value) / largest,
             "dash": "solid" if value > 0 else "dot",
         }
-        x, y = np.linspace(places[writer], places[reader], 3).T  # the point in the middle is there to hover over
+        x, y = np.linspace(
+            coordinates[writer], coordinates[reader], 3
+        ).T  # the point in the middle is there to hover over
         fig.add_trace(
             go.Scatter(
                 x=x,
@@ -144,8 +146,8 @@ if __name__ == "__main__":
     task, pairs, test_pairs = read_task(model, cfg)
     few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches paths one by one
     graph = Graph(model)
-    kind = cfg.metric
-    about = f"{task}, {Path(cfg.model).name}, {kind}"
+    metric = cfg.metric
+    about = f"{task}, {Path(cfg.model).name}, {metric}"
     layers = [f"L{layer}" for layer in range(graph.n_layers)]
     heads = [f"H{head}" for head in range(graph.n_heads)]
     numbers = {}
@@ -161,17 +163,17 @@ if __name__ == "__main__":
 
 #%% Baselines and gates: before a number is believed, no edge patched changes nothing, every edge patched is the corrupt run, and the writes add up
 if __name__ == "__main__":
-    clean, corrupt = baselines(model, pairs, kind, cfg.memory_gb)
-    test_clean, test_corrupt = baselines(model, test_pairs, kind, cfg.memory_gb)
-    few_clean, few_corrupt = baselines(model, few, kind, cfg.memory_gb)
+    clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
+    test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
+    few_clean, few_corrupt = baselines(model, few, metric, cfg.memory_gb)
     faithfulness_of = partial(normalised, clean=clean, corrupt=corrupt)
     test_faithfulness_of = partial(normalised, clean=test_clean, corrupt=test_corrupt)
     faithfulness_of(clean)  # refuses equal metrics
 
-    of_sweeps = sweep_gates(model, few, kind, cfg.memory_gb)
+    of_sweeps = sweep_gates(model, few, metric, cfg.memory_gb)
     scale = 0.01 + (few_clean - few_corrupt).abs().max()
     no_and_every_edge = t.stack([~graph.upstream, graph.upstream])
-    none_patched, all_patched = edge_patch(model, graph, few, no_and_every_edge, kind, cfg.memory_gb)
+    none_patched, all_patched = edge_patch(model, graph, few, no_and_every_edge, metric, cfg.memory_gb)
     writes_gap, magnitude = write_differences(model, graph, few, cfg.memory_gb)
     of_edges = {
         "no edge patched": ((none_patched - few_clean).abs().max() / scale).item(),
@@ -199,7 +201,7 @@ if __name__ == "__main__":
 #%% Backwards from the logits by path patching: which writers reach them straight, and what reaches those
 if __name__ == "__main__":
     print(f"{purple}=== Path patching ==={endc}")
-    paths = {" ".join(to): lost for to, lost in trace_back(model, graph, few, kind, cfg.memory_gb)}
+    paths = {" ".join(to): lost for to, lost in trace_back(model, graph, few, metric, cfg.memory_gb)}
     numbers["paths"] = {title: dict(zip(graph.writers, lost.tolist())) for title, lost in paths.items()}
     for title, lost in paths.items():
         strongest = lost.abs().topk(4).indices.tolist()
@@ -223,7 +225,7 @@ if __name__ == "__main__":
     by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
     repairs = []
     for head in by_direct_effect[:4]:
-        repair = self_repair(model, graph, few, head, kind, cfg.memory_gb)
+        repair = self_repair(model, graph, few, head, metric, cfg.memory_gb)
         helpers = [i for i in repair.change.topk(2).indices.tolist() if repair.change[i] > 0.05]
         steps_in = ", ".join(f"{graph.writers[i]} {repair.change[i]:+.2f}" for i in helpers)
         repairs.append([head, repair.lost_directly, repair.lost_in_all, steps_in])
@@ -235,7 +237,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     has_roles = {"IO", "S1", "S1+1", "S2"} <= test_pairs.places.keys()
     if has_roles:
-        role_scores, role_bars, roles = find_roles(model, graph, test_pairs, kind, cfg.memory_gb)
+        role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb)
         numbers |= {
             "roles": roles,
             "role_bars": role_bars,
@@ -274,9 +276,9 @@ if __name__ == "__main__":
     print(f"{purple}=== Edges and circuits ==={endc}")
     n_edges = int(graph.upstream.sum())
     start = time.perf_counter()
-    ranking = {"EAP-IG": eap_ig(model, graph, pairs, kind, cfg.ig_steps, cfg.memory_gb)}
+    ranking = {"EAP-IG": eap_ig(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)}
     numbers["edge_attribution_seconds"] = time.perf_counter() - start
-    ranking["EAP"] = eap(model, graph, pairs, kind, cfg.memory_gb)
+    ranking["EAP"] = eap(model, graph, pairs, metric, cfg.memory_gb)
     ranking["magnitude"] = magnitude[:, None].expand(graph.upstream.shape)
     ranking["random"] = t.rand(graph.upstream.shape)
 
@@ -284,10 +286,10 @@ if __name__ == "__main__":
     writer, receiver = picked.unbind(1)
     single = t.zeros(len(picked), *graph.upstream.shape, dtype=t.bool)
     single[range(len(picked)), writer, receiver] = True
-    lost_by_patching = (few_clean - edge_patch(model, graph, few, single, kind, cfg.memory_gb)).mean(-1).cpu()
+    lost_by_patching = (few_clean - edge_patch(model, graph, few, single, metric, cfg.memory_gb)).mean(-1).cpu()
     estimates = {
-        "EAP-IG": eap_ig(model, graph, few, kind, cfg.ig_steps, cfg.memory_gb)[writer, receiver],
-        "EAP": eap(model, graph, few, kind, cfg.memory_gb)[writer, receiver],
+        "EAP-IG": eap_ig(model, graph, few, metric, cfg.ig_steps, cfg.memory_gb)[writer, receiver],
+        "EAP": eap(model, graph, few, metric, cfg.memory_gb)[writer, receiver],
     }
     correlation = {}
     for method, estimated in estimates.items():
@@ -330,7 +332,7 @@ if __name__ == "__main__":
     ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
 
     # found: the first step of the ranking's ladder that keeps 90% of the metric
-    kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders[cfg.rank_by], kind, cfg.memory_gb))
+    kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders[cfg.rank_by], metric, cfg.memory_gb))
     first_enough = int((kept_by_step >= 0.9).nonzero()[0])
     circuit = graph.prune(ladders[cfg.rank_by][first_enough])
     circuit_size = int(circuit.sum())
@@ -339,16 +341,16 @@ if __name__ == "__main__":
     areas = {}
     faithfulness_by_share = {}
     for method, circuits in ladders.items():
-        values = circuit_metric(model, graph, test_pairs, circuits, kind, cfg.memory_gb)
+        values = circuit_metric(model, graph, test_pairs, circuits, metric, cfg.memory_gb)
         areas[method] = area(values, test_clean, test_corrupt, shares)
         faithfulness_by_share[f"{method} (area {areas[method][0]:.2f})"] = test_faithfulness_of(values)
-    values = circuit_metric(model, graph, test_pairs, ~ladders[cfg.rank_by], kind, cfg.memory_gb)
+    values = circuit_metric(model, graph, test_pairs, ~ladders[cfg.rank_by], metric, cfg.memory_gb)
     faithfulness_by_share[f"all but the {cfg.rank_by} edges (completeness)"] = test_faithfulness_of(values)
 
     # ... and the circuit, all but the circuit, and random circuits of its size
     rivals = [top_edges(graph, t.rand(graph.upstream.shape), [circuit_size])[0] for _ in range(10)]
     tested = t.stack([circuit, ~circuit, *rivals])
-    values = circuit_metric(model, graph, test_pairs, tested, kind, cfg.memory_gb)
+    values = circuit_metric(model, graph, test_pairs, tested, metric, cfg.memory_gb)
     faithfulness, complement, *by_chance = test_faithfulness_of(values).tolist()
     numbers |= {
         "circuit_faithfulness": faithfulness,

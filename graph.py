@@ -16,19 +16,19 @@ from torch import Tensor
 
 #%% The graph: the embedding, every head and every MLP write to the stream; every head's q, k, v, every MLP and the logits read it
 class Read(NamedTuple):
-    """One place where the stream is read: layer, kind (q, k, v, MLP, logits), and the head (of k and v: the group of heads that share it)."""
+    """One place where the stream is read: layer, input (q, k, v, MLP, logits), and the head (of k and v: the group of heads that share it)."""
 
     layer: int
-    kind: str
+    input: str
     head: int = 0
 
     @property
     def name(self) -> str:
-        if self.kind == "logits":
+        if self.input == "logits":
             return "logits"
-        if self.kind == "MLP":
+        if self.input == "MLP":
             return f"L{self.layer} MLP"
-        return f"L{self.layer}H{self.head}.{self.kind}"
+        return f"L{self.layer}H{self.head}.{self.input}"
 
 
 class Graph:
@@ -72,18 +72,18 @@ class Graph:
         return reads
 
     def find_columns(self) -> dict[tuple[int, str], slice]:
-        """Where the receivers of a layer and kind stand: side by side."""
+        """Where the receivers of a layer and input stand: side by side."""
         columns = {}
         for i, read in enumerate(self.reads):
-            first = columns[read.layer, read.kind].start if read.head > 0 else i
-            columns[read.layer, read.kind] = slice(first, i + 1)
+            first = columns[read.layer, read.input].start if read.head > 0 else i
+            columns[read.layer, read.input] = slice(first, i + 1)
         return columns
 
     def find_upstream(self) -> Tensor:
         upstream = t.zeros(len(self.writers), len(self.receivers), dtype=t.bool)
         for i, read in enumerate(self.reads):
             heads = self.heads(read.layer)
-            hears_heads = read.kind == "MLP" and self.serial
+            hears_heads = read.input == "MLP" and self.serial
             upstream[: heads.stop if hears_heads else heads.start, i] = True
         return upstream
 
@@ -91,10 +91,10 @@ class Graph:
         links = t.zeros(len(self.receivers), len(self.writers))
         for i, read in enumerate(self.reads):
             heads = self.heads(read.layer)
-            if read.kind == "MLP":
+            if read.input == "MLP":
                 links[i, heads.stop] = 1
-            elif read.kind != "logits":
-                sharing = 1 if read.kind == "q" else self.n_heads // self.n_kv_heads  # grouped queries share k and v
+            elif read.input != "logits":
+                sharing = 1 if read.input == "q" else self.n_heads // self.n_kv_heads  # grouped queries share k and v
                 first = heads.start + read.head * sharing
                 links[i, first : first + sharing] = 1
         return links
@@ -111,11 +111,11 @@ class Graph:
         mask[rows[:, None], columns] = True
         return mask & self.upstream
 
-    def readers(self, writers: list[str], kind: str) -> list[str]:
-        """The receivers of one kind (q, k, v, MLP) that are inputs of these writers."""
+    def readers(self, writers: list[str], input: str) -> list[str]:
+        """The receivers of one input (q, k, v, MLP) that are inputs of these writers."""
         columns = [self.writers.index(name) for name in writers]
         used = self.links[:, columns].any(1).tolist()
-        return [name for name, on in zip(self.receivers, used) if on and name.endswith(kind)]
+        return [name for name, on in zip(self.receivers, used) if on and name.endswith(input)]
 
     def prune(self, kept: Tensor) -> Tensor:
         """Less the edges of nodes that hear nothing or whose word reaches nothing: those carry what the corrupt run writes, kept or not."""
@@ -168,14 +168,14 @@ class InputChange:
     def run(self, resid: Tensor, answer_pos: Tensor) -> Tensor:
         """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0."""
         fwd_hooks, module_inputs = [], []
-        if self.read.kind == "logits":
+        if self.read.input == "logits":
             module_inputs = [(self.model.ln_final, "in", self.change_input)]
-        elif self.read.kind == "MLP":
+        elif self.read.input == "MLP":
             module_inputs = [(self.model.blocks[self.read.layer].ln2, "in", self.change_input)]
         else:
             fwd_hooks = [
                 (act_name("resid_pre", self.read.layer), self.keep_stream),
-                (act_name(self.read.kind, self.read.layer), self.change_head),
+                (act_name(self.read.input, self.read.layer), self.change_head),
             ]
         return run_from(self.model, resid, answer_pos, 0, fwd_hooks, module_inputs)
 
@@ -188,7 +188,7 @@ class InputChange:
     def change_head(self, x: Tensor, hook: nn.Module) -> Tensor:
         """q, k, v (pair, pos, head, d_head) are linear in the normed stream: one head's moves by its weights times what the norm's output moves by."""
         block = self.model.blocks[self.read.layer]
-        W = getattr(block.attn, f"W_{self.read.kind.upper()}")[self.read.head]
+        W = getattr(block.attn, f"W_{self.read.input.upper()}")[self.read.head]
         moved = block.ln1(self.stream + self.change) - block.ln1(self.stream)
         changed = x.clone()
         changed[:, :, self.read.head] += einsum(moved, W, "pair pos d_model, d_model d_head -> pair pos d_head")
@@ -197,7 +197,7 @@ class InputChange:
 
 @t.no_grad()
 def path_patch(
-    model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, kind: str = "logit_diff"
+    model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, metric: str = "logit_diff"
 ) -> Tensor:
     """
     Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path patching (Wang et al. 2023) along one edge.
@@ -215,23 +215,23 @@ def path_patch(
     logits = InputChange(model, graph.reads[r], change).run(inputs(model, pairs, "clean"), pairs.answer_pos)
 
     # Step 3: the metric
-    return make_metric(pairs, kind, clean.logits)(logits, pairs.index)
+    return make_metric(pairs, metric, clean.logits)(logits, pairs.index)
 
 
 def input_gradient(
-    model: nn.Module, read: Read, resid: Tensor, pairs: Pairs, kind: str, clean_logits: Tensor
+    model: nn.Module, read: Read, resid: Tensor, pairs: Pairs, metric: str, clean_logits: Tensor
 ) -> Tensor:
     """Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0."""
     change = t.zeros_like(resid).requires_grad_()
     with t.enable_grad():
         logits = InputChange(model, read, change).run(resid, pairs.answer_pos)
-        metric = make_metric(pairs, kind, clean_logits)(logits, pairs.index).sum()
-    (gradient,) = t.autograd.grad(metric, change)
+        value = make_metric(pairs, metric, clean_logits)(logits, pairs.index).sum()
+    (gradient,) = t.autograd.grad(value, change)
     return gradient
 
 
 @t.no_grad()
-def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind: str = "logit_diff") -> Tensor:
+def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff") -> Tensor:
     """
     Edge attribution patching (Syed et al. 2023) of the edges into one receiver (writer): the gradient at its input in the clean run times the writer's
     clean - corrupt, over positions and d_model, mean over pairs. Plain form of eap.
@@ -239,7 +239,7 @@ def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind:
     clean = run_graph(model, graph, pairs, "clean")
     corrupt = run_graph(model, graph, pairs, "corrupt")
     r = graph.receivers.index(receiver)
-    gradient = input_gradient(model, graph.reads[r], clean.cache["resid_pre", 0], pairs, kind, clean.logits)
+    gradient = input_gradient(model, graph.reads[r], clean.cache["resid_pre", 0], pairs, metric, clean.logits)
     difference = clean.writes - corrupt.writes
     scores = einsum(difference, gradient, "pair pos writer d_model, pair pos d_model -> writer") / len(pairs)
     return scores.cpu() * graph.upstream[:, r]
@@ -247,7 +247,7 @@ def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind:
 
 @t.no_grad()
 def plain_eap_ig(
-    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind: str = "logit_diff", steps: int = 5
+    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff", steps: int = 5
 ) -> Tensor:
     """EAP with integrated gradients (Hanna et al. 2024): as plain_eap, the gradient averaged over runs between corrupt and clean embeddings. Plain form of eap_ig."""
     clean = run_graph(model, graph, pairs, "clean")
@@ -258,7 +258,7 @@ def plain_eap_ig(
     gradient = t.zeros_like(start)
     for step in range(steps):
         resid = start + (step + 0.5) / steps * (end - start)
-        gradient += input_gradient(model, graph.reads[r], resid, pairs, kind, clean.logits) / steps
+        gradient += input_gradient(model, graph.reads[r], resid, pairs, metric, clean.logits) / steps
     difference = clean.writes - corrupt.writes
     scores = einsum(difference, gradient, "pair pos writer d_model, pair pos d_model -> writer") / len(pairs)
     return scores.cpu() * graph.upstream[:, r]
@@ -301,7 +301,7 @@ class EdgeRun:
         fwd_hooks, module_inputs = [], []
         for l in range(layer, self.graph.n_layers):
             fwd_hooks.append((act_name("resid_pre", l), partial(self.enter_layer, l)))
-            fwd_hooks += [(act_name(kind, l), partial(self.change_heads, l, kind)) for kind in "qkv"]
+            fwd_hooks += [(act_name(site, l), partial(self.change_heads, l, site)) for site in ("q", "k", "v")]
             if self.swap is not None:
                 fwd_hooks.append((act_name("z", l), partial(self.hear_heads, l)))
                 fwd_hooks.append((act_name("mlp_out", l), partial(self.hear_mlp, l)))
@@ -334,12 +334,12 @@ class EdgeRun:
         if not self.graph.serial:
             self.parallel_mlp_change = self.input_change(columns[layer, "MLP"])
 
-    def change_heads(self, layer: int, kind: str, x: Tensor, hook: nn.Module) -> Tensor | None:
+    def change_heads(self, layer: int, site: str, x: Tensor, hook: nn.Module) -> Tensor | None:
         """q, k or v (row, pos, head, d_head), linear in the normed input: the change goes through the weights alone."""
         if self.normed_change is None:
             return None
-        W = getattr(self.model.blocks[layer].attn, f"W_{kind.upper()}")
-        start = self.graph.columns[layer, kind].start - self.graph.columns[layer, "q"].start
+        W = getattr(self.model.blocks[layer].attn, f"W_{site.upper()}")
+        start = self.graph.columns[layer, site].start - self.graph.columns[layer, "q"].start
         return x + einsum(
             self.normed_change[:, :, start : start + len(W)],
             W,
@@ -373,7 +373,7 @@ def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: floa
 #%% Path patching of any sets of edges
 @t.no_grad()
 def edge_patch(
-    model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
     """
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the corrupt run's writes; what lies behind a receiver
@@ -381,21 +381,21 @@ def edge_patch(
     """
     swaps = (swaps & graph.upstream).to(pairs.answer_pos.device)
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
-    patch = partial(patch_group, model, graph, swaps, kind, 2 * n_pairs)
+    patch = partial(patch_group, model, graph, swaps, metric, 2 * n_pairs)
     return t.cat(by_groups(patch, pairs, n_pairs), 1)
 
 
-def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, kind: str, n_rows: int, group: Pairs) -> Tensor:
+def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, group: Pairs) -> Tensor:
     """edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it, it is the clean run."""
     clean = run_graph(model, graph, group, "clean")
     corrupt = run_graph(model, graph, group, "corrupt")
-    metric = make_metric(group, kind, clean.logits)
+    metric_fn = make_metric(group, metric, clean.logits)
 
     def patch_rows(layer: int, rows: Tensor) -> Tensor:
         swap, pair = rows.unbind(1)
         run = EdgeRun(model, graph, swaps[swap], corrupt.writes[pair])
         resid = clean.cache["resid_pre", layer][pair]
-        return metric(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
+        return metric_fn(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
 
     values = t.zeros(len(swaps), len(group), device=swaps.device)
     first_layers = first_swapped_layers(graph, swaps)
@@ -414,42 +414,42 @@ def first_swapped_layers(graph: Graph, swaps: Tensor) -> Tensor:
 
 
 #%% Edge attribution: what patching each edge would do, by gradient
-def eap(model: nn.Module, graph: Graph, pairs: Pairs, kind: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
+def eap(model: nn.Module, graph: Graph, pairs: Pairs, metric: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
     """
     Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge carried the corrupt write, by the gradient in the
     clean run, mean over pairs. Summed over receivers: attribution patching of nodes.
     """
-    return attribute_edges(model, graph, pairs, kind, [1.0], memory_gb)
+    return attribute_edges(model, graph, pairs, metric, [1.0], memory_gb)
 
 
 def eap_ig(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    kind: str = "logit_diff",
+    metric: str = "logit_diff",
     steps: int = 5,
     memory_gb: float = 1.0,
 ) -> Tensor:
     """EAP with integrated gradients (Hanna et al. 2024), (writer, receiver): as eap, the gradient averaged over `steps` runs between corrupt and clean embeddings."""
     assert steps > 0
-    return attribute_edges(model, graph, pairs, kind, [(i + 0.5) / steps for i in range(steps)], memory_gb)
+    return attribute_edges(model, graph, pairs, metric, [(i + 0.5) / steps for i in range(steps)], memory_gb)
 
 
 def attribute_edges(
-    model: nn.Module, graph: Graph, pairs: Pairs, kind: str, alphas: list[float], memory_gb: float
+    model: nn.Module, graph: Graph, pairs: Pairs, metric: str, alphas: list[float], memory_gb: float
 ) -> Tensor:
     """(writer, receiver): gradients in runs from corrupt (alpha 0) to clean (1) embeddings, averaged over alphas, times clean - corrupt writes; mean over pairs."""
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
-    totals = by_groups(partial(attribute_group, model, graph, kind, alphas), pairs, n_pairs)
+    totals = by_groups(partial(attribute_group, model, graph, metric, alphas), pairs, n_pairs)
     return (sum(totals) / len(pairs)).cpu() * graph.upstream
 
 
-def attribute_group(model: nn.Module, graph: Graph, kind: str, alphas: list[float], group: Pairs) -> Tensor:
+def attribute_group(model: nn.Module, graph: Graph, metric: str, alphas: list[float], group: Pairs) -> Tensor:
     """attribute_edges of pairs that fit into memory at once, summed over them."""
     with t.no_grad():
         clean = run_graph(model, graph, group, "clean")
         corrupt = run_graph(model, graph, group, "corrupt")
-    metric = make_metric(group, kind, clean.logits)
+    metric_fn = make_metric(group, metric, clean.logits)
     total = t.zeros(graph.upstream.shape, device=group.answer_pos.device)
     for alpha in alphas:
         resid = corrupt.cache["resid_pre", 0].lerp(clean.cache["resid_pre", 0], alpha)
@@ -457,7 +457,7 @@ def attribute_group(model: nn.Module, graph: Graph, kind: str, alphas: list[floa
         nudge = resid.new_zeros(pair, pos, len(graph.receivers), d_model).requires_grad_()
         with t.enable_grad():
             logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos)
-            values = metric(logits, group.index)
+            values = metric_fn(logits, group.index)
         (gradient,) = t.autograd.grad(values.sum(), nudge)
         scores = einsum(
             (clean.writes - corrupt.writes).float(),
@@ -495,10 +495,10 @@ def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
 
 
 def circuit_metric(
-    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
     """Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all others corrupt."""
-    return edge_patch(model, graph, pairs, ~circuits, kind, memory_gb)
+    return edge_patch(model, graph, pairs, ~circuits, metric, memory_gb)
 
 
 def area(
@@ -520,19 +520,19 @@ def area(
 
 #%% Backwards from the logits by path patching
 def path_losses(
-    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], kind: str, memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], metric: str, memory_gb: float = 1.0
 ) -> Tensor:
     """(writer, pair) metric lost when the paths from one writer straight to the receivers carry the corrupt run."""
     swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
-    clean, _ = baselines(model, pairs, kind, memory_gb)
-    return (clean - edge_patch(model, graph, pairs, swaps, kind, memory_gb)).cpu()
+    clean, _ = baselines(model, pairs, metric, memory_gb)
+    return (clean - edge_patch(model, graph, pairs, swaps, metric, memory_gb)).cpu()
 
 
 def trace_back(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    kind: str,
+    metric: str,
     memory_gb: float = 1.0,
     depth: int = 4,
     floor: float = 0.05,
@@ -542,14 +542,14 @@ def trace_back(
     Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the receivers. The receivers are the logits, then the
     q, k, v and MLP inputs of those writers that lost most (at most `width`, at least `floor`) through an input before (Wang et al. 2023).
     """
-    clean, corrupt = t.stack(baselines(model, pairs, kind, memory_gb)).mean(1)
+    clean, corrupt = t.stack(baselines(model, pairs, metric, memory_gb)).mean(1)
     gap = float(clean - corrupt)
     steps = []
     options = [["logits"]]
     while options and len(steps) < 4 * depth:
         new = []
         for receivers in options:
-            lost = path_losses(model, graph, pairs, receivers, kind, memory_gb).mean(1) / gap
+            lost = path_losses(model, graph, pairs, receivers, metric, memory_gb).mean(1) / gap
             new.append((receivers, lost))
         steps += new
         most = max((lost for _, lost in new), key=lambda lost: lost.max())
@@ -558,13 +558,13 @@ def trace_back(
 
 
 def inputs_of_strongest(graph: Graph, lost: Tensor, floor: float, width: int) -> list[list[str]]:
-    """The inputs, by kind, of the writers (but the embedding, which has none) that lost most."""
+    """The inputs (q, k, v, MLP) of the writers (but the embedding, which has none) that lost most."""
     strongest = [i for i in lost.topk(width).indices.tolist() if lost[i] >= floor and i > 0]
     if not strongest:
         return []
     names = [graph.writers[i] for i in strongest]
-    by_kind = [graph.readers(names, kind) for kind in ("q", "k", "v", "MLP")]
-    return [receivers for receivers in by_kind if receivers]
+    by_input = [graph.readers(names, input) for input in ("q", "k", "v", "MLP")]
+    return [receivers for receivers in by_input if receivers]
 
 
 #%% Self-repair: what a head does directly, and who steps in when it fails
@@ -578,12 +578,12 @@ class SelfRepair(NamedTuple):
 
 @t.no_grad()
 def self_repair(
-    model: nn.Module, graph: Graph, pairs: Pairs, head: str, kind: str, memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, head: str, metric: str, memory_gb: float = 1.0
 ) -> SelfRepair:
     """A head's write is set to its mean over pairs and positions: first where the logits read it, then where anyone does (McGrath et al. 2023)."""
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
     mean = mean_write(model, graph, pairs, head, n_pairs)
-    parts = by_groups(partial(replace_write, model, graph, head, mean, kind), pairs, n_pairs)
+    parts = by_groups(partial(replace_write, model, graph, head, mean, metric), pairs, n_pairs)
     losses, changes = zip(*parts)
     lost_directly, lost_in_all = (sum(losses) / len(pairs)).tolist()
     return SelfRepair(lost_directly, lost_in_all, (sum(changes) / len(pairs)).cpu())
@@ -604,11 +604,11 @@ def mean_write(model: nn.Module, graph: Graph, pairs: Pairs, head: str, n_pairs:
 
 
 def replace_write(
-    model: nn.Module, graph: Graph, head: str, mean: Tensor, kind: str, group: Pairs
+    model: nn.Module, graph: Graph, head: str, mean: Tensor, metric: str, group: Pairs
 ) -> tuple[Tensor, Tensor]:
     """Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs, when a head writes `mean`."""
     clean = run_graph(model, graph, group, "clean", also=("ln_final.hook_scale",))
-    metric = make_metric(group, kind, clean.logits)
+    metric_fn = make_metric(group, metric, clean.logits)
     other = clean.writes.clone()
     other[:, :, graph.writers.index(head)] = mean
 
@@ -617,7 +617,7 @@ def replace_write(
         swap = graph.edges([head], receivers).to(other.device).expand(len(group), -1, -1)
         run = EdgeRun(model, graph, swap, other)
         logits = run.run(clean.cache["resid_pre", 0], group.answer_pos)
-        lost = (metric(clean.logits, group.index) - metric(logits, group.index)).sum()
+        lost = (metric_fn(clean.logits, group.index) - metric_fn(logits, group.index)).sum()
         return lost, (other - t.cat(run.gaps, 2))[group.index, group.answer_pos]
 
     lost_directly, _ = fail_head(["logits"])
@@ -653,7 +653,7 @@ def find_roles(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    kind: str,
+    metric: str,
     memory_gb: float = 1.0,
     shuffles: int = 200,
     floor: float = 0.3,
@@ -664,7 +664,7 @@ def find_roles(
     head's score with keys drawn at random. Found {role: heads} above the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition
     heads act on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
     """
-    search = RoleSearch(model, graph, pairs, kind, memory_gb, shuffles, floor, seed)
+    search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed)
     movers = search.name_movers()
     found = {
         "name mover": movers,
@@ -685,7 +685,7 @@ class RoleSearch:
         model: nn.Module,
         graph: Graph,
         pairs: Pairs,
-        kind: str,
+        metric: str,
         memory_gb: float,
         shuffles: int,
         floor: float,
@@ -694,7 +694,7 @@ class RoleSearch:
         self.model = model
         self.graph = graph
         self.pairs = pairs
-        self.kind = kind
+        self.metric = metric
         self.memory_gb = memory_gb
         self.shuffles = shuffles
         self.generator = t.Generator().manual_seed(seed)
@@ -751,7 +751,7 @@ class RoleSearch:
         if not heads or not receivers:
             return []
         rows = [self.graph.writers.index(head) for head in self.graph.head_names]
-        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.kind, self.memory_gb)
+        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
         effect = {head: sign * lost[self.graph.head_names.index(head)].mean() for head in heads}

@@ -262,9 +262,9 @@ def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[
 
 
 #%% Metrics: one number per row, from its logits where the answer is due
-def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def make_metric(pairs: Pairs, metric: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """
-    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. kind: logit_diff (answer - wrong), log_prob of the answer
+    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric: logit_diff (answer - wrong), log_prob of the answer
     in nats, or kl, the divergence from clean_logits (pair, d_vocab) in nats. A difference of two log-probabilities is
     logit_diff: the normaliser cancels. A new metric is a function here and a name in the stories' --metric.
     """
@@ -281,13 +281,13 @@ def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> 
         log_p = clean_logits.float().log_softmax(-1)[pair]
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
-    if kind == "logit_diff":
+    if metric == "logit_diff":
         return logit_diff
-    if kind == "log_prob":
+    if metric == "log_prob":
         return log_prob
-    if kind == "kl":
+    if metric == "kl":
         return kl
-    raise ValueError(f"unknown metric {kind!r}")
+    raise ValueError(f"unknown metric {metric!r}")
 
 
 def chosen(values: Tensor, ids: Tensor) -> Tensor:
@@ -306,14 +306,14 @@ def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
 
 
 @t.no_grad()
-def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
+def baselines(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
     """Metric (pair) of the clean and of the corrupt run."""
 
     def both_runs(group: Pairs) -> Tensor:
         clean_logits = run_from(model, inputs(model, group, "clean"), group.answer_pos)
         corrupt_logits = run_from(model, inputs(model, group, "corrupt"), group.answer_pos)
-        metric = make_metric(group, kind, clean_logits)
-        return t.stack([metric(clean_logits, group.index), metric(corrupt_logits, group.index)])
+        metric_fn = make_metric(group, metric, clean_logits)
+        return t.stack([metric_fn(clean_logits, group.index), metric_fn(corrupt_logits, group.index)])
 
     groups = by_groups(both_runs, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))
     clean, corrupt = t.cat(groups, -1)
@@ -333,7 +333,7 @@ def activation_patch(
     layer: int,
     position: int | slice = slice(None),
     head: int | slice = slice(None),
-    kind: str = "logit_diff",
+    metric: str = "logit_diff",
     direction: Literal["denoise", "noise"] = "denoise",
 ) -> Tensor:
     """
@@ -363,8 +363,8 @@ def activation_patch(
         ]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
 
     logits = run_with_hooks(model, base_tokens, [(hook_name, patch)])
-    metric = make_metric(pairs, kind, clean_logits[pairs.index, pairs.answer_pos])
-    return metric(logits[pairs.index, pairs.answer_pos], pairs.index)
+    metric_fn = make_metric(pairs, metric, clean_logits[pairs.index, pairs.answer_pos])
+    return metric_fn(logits[pairs.index, pairs.answer_pos], pairs.index)
 
 
 #%% Activation patching, the fast form: all layers, heads and places in one growing batch
@@ -488,7 +488,7 @@ def sweep(
     pairs: Pairs,
     site: str,
     by: Literal["pos", "head", "head pos"] = "pos",
-    kind: str = "logit_diff",
+    metric: str = "logit_diff",
     direction: Literal["denoise", "noise"] = "denoise",
     places: dict[str, Tensor] | None = None,
     memory_gb: float = 1.0,
@@ -510,7 +510,7 @@ def sweep(
     if len(pairs) > most_pairs:
 
         def of_group(group: Pairs) -> Tensor:
-            return sweep(model, group, site, by, kind, direction, group.places, memory_gb, skip)
+            return sweep(model, group, site, by, metric, direction, group.places, memory_gb, skip)
 
         return t.cat(by_groups(of_group, replace(pairs, places=places), most_pairs), -1)
 
@@ -528,8 +528,8 @@ def sweep(
         some = cells.take(chosen_cells)
         logits = GrowingBatch(model, pairs, site, some, masks, n_heads).run(resid)
         base_logits, donor_logits, cell_logits = logits.split([len(pairs), len(pairs), len(some)])
-        metric = make_metric(pairs, kind, donor_logits if direction == "denoise" else base_logits)
-        return metric(base_logits, pairs.index), metric(cell_logits, some.pair)
+        metric_fn = make_metric(pairs, metric, donor_logits if direction == "denoise" else base_logits)
+        return metric_fn(base_logits, pairs.index), metric_fn(cell_logits, some.pair)
 
     if len(needed):
         done = list(in_batches(run, needed, max(1, n_rows - 2 * len(pairs)), f"patching {site}"))
@@ -567,18 +567,18 @@ def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) 
 
 
 @t.no_grad()
-def sweep_gates(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> dict[str, float]:
+def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 1.0) -> dict[str, float]:
     """
     What must hold before a sweep is believed, as the largest miss over the largest difference of clean and corrupt: the answer's position unembedded alone
     has the model's own logits, patching nothing is the corrupt run, patching everything before a layer is the clean run.
     """
-    clean, corrupt = baselines(model, pairs, kind, memory_gb)
+    clean, corrupt = baselines(model, pairs, metric, memory_gb)
     logits = model(pairs.clean)[pairs.index, pairs.answer_pos]
-    whole_model = make_metric(pairs, kind, logits)(logits, pairs.index)
+    whole_model = make_metric(pairs, metric, logits)(logits, pairs.index)
 
     def patch_everywhere(on: bool) -> Tensor:
         places = {"all": t.full_like(pairs.clean, on, dtype=t.bool)}
-        return sweep(model, pairs, "resid_pre", kind=kind, places=places, memory_gb=memory_gb, skip=False)
+        return sweep(model, pairs, "resid_pre", metric=metric, places=places, memory_gb=memory_gb, skip=False)
 
     misses = {
         "answer alone unembedded": whole_model - clean,
@@ -705,7 +705,7 @@ def ablation_effects(
     pairs: Pairs,
     rows: Tensor,
     ablations: list[tuple[Part, str, float]],
-    kind: str,
+    metric: str,
     memory_gb: float = 1.0,
 ) -> list[tuple[float, float]]:
     """
@@ -726,10 +726,10 @@ def ablation_effects(
         both = pairs.take(t.cat([index, index - 1]))
         tokens, other_tokens = both.clean.split(len(index))
         runs = AblatedRuns(model, tokens, other_tokens, group.answer_pos, moments, resampled_hooks)
-        metric = make_metric(group, kind, runs.logits)
+        metric_fn = make_metric(group, metric, runs.logits)
 
         def score(logits: Tensor) -> Tensor:
-            return metric(logits, group.index).sum()
+            return metric_fn(logits, group.index).sum()
 
         return runs.scores(ablations, score) / len(pairs)
 
@@ -743,10 +743,10 @@ def ablation_effects(
 
         return runs.scores(ablations, score) / rows[:, 1:].numel()
 
-    metric = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
-    loss = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
-    metric_lost = (1 - metric[1:] / metric[0]).tolist()
-    nats_added = (loss[1:] - loss[0]).tolist()
+    metric_by_run = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
+    loss_by_run = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
+    metric_lost = (1 - metric_by_run[1:] / metric_by_run[0]).tolist()
+    nats_added = (loss_by_run[1:] - loss_by_run[0]).tolist()
     return list(zip(metric_lost, nats_added))
 
 
@@ -826,7 +826,7 @@ def along(direction: Tensor, change: Tensor) -> Tensor:
 
 #%% Attention knock-out
 @t.no_grad()
-def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str) -> Tensor:
+def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, metric: str) -> Tensor:
     """Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions of mask (pair, pos) (Geva et al. 2023)."""
     position = t.arange(pairs.clean.shape[1], device=mask.device)
     is_answer = position == pairs.answer_pos[:, None]
@@ -839,17 +839,17 @@ def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], m
     scores_hooks = [act_name("attn_scores", layer) for layer in layers]
     clean_logits = run_from(model, resid, pairs.answer_pos)
     logits = run_from(model, resid, pairs.answer_pos, layer=0, fwd_hooks=[(scores_hooks, hide)])
-    return make_metric(pairs, kind, clean_logits)(logits, pairs.index)
+    return make_metric(pairs, metric, clean_logits)(logits, pairs.index)
 
 
 def knock_out(
-    model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str, memory_gb: float = 1.0
+    model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, metric: str, memory_gb: float = 1.0
 ) -> Tensor:
     """attention_knock_out in groups of pairs that fit into memory."""
     layers = list(layers)
 
     def of_group(group: Pairs) -> Tensor:
-        return attention_knock_out(model, group, layers, group.places["hidden"], kind)
+        return attention_knock_out(model, group, layers, group.places["hidden"], metric)
 
     masked = replace(pairs, places={"hidden": mask})
     return t.cat(by_groups(of_group, masked, rows_that_fit(model, mask.shape[1], memory_gb)))

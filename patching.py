@@ -86,14 +86,14 @@ task, pairs, test_pairs = read_task(model, cfg)
 streamed = is_streamed(model)
 if not streamed:
     keep_freed_memory()  # blocks that come and go would leave holes
-kind = cfg.metric
+metric = cfg.metric
 n_layers = model.cfg.n_layers
 n_heads = model.cfg.n_heads
 few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for gates and ablations
 middle = len(pairs) // 2
 shown = pairs.take(slice(middle, middle + 1))
 
-about = f"{task}, {Path(cfg.model).name}, {kind}"
+about = f"{task}, {Path(cfg.model).name}, {metric}"
 layer_names = [f"L{layer}" for layer in range(n_layers)]
 head_names = [f"H{head}" for head in range(n_heads)]
 place_names = list(pairs.places)
@@ -106,12 +106,12 @@ print(f"corrupt {''.join(texts(shown.corrupt[0]))}")
 print(f"answer  {texts(shown.answer)[0]!r}, wrong {texts(shown.wrong)[0]!r}; {about_bos(model)}{endc}")
 
 #%% Baselines and gates: before a number is believed, patching nothing changes nothing and patching everything changes everything
-clean, corrupt = baselines(model, pairs, kind, cfg.memory_gb)
-test_clean, test_corrupt = baselines(model, test_pairs, kind, cfg.memory_gb)
+clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
+test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 restored = partial(normalised, clean=clean, corrupt=corrupt)
 test_restored = partial(normalised, clean=test_clean, corrupt=test_corrupt)
 restored(clean)  # refuses equal metrics
-gates = sweep_gates(model, few, kind, cfg.memory_gb)
+gates = sweep_gates(model, few, metric, cfg.memory_gb)
 worst_gate = max(gates.values())
 numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
 print(
@@ -133,11 +133,11 @@ head_sites = [site for site in cfg.site if site in HEADS]
 
 #%% Where does the answer stand in one prompt? Clean activations into the corrupt run, by layer and token
 if stream_sites:
-    shown_clean, shown_corrupt = baselines(model, shown, kind)
-    positions = position_masks(shown, cfg.positions)
+    shown_clean, shown_corrupt = baselines(model, shown, metric)
+    each_position = position_masks(shown, cfg.positions)
     by_token = []
     for site in stream_sites:
-        values = sweep(model, shown, site, by="pos", kind=kind, places=positions)
+        values = sweep(model, shown, site, by="pos", metric=metric, places=each_position)
         by_token.append(normalised(values, shown_clean, shown_corrupt))
 
 #%% ... as a map of layers and tokens
@@ -147,7 +147,7 @@ if stream_sites:
         title=f"Clean activation into the corrupt run at one token (n = 1, {about}; 0 = corrupt, 1 = clean)",
         xlabel="token",
         ylabel="layer",
-        x=[token_labels[int(p)] for p in positions],
+        x=[token_labels[int(p)] for p in each_position],
         y=layer_names,
         panels=stream_sites,
         columns=2,
@@ -160,7 +160,7 @@ if stream_sites:
     by_place = {}
     for site in stream_sites:
         for direction in ("denoise", "noise"):
-            values = sweep(model, pairs, site, "pos", kind, direction, places=pairs.places, memory_gb=cfg.memory_gb)
+            values = sweep(model, pairs, site, "pos", metric, direction, places=pairs.places, memory_gb=cfg.memory_gb)
             by_place[f"{site}, {direction}"] = restored(values)
     numbers["by_place"] = {title: panel.tolist() for title, panel in by_place.items()}
     numbers["places"] = place_names
@@ -193,12 +193,12 @@ if head_sites:
     by_head = {}
     for site in head_sites:
         for direction in ("denoise", "noise"):
-            values = sweep(model, pairs, site, "head", kind, direction, memory_gb=cfg.memory_gb)
+            values = sweep(model, pairs, site, "head", metric, direction, memory_gb=cfg.memory_gb)
             by_head[f"{site}, {direction}"] = restored(values)
     numbers["by_head"] = {title: panel.tolist() for title, panel in by_head.items()}
 
     site = head_sites[0]
-    values = sweep(model, pairs, site, "head pos", kind, places=pairs.places, memory_gb=cfg.memory_gb)
+    values = sweep(model, pairs, site, "head pos", metric, places=pairs.places, memory_gb=cfg.memory_gb)
     head_by_place = restored(values).flatten(0, 1)
 
 #%% ... as a map of layers and heads, and of the first site's heads and places
@@ -235,7 +235,7 @@ if head_sites:
     strongest_heads = []
     for i in found.flatten().argsort(descending=True)[:3].tolist():
         layer, head = divmod(i, found.shape[1])
-        patch_this_head = partial(activation_patch, model, site=site, layer=layer, head=head, kind=kind)
+        patch_this_head = partial(activation_patch, model, site=site, layer=layer, head=head, metric=metric)
         values = t.cat(by_groups(patch_this_head, test_pairs, 16))
         on_test_pairs = test_restored(values).item()
         strongest_heads.append([f"L{layer}H{head}", found[layer, head].item(), on_test_pairs])
@@ -322,7 +322,7 @@ for layer in range(n_layers):
 effects = {}  # {how: {part: (share of the metric lost, nats per token added)}}
 for how in ("zero", "mean", "resample", "noise"):
     ablations = [(part, how, 1.0) for part in parts.values()]
-    effects[how] = dict(zip(parts, ablation_effects(model, few, rows, ablations, kind, cfg.memory_gb)))
+    effects[how] = dict(zip(parts, ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)))
 numbers["ablation"] = effects
 hurts_most = sorted(parts, key=lambda name: -effects["mean"][name][0])
 strongest_head = next(name for name in hurts_most if parts[name].site == "z")
@@ -350,7 +350,7 @@ sigmas = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
 noise_curves = {}
 for name in (strongest_head, strongest_mlp):
     ablations = [(parts[name], "noise", sigma) for sigma in sigmas]
-    noised_effects = ablation_effects(model, few, rows, ablations, kind, cfg.memory_gb)
+    noised_effects = ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)
     noise_curves[name] = [metric_lost for metric_lost, _ in noised_effects]
 numbers["noise_curve"] = noise_curves
 
@@ -368,7 +368,7 @@ show(fig, "patching/noise")
 #%% How few neurons of the strongest MLP, or which direction before it, does the answer need?
 fine = fine_parts(model, few, parts[strongest_mlp].layer, cfg.memory_gb)
 ablations = [(part, "mean", 1.0) for part in fine.values()]
-fine_effects = dict(zip(fine, ablation_effects(model, few, rows, ablations, kind, cfg.memory_gb)))
+fine_effects = dict(zip(fine, ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)))
 numbers["fine_ablation"] = fine_effects
 table = []
 for name in hurts_most[:8]:

@@ -96,12 +96,12 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
 def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, name):
     model = models[name]
     graph = Graph(model)
-    for kind in ("logit_diff", "log_prob"):
-        plain = t.stack([plain_eap(model, graph, pairs, r, kind) for r in graph.receivers], 1)
-        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, kind, steps=3) for r in graph.receivers], 1)
+    for metric in ("logit_diff", "log_prob"):
+        plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in graph.receivers], 1)
+        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in graph.receivers], 1)
         assert plain.abs().max() > 0.1 and (plain - plain_ig).abs().max() > 0.01
-        t.testing.assert_close(eap(model, graph, pairs, kind, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
-        t.testing.assert_close(eap_ig(model, graph, pairs, kind, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(eap(model, graph, pairs, metric, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
 
 
 def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
@@ -129,7 +129,7 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
     """The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or MLP output."""
     model, at = models["ours"], pairs.answer_pos
     graph = Graph(model)
-    metric = make_metric(pairs, "logit_diff")
+    metric_fn = make_metric(pairs, "logit_diff")
     names = [act_name(site, layer) for layer in range(L) for site in ("resid_pre", "resid_mid", "resid_post", "z")]
     _, clean = run_with_cache(model, pairs.clean, names)
     _, corrupt = run_with_cache(model, pairs.corrupt, names)
@@ -137,10 +137,10 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
     block = model.blocks[2]
 
     def value(logits: t.Tensor) -> t.Tensor:
-        return metric(logits[range(3), at], pairs.index)
+        return metric_fn(logits[range(3), at], pairs.index)
 
     expected = {}
-    for kind, W, b, head in (
+    for input, W, b, head in (
         ("q", block.attn.W_Q, block.attn.q.bias, 3),
         ("k", block.attn.W_K, block.attn.k.bias, 1),
         ("v", block.attn.W_V, block.attn.v.bias, 0),
@@ -150,7 +150,7 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
         def put_head(x, hook):
             return x.index_copy(2, t.tensor([head]), new[:, :, None])
 
-        expected[f"L2H{head}.{kind}"] = value(run_with_hooks(model, pairs.clean, [(act_name(kind, 2), put_head)]))
+        expected[f"L2H{head}.{input}"] = value(run_with_hooks(model, pairs.clean, [(act_name(input, 2), put_head)]))
     new_mlp = block.mlp(block.ln2(clean["resid_mid", 2] + change))
     put_mlp = [("blocks.2.hook_mlp_out", lambda x, hook: new_mlp)]
     expected["L2 MLP"] = value(run_with_hooks(model, pairs.clean, put_mlp))
@@ -197,10 +197,10 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
     model, many = models[name], pairs.take(t.arange(3).repeat(16))
     graph = Graph(model)
 
-    def place(i: int) -> t.Tensor:
-        return t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([i]), True)
+    def mask_at(position: int) -> t.Tensor:
+        return t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([position]), True)
 
-    many.places = {"IO": place(0), "S1": place(1), "S1+1": place(2), "S2": place(3)}
+    many.places = {"IO": mask_at(0), "S1": mask_at(1), "S1+1": mask_at(2), "S2": mask_at(3)}
     many.places["end"] = t.arange(8) == many.answer_pos[:, None]
     swaps = t.stack([graph.edges([writer]) for writer in graph.writers[:3]])
     calls = {
@@ -310,7 +310,7 @@ def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(m
     assert steps[0][1][graph.writers.index("L1H2")] == pytest.approx(expected, abs=1e-4)
     strongest = steps[0][1].topk(3).indices.tolist()
     inputs_of = {
-        r for kind in ("q", "k", "v", "MLP") for r in graph.readers([graph.writers[i] for i in strongest], kind)
+        r for input in ("q", "k", "v", "MLP") for r in graph.readers([graph.writers[i] for i in strongest], input)
     }
     assert set(steps[1][0]) <= inputs_of
 
