@@ -63,18 +63,18 @@ def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Fi
     used = {}  # the nodes at an end of some edge
     for w, r in kept.nonzero().tolist():
         writer = graph.writers[w]
-        receiver = graph.receivers[r]
-        reader = receiver.split(".")[0]
+        receiver = graph.receiver_names[r]
+        receiving_node = receiver.split(".")[0]
         used[writer] = coordinates[writer]
-        used[reader] = coordinates[reader]
+        used[receiving_node] = coordinates[receiving_node]
         value = score[w, r].item()
         look = {
-            "color": EDGE_COLORS[graph.reads[r].input],
+            "color": EDGE_COLORS[graph.receivers[r].input],
             "width": 1 + 7 * abs(value) / largest,
             "dash": "solid" if value > 0 else "dot",
         }
         x, y = np.linspace(
-            coordinates[writer], coordinates[reader], 3
+            coordinates[writer], coordinates[receiving_node], 3
         ).T  # the point in the middle is there to hover over
         fig.add_trace(
             go.Scatter(
@@ -172,7 +172,7 @@ if __name__ == "__main__":
 
     of_sweeps = sweep_gates(model, few, metric, cfg.memory_gb)
     scale = 0.01 + (few_clean - few_corrupt).abs().max()
-    no_and_every_edge = t.stack([~graph.upstream, graph.upstream])
+    no_and_every_edge = t.stack([~graph.is_edge, graph.is_edge])
     none_patched, all_patched = edge_patch(model, graph, few, no_and_every_edge, metric, cfg.memory_gb)
     writes_gap, magnitude = write_differences(model, graph, few, cfg.memory_gb)
     of_edges = {
@@ -274,17 +274,17 @@ if __name__ == "__main__" and has_roles:
 #%% Edges: attribution by gradient (EAP) and along a path of gradients (EAP-IG), against the truth
 if __name__ == "__main__":
     print(f"{purple}=== Edges and circuits ==={endc}")
-    n_edges = int(graph.upstream.sum())
+    n_edges = int(graph.is_edge.sum())
     start = time.perf_counter()
     ranking = {"EAP-IG": eap_ig(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)}
     numbers["edge_attribution_seconds"] = time.perf_counter() - start
     ranking["EAP"] = eap(model, graph, pairs, metric, cfg.memory_gb)
-    ranking["magnitude"] = magnitude[:, None].expand(graph.upstream.shape)
-    ranking["random"] = t.rand(graph.upstream.shape)
+    ranking["magnitude"] = magnitude[:, None].expand(graph.is_edge.shape)
+    ranking["random"] = t.rand(graph.is_edge.shape)
 
-    picked = top_edges(graph, t.rand(graph.upstream.shape), [500])[0].nonzero()  # at most 500 are patched one by one
+    picked = top_edges(graph, t.rand(graph.is_edge.shape), [500])[0].nonzero()  # at most 500 are patched one by one
     writer, receiver = picked.unbind(1)
-    single = t.zeros(len(picked), *graph.upstream.shape, dtype=t.bool)
+    single = t.zeros(len(picked), *graph.is_edge.shape, dtype=t.bool)
     single[range(len(picked)), writer, receiver] = True
     lost_by_patching = (few_clean - edge_patch(model, graph, few, single, metric, cfg.memory_gb)).mean(-1).cpu()
     estimates = {
@@ -305,7 +305,7 @@ if __name__ == "__main__":
 
 #%% ... as a scatter of edges: lost by patching, and estimated
 if __name__ == "__main__":
-    edge_names = [f"{graph.writers[w]} to {graph.receivers[r]}" for w, r in picked.tolist()]
+    edge_names = [f"{graph.writers[w]} to {graph.receiver_names[r]}" for w, r in picked.tolist()]
     fig = go.Figure()
     for method, estimated in estimates.items():
         fig.add_trace(
@@ -348,7 +348,7 @@ if __name__ == "__main__":
     faithfulness_by_share[f"all but the {cfg.rank_by} edges (completeness)"] = test_faithfulness_of(values)
 
     # ... and the circuit, all but the circuit, and random circuits of its size
-    rivals = [top_edges(graph, t.rand(graph.upstream.shape), [circuit_size])[0] for _ in range(10)]
+    rivals = [top_edges(graph, t.rand(graph.is_edge.shape), [circuit_size])[0] for _ in range(10)]
     tested = t.stack([circuit, ~circuit, *rivals])
     values = circuit_metric(model, graph, test_pairs, tested, metric, cfg.memory_gb)
     faithfulness, complement, *by_chance = test_faithfulness_of(values).tolist()
