@@ -547,7 +547,7 @@ def trace_back(
     pairs: Pairs,
     metric: str,
     memory_gb: float = 1.0,
-    depth: int = 4,
+    max_steps: int = 16,
     floor: float = 0.05,
     width: int = 3,
 ) -> list[tuple[list[str], Tensor]]:
@@ -559,7 +559,7 @@ def trace_back(
     gap = float(clean - corrupt)
     steps = []
     options = [["logits"]]
-    while options and len(steps) < 4 * depth:
+    while options and len(steps) < max_steps:
         new = []
         for receivers in options:
             lost = path_losses(model, graph, pairs, receivers, metric, memory_gb).mean(1) / gap

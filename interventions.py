@@ -15,6 +15,7 @@ from hooks import (
     blocks_of,
     cache_from_resid,
     device_of,
+    hook_points,
     in_batches,
     is_streamed,
     rows_that_fit,
@@ -495,9 +496,10 @@ def sweep(
     skip: bool = True,
 ) -> Tensor:
     """
-    activation_patch of `site` in every layer, each alone: metric (layer, place, pair), (layer, head, pair) or (layer, head, place, pair). places: masks
-    (pair, pos), default every position; of a pattern the query is placed. k and v have as many heads as keys. Activations stay within memory_gb, however
-    many the pairs. skip: cells before a pair's first difference are not run, as nothing differs there.
+    activation_patch of `site` in every layer, each alone: metric (layer, place, pair), (layer, head, pair) or (layer,
+    head, place, pair). places: named masks (pair, pos) whose positions are patched together, default each position
+    alone; of a pattern the query is placed. k and v have as many heads as keys. Activations stay within memory_gb,
+    however many the pairs. skip: cells before a pair's first difference are not run, as nothing differs there.
     """
     if by == "head":
         places = {"all": t.ones_like(pairs.clean, dtype=t.bool)}
@@ -505,44 +507,60 @@ def sweep(
     for name, mask in places.items():
         if mask.shape != pairs.clean.shape:
             fail(f"place {name!r} is not a mask of {tuple(pairs.clean.shape)} (pair, pos)")
-    n_rows = rows_that_fit(model, pairs.clean.shape[1], memory_gb)
-    most_pairs = max(1, n_rows // 16)
-    if len(pairs) > most_pairs:
-
-        def of_group(group: Pairs) -> Tensor:
-            return sweep(model, group, site, by, metric, direction, group.places, memory_gb, skip)
-
-        return t.cat(by_groups(of_group, replace(pairs, places=places), most_pairs), -1)
-
-    base, donor = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
-    resid = t.cat([inputs(model, pairs, base), inputs(model, pairs, donor)])
-    masks = t.stack(list(places.values()))  # (place, pair, pos)
-    n_heads = 1 if by == "pos" else heads_at(model, site)
-    shape = (model.cfg.n_layers, n_heads, len(masks), len(pairs))
-    touched = masks & can_matter(pairs, resid) if skip else masks
-    cells, touches_any = plan_cells(pairs, shape, touched)
-    needed = touches_any.nonzero()[:, 0] if skip else t.arange(len(cells), device=masks.device)
-
-    def run(chosen_cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Metric of the base runs (pair), and of these cells."""
-        some = cells.take(chosen_cells)
-        logits = GrowingBatch(model, pairs, site, some, masks, n_heads).run(resid)
-        base_logits, donor_logits, cell_logits = logits.split([len(pairs), len(pairs), len(some)])
-        metric_fn = make_metric(pairs, metric, donor_logits if direction == "denoise" else base_logits)
-        return metric_fn(base_logits, pairs.index), metric_fn(cell_logits, some.pair)
-
-    if len(needed):
-        done = list(in_batches(run, needed, max(1, n_rows - 2 * len(pairs)), f"patching {site}"))
-    else:
-        done = [run(needed)]
-    unpatched = done[0][0]
-    patched = t.cat([values for _, values in done])
-    table = unpatched[cells.pair].index_put((needed,), patched).view(shape)
+    of_group = partial(
+        sweep_group,
+        model,
+        site=site,
+        n_heads=1 if by == "pos" else heads_at(model, site),
+        metric=metric,
+        direction=direction,
+        memory_gb=memory_gb,
+        skip=skip,
+    )
+    most_pairs = max(1, rows_that_fit(model, pairs.clean.shape[1], memory_gb) // 16)
+    table = t.cat(by_groups(of_group, replace(pairs, places=places), most_pairs), -1)
     if by == "pos":
         return table[:, 0]
     if by == "head":
         return table[:, :, 0]
     return table
+
+
+def sweep_group(
+    model: nn.Module,
+    group: Pairs,
+    site: str,
+    n_heads: int,
+    metric: str,
+    direction: str,
+    memory_gb: float,
+    skip: bool,
+) -> Tensor:
+    """sweep of a few pairs over their places: metric (layer, head, place, pair). n_heads is 1 where heads go together."""
+    base, donor = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
+    resid = t.cat([inputs(model, group, base), inputs(model, group, donor)])
+    masks = t.stack(list(group.places.values()))  # (place, pair, pos)
+    touched = masks & can_matter(group, resid) if skip else masks
+    shape = (model.cfg.n_layers, n_heads, len(masks), len(group))
+    cells, touches_any = plan_cells(group, shape, touched)
+    needed = touches_any.nonzero()[:, 0] if skip else t.arange(len(cells), device=masks.device)
+
+    def run(chosen_cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Metric of the base runs (pair), and of these cells."""
+        some = cells.take(chosen_cells)
+        logits = GrowingBatch(model, group, site, some, masks, n_heads).run(resid)
+        base_logits, donor_logits, cell_logits = logits.split([len(group), len(group), len(some)])
+        metric_fn = make_metric(group, metric, donor_logits if direction == "denoise" else base_logits)
+        return metric_fn(base_logits, group.index), metric_fn(cell_logits, some.pair)
+
+    if len(needed):
+        n_rows = rows_that_fit(model, group.clean.shape[1], memory_gb)
+        done = list(in_batches(run, needed, max(1, n_rows - 2 * len(group)), f"patching {site}"))
+    else:
+        done = [run(needed)]
+    unpatched = done[0][0]
+    patched = t.cat([values for _, values in done])
+    return unpatched[cells.pair].index_put((needed,), patched).view(shape)
 
 
 def heads_at(model: nn.Module, site: str) -> int:
@@ -581,18 +599,76 @@ def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 
         return sweep(model, pairs, "resid_pre", metric=metric, places=places, memory_gb=memory_gb, skip=False)
 
     misses = {
-        "answer alone unembedded": whole_model - clean,
-        "nothing patched": patch_everywhere(False) - corrupt,
-        "everything patched": patch_everywhere(True) - clean,
+        "answer_alone_unembedded": whole_model - clean,
+        "nothing_patched": patch_everywhere(False) - corrupt,
+        "everything_patched": patch_everywhere(True) - clean,
     }
     scale = 0.01 + (clean - corrupt).abs().max()
-    return {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}
+    return {name: (miss.abs().max() / scale).item() for name, miss in misses.items()}
 
 
 def missed_gates(gates: dict[str, float], model: nn.Module) -> list[str]:
-    """The titles of the gates that miss by more than the model's dtype explains; NaN is a miss."""
+    """The gates that miss by more than the model's dtype explains; NaN is a miss."""
     allowed = 1e-4 if model.W_U.dtype == t.float32 else 5e-2
-    return [title for title, miss in gates.items() if not miss <= allowed]
+    return [name for name, miss in gates.items() if not miss <= allowed]
+
+
+def in_words(gates: dict[str, float]) -> str:
+    """As they are printed: nothing patched 3e-07, ..."""
+    return ", ".join(f"{name.replace('_', ' ')} {miss:.0e}" for name, miss in gates.items())
+
+
+#%% Causal tracing: noise on the subject's embeddings, one clean activation restored (Meng et al. 2022)
+@t.no_grad()
+def embedding_std(model: nn.Module, tokens: Tensor, place_mask: Tensor) -> float:
+    """
+    Standard deviation of the token embeddings at the positions of place_mask (pair, pos), as they enter the first block,
+    so scaled where the model scales them (Gemma). Where positions are added to them, they are read at hook_embed, before.
+    """
+    if "hook_pos_embed" in hook_points(model):
+        _, cache = run_with_cache(model, tokens, "hook_embed")
+        embeddings = cache["hook_embed"]
+    else:
+        embeddings = model(tokens, stop_at_layer=0)
+    return embeddings[place_mask].float().std().item()
+
+
+@t.no_grad()
+def noised_pairs(model: nn.Module, pairs: Pairs, place_mask: Tensor, sigma: float) -> Pairs:
+    """
+    The same pairs, but the corrupt run is the clean one with Gaussian noise of standard deviation sigma on what enters
+    layer 0 at the positions of place_mask (pair, pos). Meng et al. take sigma = 3 embedding_std, and the subject's tokens.
+    """
+    resid = inputs(model, pairs, "clean")
+    noise = sigma * t.randn_like(resid)
+    return replace(pairs, corrupt=pairs.clean, corrupt_resid=resid + noise * place_mask[..., None])
+
+
+@t.no_grad()
+def causal_trace(
+    model: nn.Module, noised: Pairs, site: str, layer: int, place_mask: Tensor, metric: str = "log_prob"
+) -> Tensor:
+    """
+    Causal tracing (Meng et al. 2022): metric (pair) of the noised runs (see noised_pairs) in which `site` of one layer is
+    the clean run's at the positions of place_mask (pair, pos). Plain form of a sweep of noised pairs. (The paper restores
+    attention and MLP outputs in windows of ten layers, here it is one layer.)
+    """
+    # Step 1: a clean run
+    hook_name = act_name(site, layer)
+    clean_logits, clean_cache = run_with_cache(model, noised.clean, hook_name)
+
+    # Step 2: the run again, with the noised embeddings, and the clean activation restored
+    def put_noised(resid: Tensor, hook: nn.Module) -> Tensor:
+        return noised.corrupt_resid.clone()
+
+    def restore(activation: Tensor, hook: nn.Module) -> None:
+        activation[place_mask] = clean_cache[hook_name][place_mask]  # in place: see GrowingBatch.patch
+
+    logits = run_with_hooks(model, noised.clean, [(act_name("resid_pre", 0), put_noised), (hook_name, restore)])
+
+    # Step 3: the metric
+    metric_fn = make_metric(noised, metric, clean_logits[noised.index, noised.answer_pos])
+    return metric_fn(logits[noised.index, noised.answer_pos], noised.index)
 
 
 #%% Ablations, the plain form: a part is zeroed, set to its mean, to another row's value, or drowned in noise

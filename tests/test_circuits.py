@@ -58,8 +58,8 @@ def test_where_writes_do_not_add_up_paths_are_left_out(script, tmp_path):
     model.save_pretrained(tmp_path / "gemma")
     write_tokenizer(tmp_path / "gemma", load_tokenizer(str(ROOT / "models/world")))
     numbers = script("--model", str(tmp_path / "gemma"), "--n", "4", "--held-out", "4")
-    assert numbers["gates"]["writes along the edges add up"] > 1e-2
-    assert numbers["gates"]["everything patched"] < 1e-4
+    assert numbers["gates"]["writes_add_up"] > 1e-2
+    assert numbers["gates"]["everything_patched"] < 1e-4
     assert "circuit" not in numbers and "paths" not in numbers
 
 

@@ -307,7 +307,7 @@ def test_where_the_model_saturates_eap_fails_and_eap_ig_does_not():
 def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(models, pairs):
     model = models["ours"]
     graph = Graph(model)
-    steps = trace_back(model, graph, pairs, "logit_diff", depth=2)
+    steps = trace_back(model, graph, pairs, "logit_diff", max_steps=8)
     assert steps[0][0] == ["logits"] and 1 < len(steps) < 12
     clean, corrupt = baselines(model, pairs, "logit_diff")
     alone = path_patch(model, graph, pairs, "L1H2", "logits")

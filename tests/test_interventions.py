@@ -190,7 +190,7 @@ def test_a_run_from_any_layer_equals_the_whole_run(models, pairs):
 @pytest.mark.parametrize("name", ["ours", "gpt2"])
 def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, name, monkeypatch):
     gates = sweep_gates(models[name], pairs, "log_prob")
-    assert list(gates) == ["answer alone unembedded", "nothing patched", "everything patched"]
+    assert list(gates) == ["answer_alone_unembedded", "nothing_patched", "everything_patched"]
     assert max(gates.values()) < 1e-4
     import interventions
 
@@ -199,9 +199,9 @@ def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, 
 
     monkeypatch.setattr(interventions, "sweep", wrong_sweep)
     gates = sweep_gates(models[name], pairs, "log_prob")
-    assert gates["nothing patched"] > 0.01
-    assert gates["everything patched"] > 0.01
-    assert gates["answer alone unembedded"] < 1e-4
+    assert gates["nothing_patched"] > 0.01
+    assert gates["everything_patched"] > 0.01
+    assert gates["answer_alone_unembedded"] < 1e-4
 
 
 # %% Memory
