@@ -1,4 +1,7 @@
-"""Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads, edge attribution and circuits, on our own models and any TransformerBridge."""
+"""
+Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
+edge attribution and circuits, on our own models and any TransformerBridge.
+"""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from hooks import is_streamed
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
-from interventions import baselines, missed_gates, normalised, read_task, sweep_gates
+from interventions import baselines, in_words, missed_gates, normalised, read_task, sweep_gates
 from graph import (
     WANG,
     Graph,
@@ -36,12 +39,15 @@ import torch as t
 from tabulate import tabulate
 from torch import Tensor
 
-#%% A circuit drawn: layers from below, heads by number, the MLP at the right; an edge's colour is the input it enters, its width the score
+#%% A circuit drawn: an edge's colour is the input that it enters, its width the score
 EDGE_COLORS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
 
 
 def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
-    """(x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper one."""
+    """
+    (x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper
+    one.
+    """
     n_heads = graph.n_heads
     coordinates = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
     for layer in range(graph.n_layers):
@@ -138,7 +144,8 @@ set_seed(cfg.seed)
 model = open_model(cfg.model, (Llama,), device).requires_grad_(False)
 if is_streamed(model):
     fail(
-        "paths need hooks inside every block, and blocks that come from disk have none: patching.py does the residual stream"
+        "paths need hooks inside every block, and blocks that come from disk have none: patching.py does the "
+        "residual stream"
     )
 keep_freed_memory()
 task, pairs, test_pairs = read_task(model, cfg)
@@ -161,7 +168,7 @@ print(f"{gray}clean   {text_of(shown.clean[0])}")
 print(f"corrupt {text_of(shown.corrupt[0])}")
 print(f"answer  {text_of(shown.answer)!r}, wrong {text_of(shown.wrong)!r}; {about_bos(model)}{endc}")
 
-#%% Baselines and gates: before a number is believed, no edge patched changes nothing, every edge patched is the corrupt run, and the writes add up
+#%% Baselines and gates: no edge patched changes nothing, every edge patched is the corrupt run, the writes add up
 clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
 test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 few_clean, few_corrupt = baselines(model, few, metric, cfg.memory_gb)
@@ -182,9 +189,9 @@ of_edges = {
 gates = of_sweeps | of_edges
 numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
 
-said = ", ".join(f"{title} {miss:.0e}" for title, miss in gates.items())
 print(
-    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, {test_corrupt.mean():.3f}); gates: {said}{endc}"
+    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, "
+    f"{test_corrupt.mean():.3f}); gates: {in_words(gates)}{endc}"
 )
 missed = missed_gates(of_sweeps, model)
 if missed:
@@ -192,7 +199,8 @@ if missed:
 missed = missed_gates(of_edges, model)
 if missed:
     print(
-        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream (a norm stands behind them), so paths and circuits are left out{endc}"
+        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream (a norm stands "
+        f"behind them), so paths and circuits are left out{endc}"
     )
     save_results("circuits", cfg, **numbers)
     raise SystemExit
@@ -208,7 +216,10 @@ for title, lost in paths.items():
 #%% ... as a map of writers and the inputs they reach
 fig = imshow(
     t.stack(list(paths.values())),
-    title=f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, {about})",
+    title=(
+        f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, "
+        f"{about})"
+    ),
     xlabel="writer",
     ylabel="inputs",
     x=graph.writers,
@@ -294,7 +305,9 @@ numbers |= {
     "node_attribution": dict(zip(graph.writers, ranking["EAP-IG"].sum(1).tolist())),
 }
 print(
-    f"{cyan}{n_edges} edges attributed in {numbers['edge_attribution_seconds']:.1f} s (EAP-IG, {cfg.ig_steps} steps, {len(pairs)} pairs); correlation with patching {len(picked)} of them: EAP-IG {correlation['EAP-IG']:.2f}, EAP {correlation['EAP']:.2f}{endc}"
+    f"{cyan}{n_edges} edges attributed in {numbers['edge_attribution_seconds']:.1f} s (EAP-IG, {cfg.ig_steps} steps, "
+    f"{len(pairs)} pairs); correlation with patching {len(picked)} of them: EAP-IG {correlation['EAP-IG']:.2f}, EAP "
+    f"{correlation['EAP']:.2f}{endc}"
 )
 
 #%% ... as a scatter of edges: lost by patching, and estimated
@@ -318,7 +331,7 @@ fig.update_layout(
 )
 show(fig, "circuits/attribution")
 
-#%% The circuit: the fewest edges that keep the behaviour, found on some pairs and tested on others, beside random circuits of its size
+#%% The circuit: the fewest edges that keep the behaviour, found on some pairs, tested on others, beside random ones
 shares = [0.0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.3, 0.5, 1.0]
 sizes = [round(share * n_edges) for share in shares]
 ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
@@ -358,7 +371,8 @@ numbers |= {
 }
 for method, (value, low, high) in areas.items():
     print(
-        f"{cyan}area under faithfulness, {method}: {value:.3f} ({low:.3f} to {high:.3f}, 95% over {len(test_pairs)} pairs){endc}"
+        f"{cyan}area under faithfulness, {method}: {value:.3f} ({low:.3f} to {high:.3f}, 95% over {len(test_pairs)} "
+        f"pairs){endc}"
     )
 
 #%% ... as curves of what is kept against edges kept, and drawn edge by edge
@@ -372,7 +386,10 @@ fig = line(
     dashed=[name for name in faithfulness_by_share if not name.startswith("EAP")],
 )
 show(fig, "circuits/faithfulness")
-title = f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by {cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
+title = (
+    f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by "
+    f"{cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
+)
 show(draw_circuit(graph, circuit, ranking[cfg.rank_by], title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
@@ -387,5 +404,8 @@ if areas[better][1] > areas[worse][2]:
     ranked = f"{better} ranks edges best"
 inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
 print(
-    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of the metric on {len(test_pairs)} held-out pairs, as many random edges {np.mean(by_chance):.0%}, all the others {complement:.0%}; {ranked} (areas {areas['EAP-IG'][0]:.3f} by EAP-IG, {areas['EAP'][0]:.3f} by EAP). Gates: the worst misses by {max(gates.values()):.0e}.{endc}"
+    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of "
+    f"the metric on {len(test_pairs)} held-out pairs, as many random edges {np.mean(by_chance):.0%}, all the others "
+    f"{complement:.0%}; {ranked} (areas {areas['EAP-IG'][0]:.3f} by EAP-IG, {areas['EAP'][0]:.3f} by EAP). Gates: the "
+    f"worst misses by {max(gates.values()):.0e}.{endc}"
 )

@@ -1,4 +1,7 @@
-"""The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one edge or one receiver at a time, stand before the fast engine."""
+"""
+The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one
+edge or one receiver at a time, stand before the fast engine.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +17,7 @@ from einops import einsum
 from torch import Tensor
 
 
-#%% The graph: the embedding, every head and every MLP write to the stream; every head's q, k, v, every MLP and the logits read it
+#%% The graph: embedding, heads and MLPs write to the stream; every head's q, k, v, every MLP and the logits read it
 class Receiver(NamedTuple):
     """
     What reads the stream through one norm: its layer, which input it is (q, k, v, MLP, logits), and of q the head, of k
@@ -36,12 +39,11 @@ class Receiver(NamedTuple):
 
 class Graph:
     """
-    writers: names (embed, L0H0, L0 MLP, ...) in the order in which they write. receivers: Receiver tuples in the order in
-    which they read; receiver_names: their names (L0H0.q, L0 MLP, logits). Functions take writers and receivers by name.
-    is_edge (writer, receiver): True where the receiver reads what the writer has written. A mask of that shape is a set
-    of edges.
-    is_input_of (receiver, writer): 1 where the writer computes what it writes from the receiver (L0H0 from L0H0.q).
-    receiver_slices {(layer, input): slice}: where these receivers stand among all.
+    writers: names (embed, L0H0, L0 MLP, ...) in the order in which they write. receivers: Receiver tuples in the
+    order in which they read; receiver_names: their names (L0H0.q, L0 MLP, logits). Functions take writers and
+    receivers by name. is_edge (writer, receiver): True where the receiver reads what the writer has written. A mask
+    of that shape is a set of edges. is_input_of (receiver, writer): 1 where the writer computes what it writes from
+    the receiver (L0H0 from L0H0.q). receiver_slices {(layer, input): slice}: where these receivers stand among all.
     receiver_layers (receiver): the layer that a run must enter at, at the latest, to change what the receiver reads.
     """
 
@@ -128,8 +130,8 @@ class Graph:
 
     def prune(self, kept: Tensor) -> Tensor:
         """
-        Less the edges from writers that no kept edge reaches and into receivers from which none goes on: those carry what
-        the corrupt run writes, kept or not.
+        Less the edges from writers that no kept edge reaches and into receivers from which none goes on: those carry
+        what the corrupt run writes, kept or not.
         """
         is_reached = kept.any(0).float() @ self.is_input_of > 0  # (writer)
         goes_on = self.is_input_of @ kept.any(1).float() > 0  # (receiver)
@@ -167,9 +169,12 @@ def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str, also: tu
     return GraphRun(logits, cache, t.cat(writes, 2))
 
 
-#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver. The engine below gives the same numbers for all edges at once
+#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver
 class InputChange:
-    """Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream as it is."""
+    """
+    Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream
+    as it is.
+    """
 
     def __init__(self, model: nn.Module, receiver: Receiver, change: Tensor):
         self.model = model
@@ -198,7 +203,10 @@ class InputChange:
         self.stream = x
 
     def change_head(self, x: Tensor, hook: nn.Module) -> Tensor:
-        """q, k, v (pair, pos, head, d_head) are linear in the normed stream: one head's moves by its weights times what the norm's output moves by."""
+        """
+        q, k, v (pair, pos, head, d_head) are linear in the normed stream: one head's moves by its weights times what
+        the norm's output moves by.
+        """
         block = self.model.blocks[self.receiver.layer]
         W = getattr(block.attn, f"W_{self.receiver.input.upper()}")[self.receiver.head]
         moved = block.ln1(self.stream + self.change) - block.ln1(self.stream)
@@ -212,8 +220,9 @@ def path_patch(
     model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, metric: str = "logit_diff"
 ) -> Tensor:
     """
-    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path patching (Wang et al. 2023) along one edge.
-    What lies behind the receiver is computed anew. Plain form of edge_patch.
+    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path
+    patching (Wang et al. 2023) along one edge. What lies behind the receiver is computed anew. Plain form of
+    edge_patch.
     """
     # Step 1: a clean and a corrupt run
     clean = run_graph(model, graph, pairs, "clean")
@@ -245,8 +254,8 @@ def input_gradient(
 @t.no_grad()
 def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff") -> Tensor:
     """
-    Edge attribution patching (Syed et al. 2023) of the edges into one receiver (writer): the gradient at its input in the clean run times the writer's
-    clean - corrupt, over positions and d_model, mean over pairs. Plain form of eap.
+    Edge attribution patching (Syed et al. 2023) of the edges into one receiver (writer): the gradient at its input in
+    the clean run times the writer's clean - corrupt, over positions and d_model, mean over pairs. Plain form of eap.
     """
     clean = run_graph(model, graph, pairs, "clean")
     corrupt = run_graph(model, graph, pairs, "corrupt")
@@ -261,7 +270,10 @@ def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metri
 def plain_eap_ig(
     model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff", steps: int = 5
 ) -> Tensor:
-    """EAP with integrated gradients (Hanna et al. 2024): as plain_eap, the gradient averaged over runs between corrupt and clean embeddings. Plain form of eap_ig."""
+    """
+    EAP with integrated gradients (Hanna et al. 2024): as plain_eap, the gradient averaged over runs between corrupt
+    and clean embeddings. Plain form of eap_ig.
+    """
     clean = run_graph(model, graph, pairs, "clean")
     corrupt = run_graph(model, graph, pairs, "corrupt")
     r = graph.receiver_names.index(receiver)
@@ -279,9 +291,10 @@ def plain_eap_ig(
 #%% The engine: one forward pass in which every receiver has an input of its own
 class EdgeRun:
     """
-    One forward pass in which every receiver has its own input, put through the real norm: the stream, but along the edges of swap (row, writer, receiver) the write in
-    other (row, pos, writer, d_model) instead of the run's own; and nudge (row, pos, receiver, d_model) is added. The rows of a batch may be different runs.
-    gaps grow with the pass: other - own of the writers so far, to be joined along the writers.
+    One forward pass in which every receiver has its own input, put through the real norm: the stream, but along the
+    edges of swap (row, writer, receiver) the write in other (row, pos, writer, d_model) instead of the run's own; and
+    nudge (row, pos, receiver, d_model) is added. The rows of a batch may be different runs. gaps grow with the pass:
+    other - own of the writers so far, to be joined along the writers.
     """
 
     def __init__(
@@ -305,7 +318,10 @@ class EdgeRun:
         self.parallel_mlp_change: Tensor | None = None  # where the MLP reads the same stream as attention
 
     def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
-        """Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its writes below."""
+        """
+        Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its
+        writes below.
+        """
         if self.swap is not None:
             below = self.graph.head_slice(layer).start
             own_below = resid[:, :, None] if layer == 0 else own[:, :, :below]
@@ -322,7 +338,9 @@ class EdgeRun:
         return run_from(self.model, resid, answer_pos, layer, fwd_hooks, module_inputs)
 
     def input_change(self, receivers: slice) -> Tensor | None:
-        """(row, pos, receiver, d_model) by which the inputs of these receivers differ from the stream; None: not at all."""
+        """
+        (row, pos, receiver, d_model) by which the inputs of these receivers differ from the stream; None: not at all.
+        """
         nudge = None if self.nudge is None else self.nudge[:, :, receivers]
         if self.swap is None or not self.swap[:, :, receivers].any():
             return nudge
@@ -389,8 +407,9 @@ def edge_patch(
     model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
     """
-    Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the corrupt run's writes; what lies behind a receiver
-    is computed anew, all else stays (path patching, Wang et al. 2023). A circuit is the run in which all other edges are swapped.
+    Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
+    corrupt run's writes; what lies behind a receiver is computed anew, all else stays (path patching, Wang et al.
+    2023). A circuit is the run in which all other edges are swapped.
     """
     swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
@@ -399,7 +418,10 @@ def edge_patch(
 
 
 def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, group: Pairs) -> Tensor:
-    """edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it, it is the clean run."""
+    """
+    edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it,
+    it is the clean run.
+    """
     clean = run_graph(model, graph, group, "clean")
     corrupt = run_graph(model, graph, group, "corrupt")
     metric_fn = make_metric(group, metric, clean.logits)
@@ -429,8 +451,9 @@ def first_swapped_layers(graph: Graph, swaps: Tensor) -> Tensor:
 #%% Edge attribution: what patching each edge would do, by gradient
 def eap(model: nn.Module, graph: Graph, pairs: Pairs, metric: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
     """
-    Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge carried the corrupt write, by the gradient in the
-    clean run, mean over pairs. Summed over receivers: attribution patching of nodes.
+    Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge
+    carried the corrupt write, by the gradient in the clean run, mean over pairs. Summed over receivers: attribution
+    patching of nodes.
     """
     return attribute_edges(model, graph, pairs, metric, [1.0], memory_gb)
 
@@ -443,7 +466,10 @@ def eap_ig(
     steps: int = 5,
     memory_gb: float = 1.0,
 ) -> Tensor:
-    """EAP with integrated gradients (Hanna et al. 2024), (writer, receiver): as eap, the gradient averaged over `steps` runs between corrupt and clean embeddings."""
+    """
+    EAP with integrated gradients (Hanna et al. 2024), (writer, receiver): as eap, the gradient averaged over `steps`
+    runs between corrupt and clean embeddings.
+    """
     assert steps > 0
     return attribute_edges(model, graph, pairs, metric, [(i + 0.5) / steps for i in range(steps)], memory_gb)
 
@@ -451,7 +477,10 @@ def eap_ig(
 def attribute_edges(
     model: nn.Module, graph: Graph, pairs: Pairs, metric: str, alphas: list[float], memory_gb: float
 ) -> Tensor:
-    """(writer, receiver): gradients in runs from corrupt (alpha 0) to clean (1) embeddings, averaged over alphas, times clean - corrupt writes; mean over pairs."""
+    """
+    (writer, receiver): gradients in runs from corrupt (alpha 0) to clean (1) embeddings, averaged over alphas, times
+    clean - corrupt writes; mean over pairs.
+    """
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
     totals = by_groups(partial(attribute_group, model, graph, metric, alphas), pairs, n_pairs)
     return (sum(totals) / len(pairs)).cpu() * graph.is_edge
@@ -483,7 +512,10 @@ def attribute_group(model: nn.Module, graph: Graph, metric: str, alphas: list[fl
 
 @t.no_grad()
 def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0) -> tuple[float, Tensor]:
-    """Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to its largest; the norm of each write, summed over pairs and positions (writer)."""
+    """
+    Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to
+    its largest; the norm of each write, summed over pairs and positions (writer).
+    """
     last = graph.n_layers - 1
 
     def differ(group: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -510,14 +542,20 @@ def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
 def circuit_metric(
     model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
-    """Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all others corrupt."""
+    """
+    Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all
+    others corrupt.
+    """
     return edge_patch(model, graph, pairs, ~circuits, metric, memory_gb)
 
 
 def area(
     values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000
 ) -> tuple[float, float, float]:
-    """Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval from resampled pairs."""
+    """
+    Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval
+    from resampled pairs.
+    """
     n = len(clean)
     resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
     index = t.cat([t.arange(n)[None], resampled]).to(
@@ -552,8 +590,10 @@ def trace_back(
     width: int = 3,
 ) -> list[tuple[list[str], Tensor]]:
     """
-    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the receivers. The receivers are the logits, then the
-    q, k, v and MLP inputs of those writers that lost most (at most `width`, at least `floor`) through an input before (Wang et al. 2023).
+    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the
+    receivers, which are named. First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
+    writers that lost most (at most `width`, at least `floor`) in the last round's strongest step, until max_steps are
+    done (Wang et al. 2023).
     """
     clean, corrupt = t.stack(baselines(model, pairs, metric, memory_gb)).mean(1)
     gap = float(clean - corrupt)
@@ -582,7 +622,10 @@ def inputs_of_strongest(graph: Graph, lost: Tensor, floor: float, width: int) ->
 
 #%% Self-repair: what a head does directly, and who steps in when it fails
 class SelfRepair(NamedTuple):
-    """Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect (writer), in logits of answer - wrong."""
+    """
+    Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect
+    (writer), in logits of answer - wrong.
+    """
 
     lost_directly: float
     lost_in_all: float
@@ -593,7 +636,10 @@ class SelfRepair(NamedTuple):
 def self_repair(
     model: nn.Module, graph: Graph, pairs: Pairs, head: str, metric: str, memory_gb: float = 1.0
 ) -> SelfRepair:
-    """A head's write is set to its mean over pairs and positions: first where the logits read it, then where anyone does (McGrath et al. 2023)."""
+    """
+    A head's write is set to its mean over pairs and positions: first where the logits read it, then where anyone does
+    (McGrath et al. 2023).
+    """
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
     mean = mean_write(model, graph, pairs, head, n_pairs)
     parts = by_groups(partial(replace_write, model, graph, head, mean, metric), pairs, n_pairs)
@@ -619,7 +665,10 @@ def mean_write(model: nn.Module, graph: Graph, pairs: Pairs, head: str, n_pairs:
 def replace_write(
     model: nn.Module, graph: Graph, head: str, mean: Tensor, metric: str, group: Pairs
 ) -> tuple[Tensor, Tensor]:
-    """Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs, when a head writes `mean`."""
+    """
+    Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs,
+    when a head writes `mean`.
+    """
     clean = run_graph(model, graph, group, "clean", also=("ln_final.hook_scale",))
     metric_fn = make_metric(group, metric, clean.logits)
     other = clean.writes.clone()
@@ -673,9 +722,10 @@ def find_roles(
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
-    Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor` or, if larger, the 99th percentile of the best
-    head's score with keys drawn at random. Found {role: heads} above the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition
-    heads act on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
+    Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor`
+    or, if larger, the 99th percentile of the best head's score with keys drawn at random. Found {role: heads} above
+    the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition heads act on the
+    movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
     """
     search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed)
     movers = search.name_movers()
@@ -691,7 +741,10 @@ def find_roles(
 
 
 class RoleSearch:
-    """Which heads look as a role looks (scores, bars, looking), and which of them also do what it does: one method per role."""
+    """
+    Which heads look as a role looks (scores, bars, looking), and which of them also do what it does: one method per
+    role.
+    """
 
     def __init__(
         self,
@@ -760,7 +813,9 @@ class RoleSearch:
         return t.stack(best).quantile(0.99).item()
 
     def acting(self, heads: list[str], receivers: list[str], sign: int = 1) -> list[str]:
-        """Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance."""
+        """
+        Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance.
+        """
         if not heads or not receivers:
             return []
         rows = [self.graph.writers.index(head) for head in self.graph.head_names]

@@ -34,12 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-#%% Prompt pairs: clean and corrupt in as many tokens, an answer and a wrong answer of one token each, and names for their positions
+#%% Prompt pairs: clean and corrupt of one length, an answer and a wrong answer of one token, and named positions
 @dataclass
 class Pairs:
     """
-    clean, corrupt (pair, pos): token ids, padded on the right. answer, wrong (pair): token ids, due after position answer_pos (pair).
-    places: named masks (pair, pos).
+    clean, corrupt (pair, pos): token ids, padded on the right. answer, wrong (pair): token ids, due after position
+    answer_pos (pair). places: named masks (pair, pos).
     """
 
     clean: Tensor
@@ -79,12 +79,18 @@ def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str
     if len(clean_ids) != len(corrupt_ids):
         clean_tokens = [token_text(model, i) for i in clean_ids]
         corrupt_tokens = [token_text(model, i) for i in corrupt_ids]
-        return f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}: {clean_tokens} against {corrupt_tokens}; reword one of them"
+        return (
+            f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}: {clean_tokens} against {corrupt_tokens}; "
+            "reword one of them"
+        )
     for answer in answers:
         with_answer = encode(model, clean + answer)
         if with_answer[:-1] != clean_ids:
             end = [token_text(model, i) for i in with_answer[-3:]]
-            return f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {end}; a word begins with a space, {' ' + answer.strip()!r}"
+            return (
+                f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {end}; a word "
+                f"begins with a space, {' ' + answer.strip()!r}"
+            )
     return None
 
 
@@ -122,8 +128,9 @@ def padded(rows: list[list[int]], device: t.device) -> Tensor:
 
 def find_places(pairs: Pairs) -> dict[str, Tensor]:
     """
-    Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and corrupt has the answer's there; else by what
-    changed. Sorted by where they stand on average; places without a position are left out.
+    Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and
+    corrupt has the answer's there; else by what changed. Sorted by where they stand on average; places without a
+    position are left out.
     """
     position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
     changed = pairs.clean != pairs.corrupt
@@ -179,7 +186,10 @@ def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Ten
 
 #%% Where pairs come from: drawn from a task, read from a file, or typed in
 def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
-    """n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held out of models/world's training."""
+    """
+    n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held
+    out of models/world's training.
+    """
     rng = Random(seed)
     facts = []
     if task == "capitals":
@@ -198,7 +208,8 @@ def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
             rows.append(row)
     if len(rows) < max(1, n):
         fail(
-            f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one length): give your own with --pairs"
+            f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one "
+            "length): give your own with --pairs"
         )
     return make_pairs(model, rows)
 
@@ -227,8 +238,9 @@ def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
 
 def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
     """
-    (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer, wrong), a file (cfg.pairs), whose rows go
-    to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n and, by the next seed, cfg.held_out of them).
+    (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer,
+    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n
+    and, by the next seed, cfg.held_out of them).
     """
     own = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong)
     if any(own) and not all(own):
@@ -265,9 +277,10 @@ def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[
 #%% Metrics: one number per row, from its logits where the answer is due
 def make_metric(pairs: Pairs, metric: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """
-    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric: logit_diff (answer - wrong), log_prob of the answer
-    in nats, or kl, the divergence from clean_logits (pair, d_vocab) in nats. A difference of two log-probabilities is
-    logit_diff: the normaliser cancels. A new metric is a function here and a name in the stories' --metric.
+    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric:
+    logit_diff (answer - wrong), log_prob of the answer in nats, or kl, the divergence from clean_logits (pair,
+    d_vocab) in nats. A difference of two log-probabilities is logit_diff: the normaliser cancels. A new metric is a
+    function here and a name in the stories' --metric.
     """
 
     def logit_diff(logits: Tensor, pair: Tensor) -> Tensor:
@@ -301,7 +314,8 @@ def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
     gap = (clean.mean() - corrupt.mean()).item()
     if abs(gap) < 1e-6:
         fail(
-            "clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers differ"
+            "clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers "
+            "differ"
         )
     return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
 
@@ -338,8 +352,9 @@ def activation_patch(
     direction: Literal["denoise", "noise"] = "denoise",
 ) -> Tensor:
     """
-    Metric (pair) after `site` of one layer, at one position and of one head (default: all of them), was taken from the other run: from the clean run
-    into the corrupt one (denoise), or from the corrupt run into the clean one (noise) (Vig et al. 2020, Meng et al. 2022, Heimersheim & Nanda 2024).
+    Metric (pair) after `site` of one layer, at one position and of one head (default: all of them), was taken from
+    the other run: from the clean run into the corrupt one (denoise), or from the corrupt run into the clean one
+    (noise) (Vig et al. 2020, Meng et al. 2022, Heimersheim & Nanda 2024).
     """
     assert pairs.corrupt_resid is None, "the plain form runs on tokens"
     hook_name = act_name(site, layer)
@@ -372,8 +387,9 @@ def activation_patch(
 @dataclass
 class Cells:
     """
-    The cells of a sweep, an entry each: one layer, head, place and pair. first: the position from which on its run can differ from the plain one.
-    In this order layers come one after the other, so cells join a growing batch in their order.
+    The cells of a sweep, an entry each: one layer, head, place and pair. first: the position from which on its run
+    can differ from the plain one. In this order layers come one after the other, so cells join a growing batch in
+    their order.
     """
 
     layer: Tensor
@@ -391,9 +407,10 @@ class Cells:
 
 class GrowingBatch:
     """
-    One forward pass for many cells of a sweep. Its rows: the base run of every pair, which is to be patched; the donor run of every pair, which is patched
-    from; then a row for each cell. Below the layer that it patches a cell's row is its pair's base run, so it joins there, as a copy of that row, and nothing
-    below is computed again. Layer by layer the model calls
+    One forward pass for many cells of a sweep. Its rows: the base run of every pair, which is to be patched; the
+    donor run of every pair, which is patched from; then a row for each cell. Below the layer that it patches a cell's
+    row is its pair's base run, so it joins there, as a copy of that row, and nothing below is computed again. Layer
+    by layer the model calls
 
         enter     the cells of this layer join
         patch     what they patch becomes the donor's
@@ -420,7 +437,10 @@ class GrowingBatch:
         self.read = ()  # (row), (position) that the MLP of this layer reads
 
     def run(self, resid: Tensor) -> Tensor:
-        """Logits (row, d_vocab) where the answer is due, after base and donor runs enter with resid (2 * pair, pos, d_model)."""
+        """
+        Logits (row, d_vocab) where the answer is due, after base and donor runs enter with resid (2 * pair, pos,
+        d_model).
+        """
         inner = [(block, "in", partial(self.enter, layer)) for layer, block in enumerate(blocks_of(self.model))]
         patches_in_mlp = "mlp" in act_name(self.site, 0)
         if not patches_in_mlp and not is_streamed(self.model):
@@ -448,7 +468,10 @@ class GrowingBatch:
         return t.cat([resid, resid[cells.pair]])
 
     def patch(self, activation: Tensor, hook: nn.Module) -> None:
-        """In place, in the rows that joined last: a bridge's hook_resid_mid hands out what the MLP reads, which is the stream itself."""
+        """
+        In place, in the rows that joined last: a bridge's hook_resid_mid hands out what the MLP reads, which is the
+        stream itself.
+        """
         cells = self.cells_of[self.layer]
         donor = activation[self.n_pairs + cells.pair]
         own = activation[-len(cells) :]
@@ -465,7 +488,10 @@ class GrowingBatch:
         return positions[:, :, None]  # (cell, pos, 1)
 
     def cut(self, layer: int, resid: Tensor) -> Tensor:
-        """What the MLP reads (1, chosen, d_model): positions that can differ, in the last layer only where the answer is due."""
+        """
+        What the MLP reads (1, chosen, d_model): positions that can differ, in the last layer only where the answer is
+        due.
+        """
         read = self.can_differ
         if layer == self.n_layers - 1:
             read = self.position == self.row_answer_pos()[:, None]
@@ -473,7 +499,10 @@ class GrowingBatch:
         return resid[self.read][None]
 
     def restore(self, layer: int, out: Tensor) -> Tensor:
-        """The MLP's output (row, pos, d_model), where it was not computed the base run's; in the last layer zeros, which nothing reads."""
+        """
+        The MLP's output (row, pos, d_model), where it was not computed the base run's; in the last layer zeros, which
+        nothing reads.
+        """
         full = out.new_zeros(*self.can_differ.shape, out.shape[-1])
         full.index_put_(self.read, out[0])
         if layer < self.n_layers - 1:
@@ -536,7 +565,9 @@ def sweep_group(
     memory_gb: float,
     skip: bool,
 ) -> Tensor:
-    """sweep of a few pairs over their places: metric (layer, head, place, pair). n_heads is 1 where heads go together."""
+    """
+    sweep of a few pairs over their places: metric (layer, head, place, pair). n_heads is 1 where heads go together.
+    """
     base, donor = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
     resid = t.cat([inputs(model, group, base), inputs(model, group, donor)])
     masks = t.stack(list(group.places.values()))  # (place, pair, pos)
@@ -569,7 +600,10 @@ def heads_at(model: nn.Module, site: str) -> int:
 
 
 def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:
-    """Mask (pair, pos): from the first position at which the two runs enter differently, up to the answer. resid: (2 * pair, pos, d_model)."""
+    """
+    Mask (pair, pos): from the first position at which the two runs enter differently, up to the answer. resid: (2 *
+    pair, pos, d_model).
+    """
     first_run, second_run = resid.split(len(pairs))
     differs = (first_run != second_run).any(-1)
     position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
@@ -577,7 +611,10 @@ def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:
 
 
 def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) -> tuple[Cells, Tensor]:
-    """All cells of a sweep of this shape (layer, head, place, pair), and a mask (cell) of those that touch anything. touched: (place, pair, pos)."""
+    """
+    All cells of a sweep of this shape (layer, head, place, pair), and a mask (cell) of those that touch anything.
+    touched: (place, pair, pos).
+    """
     axes = [t.arange(n, device=pairs.answer_pos.device) for n in shape]
     layer, head, place, pair = (axis.flatten() for axis in t.meshgrid(*axes, indexing="ij"))
     first = touched.float().argmax(-1)[place, pair]
@@ -587,8 +624,9 @@ def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) 
 @t.no_grad()
 def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 1.0) -> dict[str, float]:
     """
-    What must hold before a sweep is believed, as the largest miss over the largest difference of clean and corrupt: the answer's position unembedded alone
-    has the model's own logits, patching nothing is the corrupt run, patching everything before a layer is the clean run.
+    What must hold before a sweep is believed, as the largest miss over the largest difference of clean and corrupt:
+    the answer's position unembedded alone has the model's own logits, patching nothing is the corrupt run, patching
+    everything before a layer is the clean run.
     """
     clean, corrupt = baselines(model, pairs, metric, memory_gb)
     logits = model(pairs.clean)[pairs.index, pairs.answer_pos]
@@ -622,8 +660,9 @@ def in_words(gates: dict[str, float]) -> str:
 @t.no_grad()
 def embedding_std(model: nn.Module, tokens: Tensor, place_mask: Tensor) -> float:
     """
-    Standard deviation of the token embeddings at the positions of place_mask (pair, pos), as they enter the first block,
-    so scaled where the model scales them (Gemma). Where positions are added to them, they are read at hook_embed, before.
+    Standard deviation of the token embeddings at the positions of place_mask (pair, pos), as they enter the first
+    block, so scaled where the model scales them (Gemma). Where positions are added to them, they are read at
+    hook_embed, before.
     """
     if "hook_pos_embed" in hook_points(model):
         _, cache = run_with_cache(model, tokens, "hook_embed")
@@ -636,8 +675,9 @@ def embedding_std(model: nn.Module, tokens: Tensor, place_mask: Tensor) -> float
 @t.no_grad()
 def noised_pairs(model: nn.Module, pairs: Pairs, place_mask: Tensor, sigma: float) -> Pairs:
     """
-    The same pairs, but the corrupt run is the clean one with Gaussian noise of standard deviation sigma on what enters
-    layer 0 at the positions of place_mask (pair, pos). Meng et al. take sigma = 3 embedding_std, and the subject's tokens.
+    The same pairs, but the corrupt run is the clean one with Gaussian noise of standard deviation sigma on what
+    enters layer 0 at the positions of place_mask (pair, pos). Meng et al. take sigma = 3 embedding_std, and the
+    subject's tokens.
     """
     resid = inputs(model, pairs, "clean")
     noise = sigma * t.randn_like(resid)
@@ -649,9 +689,9 @@ def causal_trace(
     model: nn.Module, noised: Pairs, site: str, layer: int, place_mask: Tensor, metric: str = "log_prob"
 ) -> Tensor:
     """
-    Causal tracing (Meng et al. 2022): metric (pair) of the noised runs (see noised_pairs) in which `site` of one layer is
-    the clean run's at the positions of place_mask (pair, pos). Plain form of a sweep of noised pairs. (The paper restores
-    attention and MLP outputs in windows of ten layers, here it is one layer.)
+    Causal tracing (Meng et al. 2022): metric (pair) of the noised runs (see noised_pairs) in which `site` of one
+    layer is the clean run's at the positions of place_mask (pair, pos). Plain form of a sweep of noised pairs. (The
+    paper restores attention and MLP outputs in windows of ten layers, here it is one layer.)
     """
     # Step 1: a clean run
     hook_name = act_name(site, layer)
@@ -673,7 +713,10 @@ def causal_trace(
 
 #%% Ablations, the plain form: a part is zeroed, set to its mean, to another row's value, or drowned in noise
 class Part(NamedTuple):
-    """Of `site` in a layer: of the change (row, pos, ...) that an ablation makes there, keep lets only the part's own through."""
+    """
+    Of `site` in a layer: of the change (row, pos, ...) that an ablation makes there, keep lets only the part's own
+    through.
+    """
 
     site: str
     layer: int
@@ -692,7 +735,10 @@ class Moments(NamedTuple):
 
 
 def ablated(x: Tensor, how: str, moments: Moments | None, other: Tensor | None, sigma: float = 1.0) -> Tensor:
-    """What an ablation puts in the place of x (row, pos, ...). mean and noise need moments over text, resample needs another run's activation."""
+    """
+    What an ablation puts in the place of x (row, pos, ...). mean and noise need moments over text, resample needs
+    another run's activation.
+    """
     if how == "zero":
         return 0 * x
     if how == "mean":
@@ -707,8 +753,9 @@ def ablated(x: Tensor, how: str, moments: Moments | None, other: Tensor | None, 
 @t.no_grad()
 def ablate(model: nn.Module, tokens: Tensor, part: Part, text: Tensor, how: str, sigma: float = 1.0) -> Tensor:
     """
-    Logits (row, pos, d_vocab) of a run in which a part is ablated. how: zero; mean over text (row, pos); resample, the row before at the same position
-    (Chan et al. 2022); noise of sigma standard deviations over text. The first position of text, which attends only to itself, is left out.
+    Logits (row, pos, d_vocab) of a run in which a part is ablated. how: zero; mean over text (row, pos); resample,
+    the row before at the same position (Chan et al. 2022); noise of sigma standard deviations over text. The first
+    position of text, which attends only to itself, is left out.
     """
     _, text_cache = run_with_cache(model, text, part.hook_name)
     over_text = text_cache[part.hook_name][:, 1:].float()
@@ -729,8 +776,9 @@ mean_ablation = partial(ablate, how="mean")  # (Wang et al. 2022)
 #%% Ablations, the fast form: many of them on the same rows, each from its own layer on
 class AblatedRuns:
     """
-    Runs of the same tokens (row, pos) with one ablation each. The plain run leaves the stream before every layer, and an ablation's run starts from it at its
-    own layer. Logits are (row, d_vocab) at answer_pos, or (row, pos, d_vocab) where that is None. other_tokens: the rows to resample from.
+    Runs of the same tokens (row, pos) with one ablation each. The plain run leaves the stream before every layer, and
+    an ablation's run starts from it at its own layer. Logits are (row, d_vocab) at answer_pos, or (row, pos, d_vocab)
+    where that is None. other_tokens: the rows to resample from.
     """
 
     def __init__(
@@ -785,8 +833,9 @@ def ablation_effects(
     memory_gb: float = 1.0,
 ) -> list[tuple[float, float]]:
     """
-    For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the share of the clean metric lost, and the
-    loss added on that text in nats per token. resample takes the row before, same position.
+    For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the
+    share of the clean metric lost, and the loss added on that text in nats per token. resample takes the row before,
+    same position.
     """
     ablated_hooks = unique(part.hook_name for part, _, _ in ablations)
     resampled_hooks = unique(part.hook_name for part, how, _ in ablations if how == "resample")
@@ -862,7 +911,10 @@ def moments_over_text(model: nn.Module, rows: Tensor, names: list[str], at_once:
 #%% Parts finer than a head or an MLP: neurons and directions
 @t.no_grad()
 def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.0) -> dict[str, Part]:
-    """Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the direction in which the stream before it differs most; beside random ones."""
+    """
+    Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the
+    direction in which the stream before it differs most; beside random ones.
+    """
     neuron_gap, stream_gap = differences_at_answer(model, pairs, ["post", "resid_pre"], layer, memory_gb)
     strength = neuron_gap.abs().mean(0) * model.blocks[layer].mlp.W_out.float().norm(dim=-1)
     strongest = strength.argsort(descending=True)
@@ -903,7 +955,10 @@ def along(direction: Tensor, change: Tensor) -> Tensor:
 #%% Attention knock-out
 @t.no_grad()
 def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, metric: str) -> Tensor:
-    """Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions of mask (pair, pos) (Geva et al. 2023)."""
+    """
+    Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions
+    of mask (pair, pos) (Geva et al. 2023).
+    """
     position = t.arange(pairs.clean.shape[1], device=mask.device)
     is_answer = position == pairs.answer_pos[:, None]
     hidden = is_answer[:, :, None] & mask[:, None, :]  # (pair, query, key)

@@ -1,4 +1,7 @@
-"""Which activations cause the answer? Activation patching, causal tracing, attention knock-out and ablations, on our own models and any TransformerBridge."""
+"""
+Which activations cause the answer? Activation patching, causal tracing, attention knock-out and ablations, on our own
+models and any TransformerBridge.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +33,12 @@ from interventions import (
     activation_patch,
     baselines,
     by_groups,
+    embedding_std,
     fine_parts,
-    inputs,
+    in_words,
     knock_out,
     missed_gates,
+    noised_pairs,
     normalised,
     position_masks,
     read_task,
@@ -64,7 +69,8 @@ class Config:
     held_out: int = 100  # pairs to test on what was found
     # weights come block by block where they do not fit, always, never; then the stream alone is patched
     offload: Literal["auto", "on", "off"] = "auto"
-    # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset; default world for models/world, else stdlib
+    # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset;
+    # default world for models/world, else stdlib
     data: str | None = None
     memory_gb: float = 1.0  # cap on activations
     seed: int = 0
@@ -105,7 +111,7 @@ print(f"{gray}clean   {''.join(texts(shown.clean[0]))}")
 print(f"corrupt {''.join(texts(shown.corrupt[0]))}")
 print(f"answer  {texts(shown.answer)[0]!r}, wrong {texts(shown.wrong)[0]!r}; {about_bos(model)}{endc}")
 
-#%% Baselines and gates: before a number is believed, patching nothing changes nothing and patching everything changes everything
+#%% Baselines and gates: patching nothing must change nothing, patching everything must give the clean run
 clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
 test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 restored = partial(normalised, clean=clean, corrupt=corrupt)
@@ -115,7 +121,8 @@ gates = sweep_gates(model, few, metric, cfg.memory_gb)
 worst_gate = max(gates.values())
 numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
 print(
-    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, {test_corrupt.mean():.3f}); gates: {', '.join(f'{title} {miss:.0e}' for title, miss in gates.items())}{endc}"
+    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, "
+    f"{test_corrupt.mean():.3f}); gates: {in_words(gates)}{endc}"
 )
 missed = missed_gates(gates, model)
 if missed:
@@ -155,7 +162,7 @@ if stream_sites:
     )
     show(fig, "patching/tokens")
 
-#%% ... and in all prompts? By layer and place, clean into corrupt (what suffices) and corrupt into clean (what is needed)
+#%% ... and in all prompts? By place, clean into corrupt (what suffices) and corrupt into clean (what is needed)
 if stream_sites:
     by_place = {}
     for site in stream_sites:
@@ -171,13 +178,19 @@ if stream_sites:
         layer_names[layer]: [place_names[best_place[layer]], best_restored[layer].item()] for layer in range(n_layers)
     }
     numbers["answer_stands_at"] = {first_site: stands_at}
-    where_it_stands = f"At {first_site} the answer stands at {' '.join(f'{layer} {place} {value:.0%}' for layer, (place, value) in stands_at.items())}"
+    where_it_stands = (
+        f"At {first_site} the answer stands at "
+        f"{' '.join(f'{layer} {place} {value:.0%}' for layer, (place, value) in stands_at.items())}"
+    )
 
 #%% ... as a map of layers and places
 if stream_sites:
     fig = imshow(
         t.stack(list(by_place.values())),
-        title=f"Clean into corrupt (denoise), corrupt into clean (noise) by place (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean)",
+        title=(
+            f"Clean into corrupt (denoise), corrupt into clean (noise) by place (n = {len(pairs)}, {about}; 0 = "
+            "corrupt, 1 = clean)"
+        ),
         xlabel="place",
         ylabel="layer",
         x=place_names,
@@ -206,7 +219,10 @@ if head_sites:
     every_head = [panel.repeat_interleave(n_heads // panel.shape[1], 1) for panel in by_head.values()]
     fig = imshow(
         t.stack(every_head),
-        title=f"Patching by head (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean; heads that share keys show one value)",
+        title=(
+            f"Patching by head (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean; heads that share keys show one "
+            "value)"
+        ),
         xlabel="head",
         ylabel="layer",
         x=head_names,
@@ -240,25 +256,28 @@ if head_sites:
         on_test_pairs = test_restored(values).item()
         strongest_heads.append([f"L{layer}H{head}", found[layer, head].item(), on_test_pairs])
     numbers["strongest_heads"] = {site: strongest_heads}
-    the_strongest = f"those whose clean {site} restores most are {', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
+    the_strongest = (
+        f"those whose clean {site} restores most are "
+        f"{', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
+    )
 
 #%% Where the weights come block by block the story ends here: heads and MLPs are not hooked
 if streamed:
     save_results("patching", cfg, **numbers, worst_gate=worst_gate)
     print(
-        f"{green}{where_it_stands} (share of the metric that the clean stream there restores; the weights were streamed). Gates: the worst misses by {worst_gate:.0e}.{endc}"
+        f"{green}{where_it_stands} (share of the metric that the clean stream there restores; the weights were "
+        f"streamed). Gates: the worst misses by {worst_gate:.0e}.{endc}"
     )
     raise SystemExit
 
-#%% Facts: noise on the subject's embeddings, one clean activation restored by layer and place (causal tracing; Meng et al. 2022)
+#%% Facts: noise on the subject's embeddings, one clean activation restored (causal tracing; Meng et al. 2022)
 if task == "capitals":
-    sigma = 3 * model.W_E.float().std().item()
-    resid = inputs(model, pairs, "clean")
-    noise = sigma * t.randn_like(resid)
-    noised = replace(pairs, corrupt_resid=resid + noise * pairs.places["changed"][..., None])
+    subject = pairs.places["changed"]
+    sigma = 3 * embedding_std(model, pairs.clean, subject)
+    noised = noised_pairs(model, pairs, subject, sigma)
     noised_clean, noised_corrupt = baselines(model, noised, "log_prob")
     tracing = {}
-    for site in ("resid_post", "attn_out", "mlp_out"):
+    for site in ("resid_post", "attn_out", "mlp_out"):  # causal_trace at every layer and place
         values = sweep(model, noised, site, "pos", "log_prob", places=pairs.places, memory_gb=cfg.memory_gb)
         tracing[site] = normalised(values, noised_clean, noised_corrupt)
     numbers["places"] = place_names
@@ -268,7 +287,11 @@ if task == "capitals":
 if task == "capitals":
     fig = imshow(
         t.stack(list(tracing.values())),
-        title=f"Causal tracing: subject noised by {sigma:.2f}, one clean activation restored (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = noised {noised_corrupt.mean():.2f}, 1 = clean {noised_clean.mean():.2f} nats)",
+        title=(
+            f"Causal tracing: subject under noise of 3 standard deviations ({sigma:.2f}), one clean activation "
+            f"restored (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = noised "
+            f"{noised_corrupt.mean():.2f}, 1 = clean {noised_clean.mean():.2f} nats)"
+        ),
         xlabel="place",
         ylabel="layer",
         x=place_names,
@@ -279,7 +302,7 @@ if task == "capitals":
     )
     show(fig, "patching/tracing")
 
-#%% Facts: which places may the answer's position not stop looking at? Attention knocked out layer by layer, and in all layers
+#%% Facts: which places must the answer's position look at? Attention knocked out layer by layer, and in all layers
 if task == "capitals":
     layers_knocked_out = [[layer] for layer in range(n_layers)] + [list(range(n_layers))]
     metric_left = {}
@@ -291,16 +314,22 @@ if task == "capitals":
             values = knock_out(model, pairs, these_layers, mask, "log_prob", cfg.memory_gb)
             metric_left[place].append(normalised(values, noised_clean, noised_corrupt).item())
     numbers["knock_out"] = metric_left
-    subject = place_names.index("changed")
+    subject_column = place_names.index("changed")
     print(
-        f"{cyan}the clean subject after layer 0 restores {tracing['resid_post'][0, subject]:.0%}, one MLP output there at most {tracing['mlp_out'][:, subject].max():.0%}; without attention from the answer's position to the subject {metric_left['changed'][-1]:.2f} is left, to the words between {metric_left['between'][-1]:.2f} (1 = clean, 0 = subject noised){endc}"
+        f"{cyan}the clean subject after layer 0 restores {tracing['resid_post'][0, subject_column]:.0%}, one MLP "
+        f"output there at most {tracing['mlp_out'][:, subject_column].max():.0%}; without attention from the answer's "
+        f"position to the subject {metric_left['changed'][-1]:.2f} is left, to the words between "
+        f"{metric_left['between'][-1]:.2f} (1 = clean, 0 = subject noised){endc}"
     )
 
 #%% ... as a map of places and layers
 if task == "capitals":
     fig = imshow(
         t.tensor(list(metric_left.values())),
-        title=f"Attention from the answer's position knocked out (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = subject noised, 1 = clean)",
+        title=(
+            f"Attention from the answer's position knocked out (n = {len(pairs)}, {Path(cfg.model).name}, "
+            "log-probability: 0 = subject noised, 1 = clean)"
+        ),
         xlabel="layer",
         ylabel="to",
         x=[*layer_names, "all"],
@@ -387,5 +416,6 @@ if stream_sites:
 if head_sites:
     print(f"{green}Of {n_layers * found.shape[1]} heads, {the_strongest}.{endc}")
 print(
-    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric, and {nats:+.2f} nats per token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
+    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric, and {nats:+.2f} nats per "
+    f"token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
 )

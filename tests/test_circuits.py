@@ -1,4 +1,7 @@
-"""The story of circuits.py on small runs: any bridge and any pairs, models whose writes do not add up, streamed weights, wrong command lines."""
+"""
+The story of circuits.py on small runs: any bridge and any pairs, models whose writes do not add up, streamed weights,
+wrong command lines.
+"""
 
 import json
 
@@ -30,7 +33,9 @@ def test_any_bridge_and_any_pairs(script, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     write_tokenizer(tmp_path / "gpt2", load_tokenizer(str(ROOT / "models/world")))
     (tmp_path / "pairs.csv").write_text(
-        "clean,corrupt,answer,wrong\nThen Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\nSoon Tom saw,Soon Paul saw, the, a\n"
+        "clean,corrupt,answer,wrong\n"
+        "Then Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\n"
+        "Soon Tom saw,Soon Paul saw, the, a\n"
     )
     given = ("--model", str(tmp_path / "gpt2"), "--pairs", str(tmp_path / "pairs.csv"))
     numbers = script(*given, "--metric", "log_prob")

@@ -1,4 +1,7 @@
-"""The engine of edges against plain forms written out by hand, against activation patching, against closed forms, and against hand-built models whose answer is known."""
+"""
+The engine of edges against plain forms written out by hand, against activation patching, against closed forms, and
+against hand-built models whose answer is known.
+"""
 
 import pytest
 import torch as t
@@ -131,7 +134,10 @@ def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
 
 @t.no_grad()
 def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
-    """The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or MLP output."""
+    """
+    The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or
+    MLP output.
+    """
     model, at = models["ours"], pairs.answer_pos
     graph = Graph(model)
     metric_fn = make_metric(pairs, "logit_diff")
@@ -252,7 +258,10 @@ class Saturating(nn.Module):
 
 
 def hand_built(mlp: type) -> Llama:
-    """No norms, attention uniform (so constant), the MLP given: the first token's embedding reaches the logits along paths that are known."""
+    """
+    No norms, attention uniform (so constant), the MLP given: the first token's embedding reaches the logits along
+    paths that are known.
+    """
     t.manual_seed(0)
     config = LlamaConfig(n_layers=2, n_heads=2, n_kv_heads=2, d_model=8, d_head=4, d_mlp=8, d_vocab=20)
     model = Llama(config).requires_grad_(False)

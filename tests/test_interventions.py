@@ -1,4 +1,7 @@
-"""Interventions: the fast forms against the plain ones, against transformer_lens.patching, and against hooks written out by hand."""
+"""
+Interventions: the fast forms against the plain ones, against transformer_lens.patching, and against hooks written out
+by hand.
+"""
 
 from dataclasses import dataclass
 
@@ -18,13 +21,16 @@ from interventions import (
     ablation_effects,
     activation_patch,
     baselines,
+    causal_trace,
     draw_pairs,
+    embedding_std,
     fine_parts,
     knock_out,
     make_metric,
     make_pairs,
     mean_ablation,
     missed_gates,
+    noised_pairs,
     normalised,
     position_masks,
     read_task,
@@ -202,6 +208,35 @@ def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, 
     assert gates["nothing_patched"] > 0.01
     assert gates["everything_patched"] > 0.01
     assert gates["answer_alone_unembedded"] < 1e-4
+
+
+# %% Causal tracing
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gemma2"])
+def test_a_sweep_of_noised_pairs_equals_causal_trace(models, pairs, name):
+    model = models[name]
+    subject = pairs.places["changed"]
+    t.manual_seed(0)
+    noised = noised_pairs(model, pairs, subject, 3 * embedding_std(model, pairs.clean, subject))
+    for site in ("resid_pre", "resid_post", "attn_out", "mlp_out"):
+        found = sweep(model, noised, site, metric="log_prob", places=pairs.places)  # (layer, place, pair)
+        assert found.std(0).max() > 0.01
+        for layer in range(L):
+            for i, mask in enumerate(pairs.places.values()):
+                expected = causal_trace(model, noised, site, layer, mask)
+                t.testing.assert_close(found[layer, i], expected, atol=1e-4, rtol=0, msg=f"{site} {layer} {i}")
+
+
+def test_noise_is_measured_by_the_embeddings_that_enter_the_first_block(models, pairs):
+    """Scaled where the model scales them, without the positions that a model adds, and put on the subject alone."""
+    subject = pairs.places["changed"]
+    for name, scale in (("ours", 1), ("gpt2", 1), ("gemma2", 32**0.5)):
+        model = models[name]
+        embeddings = model.W_E[pairs.clean][subject].float()
+        sigma = embedding_std(model, pairs.clean, subject)
+        assert sigma == pytest.approx(scale * embeddings.std().item(), rel=1e-3), name
+        change = noised_pairs(model, pairs, subject, sigma).corrupt_resid - model(pairs.clean, stop_at_layer=0)
+        assert change[subject].std().item() == pytest.approx(sigma, rel=0.3), name
+        assert not change[~subject].any(), name
 
 
 # %% Memory
