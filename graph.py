@@ -312,10 +312,10 @@ class EdgeRun:
         self.nudge = nudge
         self.gaps: list[Tensor] = []
         # of the layer that the pass is in
-        self.normed_change: Tensor | None = (
-            None  # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
-        )
-        self.parallel_mlp_change: Tensor | None = None  # where the MLP reads the same stream as attention
+        # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
+        self.normed_change: Tensor | None = None
+        # what the MLP's input moves by, where it reads the same stream as attention
+        self.parallel_mlp_change: Tensor | None = None
 
     def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
         """
@@ -558,9 +558,8 @@ def area(
     """
     n = len(clean)
     resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
-    index = t.cat([t.arange(n)[None], resampled]).to(
-        clean.device
-    )  # (1 + draws, pair); the first is the pairs themselves
+    # (1 + draws, pair); the first row is the pairs themselves
+    index = t.cat([t.arange(n)[None], resampled]).to(clean.device)
     clean_mean = clean[index].mean(-1)
     corrupt_mean = corrupt[index].mean(-1)
     faithfulness = (values[:, index].mean(-1) - corrupt_mean) / (clean_mean - corrupt_mean)  # (size, 1 + draws)

@@ -374,9 +374,8 @@ def activation_patch(
         where = (slice(None), position)
 
     def patch(activation: Tensor, hook: nn.Module) -> None:
-        activation[where] = donor[
-            where
-        ]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
+        # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
+        activation[where] = donor[where]
 
     logits = run_with_hooks(model, base_tokens, [(hook_name, patch)])
     metric_fn = make_metric(pairs, metric, clean_logits[pairs.index, pairs.answer_pos])
