@@ -39,12 +39,15 @@ class Receiver(NamedTuple):
 
 class Graph:
     """
-    writers: names (embed, L0H0, L0 MLP, ...) in the order in which they write. receivers: Receiver tuples in the
-    order in which they read; receiver_names: their names (L0H0.q, L0 MLP, logits). Functions take writers and
-    receivers by name. is_edge (writer, receiver): True where the receiver reads what the writer has written. A mask
-    of that shape is a set of edges. is_input_of (receiver, writer): 1 where the writer computes what it writes from
-    the receiver (L0H0 from L0H0.q). receiver_slices {(layer, input): slice}: where these receivers stand among all.
-    receiver_layers (receiver): the layer that a run must enter at, at the latest, to change what the receiver reads.
+    Who writes to the stream, who reads it, and the edges between them. Functions take writers and receivers by name.
+
+    writers: names (embed, L0H0, L0 MLP, ...), in the order in which they write.
+    receivers: Receiver tuples, in the order in which they read.
+    receiver_names: their names (L0H0.q, L0 MLP, logits).
+    receiver_slices {(layer, input): slice}: where these receivers stand among all.
+    receiver_layers (receiver): the last layer at which a run can enter and still change what the receiver reads.
+    is_edge (writer, receiver): True where the receiver reads what the writer writes. Masks of this shape are sets of edges.
+    is_input_of (receiver, writer): 1 where the writer computes what it writes from the receiver (L0H0 from L0H0.q).
     """
 
     def __init__(self, model: nn.Module):
@@ -291,10 +294,13 @@ def plain_eap_ig(
 #%% The engine: one forward pass in which every receiver has an input of its own
 class EdgeRun:
     """
-    One forward pass in which every receiver has its own input, put through the real norm: the stream, but along the
-    edges of swap (row, writer, receiver) the write in other (row, pos, writer, d_model) instead of the run's own; and
-    nudge (row, pos, receiver, d_model) is added. The rows of a batch may be different runs. gaps grow with the pass:
-    other - own of the writers so far, to be joined along the writers.
+    One forward pass in which every receiver has its own input, put through the real norm. That is the stream, but
+
+    along the edges of swap (row, writer, receiver) the write in other (row, pos, writer, d_model) instead of the run's own;
+    plus nudge (row, pos, receiver, d_model).
+
+    The rows of a batch may be different runs. gaps grow with the pass: other - own of the writers so far, to be joined
+    along the writers.
     """
 
     def __init__(
