@@ -46,7 +46,7 @@ class Graph:
     receiver_names: their names (L0H0.q, L0 MLP, logits).
     receiver_slices {(layer, input): slice}: where these receivers stand among all.
     receiver_layers (receiver): the last layer at which a run can enter and still change what the receiver reads.
-    is_edge (writer, receiver): True where the receiver reads what the writer writes. Masks of this shape are sets of edges.
+    is_edge (writer, receiver): True where the receiver reads what the writer writes. Such masks are sets of edges.
     is_input_of (receiver, writer): 1 where the writer computes what it writes from the receiver (L0H0 from L0H0.q).
     """
 
@@ -296,7 +296,7 @@ class EdgeRun:
     """
     One forward pass in which every receiver has its own input, put through the real norm. That is the stream, but
 
-    along the edges of swap (row, writer, receiver) the write in other (row, pos, writer, d_model) instead of the run's own;
+    along the edges of swap (row, writer, receiver) the write in other (row, pos, writer, d_model), not the run's own;
     plus nudge (row, pos, receiver, d_model).
 
     The rows of a batch may be different runs. gaps grow with the pass: other - own of the writers so far, to be joined
