@@ -141,10 +141,10 @@ def race_patching(
     memory_gb: float,
 ) -> PatchingRace:
     """Runs interleaved; the clean run's cache, which both need, counts for both. ours: a model of ours, or the bridge."""
-    metric = make_metric(pairs, "logit_diff")
+    metric_fn = make_metric(pairs, "logit_diff")
 
     def their_metric(logits: Tensor) -> Tensor:
-        return metric(logits[:, -1], pairs.index).mean()
+        return metric_fn(logits[:, -1], pairs.index).mean()
 
     sweep(ours, pairs, site, by)  # both are warm
     bridge.run_with_cache(pairs.clean)
@@ -187,14 +187,14 @@ def bench_patching(device: str, seed: int, memory_gb: float) -> dict:
     world, _ = racers["world"]
     pool = draw_pairs(world, "ioi", 1000, seed)
     same_length = pool.take((pool.answer_pos == 14).nonzero()[:, 0])
-    kinds = (
+    sweeps = (
         ("resid_pre", "resid_pre", "pos", theirs.get_act_patch_resid_pre),
         ("head", "z", "head", theirs.get_act_patch_attn_head_out_all_pos),
     )
     numbers: dict = {"max_abs_diff": 0.0}
     for name, n_pairs in itertools.product(racers, (1, 32)):
         pairs = same_length.take(slice(0, n_pairs))
-        for title, site, by, their_sweep in kinds:
+        for title, site, by, their_sweep in sweeps:
             race = race_patching(
                 *racers[name],
                 pairs=pairs,

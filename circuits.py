@@ -1,4 +1,7 @@
-"""Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads, edge attribution and circuits, on our own models and any TransformerBridge."""
+"""
+Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
+edge attribution and circuits, on our own models and any TransformerBridge.
+"""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from hooks import is_streamed
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
-from interventions import baselines, missed_gates, normalised, read_task, sweep_gates
+from interventions import baselines, in_words, missed_gates, normalised, read_task, sweep_gates
 from graph import (
     WANG,
     Graph,
@@ -36,44 +39,49 @@ import torch as t
 from tabulate import tabulate
 from torch import Tensor
 
-#%% A circuit drawn: layers from below, heads by number, the MLP at the right; an edge's colour is the input it enters, its width the score
+#%% A circuit drawn: an edge's colour is the input that it enters, its width the score
 EDGE_COLORS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
 
 
-def node_places(graph: Graph) -> dict[str, tuple[float, float]]:
-    """(x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper one."""
+def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
+    """
+    (x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper
+    one.
+    """
     n_heads = graph.n_heads
-    places = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
+    coordinates = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
     for layer in range(graph.n_layers):
         for head in range(n_heads):
-            places[f"L{layer}H{head}"] = (float(head), 2.0 * layer)
-        places[f"L{layer} MLP"] = (n_heads + 0.5, 2.0 * layer + 1)
-    return places
+            coordinates[f"L{layer}H{head}"] = (float(head), 2.0 * layer)
+        coordinates[f"L{layer} MLP"] = (n_heads + 0.5, 2.0 * layer + 1)
+    return coordinates
 
 
 def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
     """The edges kept (writer, receiver) with their scores; dotted where an edge works against the answer."""
     fig = go.Figure()
-    for kind, color in EDGE_COLORS.items():
+    for input, color in EDGE_COLORS.items():
         legend = {"color": color, "width": 4}
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {kind}"))
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {input}"))
 
-    places = node_places(graph)
+    coordinates = node_coordinates(graph)
     largest = score[kept].abs().max().item()
     used = {}  # the nodes at an end of some edge
     for w, r in kept.nonzero().tolist():
         writer = graph.writers[w]
-        receiver = graph.receivers[r]
-        reader = receiver.split(".")[0]
-        used[writer] = places[writer]
-        used[reader] = places[reader]
+        receiver = graph.receiver_names[r]
+        receiving_node = receiver.split(".")[0]
+        used[writer] = coordinates[writer]
+        used[receiving_node] = coordinates[receiving_node]
         value = score[w, r].item()
         look = {
-            "color": EDGE_COLORS[graph.reads[r].kind],
+            "color": EDGE_COLORS[graph.receivers[r].input],
             "width": 1 + 7 * abs(value) / largest,
             "dash": "solid" if value > 0 else "dot",
         }
-        x, y = np.linspace(places[writer], places[reader], 3).T  # the point in the middle is there to hover over
+        x, y = np.linspace(
+            coordinates[writer], coordinates[receiving_node], 3
+        ).T  # the point in the middle is there to hover over
         fig.add_trace(
             go.Scatter(
                 x=x,
@@ -128,132 +136,132 @@ class Config:
     device: str = "auto"
 
 
-if __name__ == "__main__":
-    cfg = flags(Config, __doc__, hpc=Config(model="gpt2", n=256, held_out=500, memory_gb=24.0))
-    device = pick_device(cfg.device)
-    set_seed(cfg.seed)
+cfg = flags(Config, __doc__, hpc=Config(model="gpt2", n=256, held_out=500, memory_gb=24.0))
+device = pick_device(cfg.device)
+set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
-if __name__ == "__main__":
-    model = open_model(cfg.model, (Llama,), device).requires_grad_(False)
-    if is_streamed(model):
-        fail(
-            "paths need hooks inside every block, and blocks that come from disk have none: patching.py does the residual stream"
-        )
-    keep_freed_memory()
-    task, pairs, test_pairs = read_task(model, cfg)
-    few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches paths one by one
-    graph = Graph(model)
-    kind = cfg.metric
-    about = f"{task}, {Path(cfg.model).name}, {kind}"
-    layers = [f"L{layer}" for layer in range(graph.n_layers)]
-    heads = [f"H{head}" for head in range(graph.n_heads)]
-    numbers = {}
-
-    def text_of(ids: Tensor) -> str:
-        return "".join(token_text(model, int(i)) for i in ids)
-
-    shown = pairs.take(slice(len(pairs) // 2, len(pairs) // 2 + 1))
-    print(f"{purple}=== {about}: {len(pairs)} pairs, {len(test_pairs)} held out ==={endc}")
-    print(f"{gray}clean   {text_of(shown.clean[0])}")
-    print(f"corrupt {text_of(shown.corrupt[0])}")
-    print(f"answer  {text_of(shown.answer)!r}, wrong {text_of(shown.wrong)!r}; {about_bos(model)}{endc}")
-
-#%% Baselines and gates: before a number is believed, no edge patched changes nothing, every edge patched is the corrupt run, and the writes add up
-if __name__ == "__main__":
-    clean, corrupt = baselines(model, pairs, kind, cfg.memory_gb)
-    test_clean, test_corrupt = baselines(model, test_pairs, kind, cfg.memory_gb)
-    few_clean, few_corrupt = baselines(model, few, kind, cfg.memory_gb)
-    faithfulness_of = partial(normalised, clean=clean, corrupt=corrupt)
-    test_faithfulness_of = partial(normalised, clean=test_clean, corrupt=test_corrupt)
-    faithfulness_of(clean)  # refuses equal metrics
-
-    of_sweeps = sweep_gates(model, few, kind, cfg.memory_gb)
-    scale = 0.01 + (few_clean - few_corrupt).abs().max()
-    no_and_every_edge = t.stack([~graph.upstream, graph.upstream])
-    none_patched, all_patched = edge_patch(model, graph, few, no_and_every_edge, kind, cfg.memory_gb)
-    writes_gap, magnitude = write_differences(model, graph, few, cfg.memory_gb)
-    of_edges = {
-        "no edge patched": ((none_patched - few_clean).abs().max() / scale).item(),
-        "every edge patched": ((all_patched - few_corrupt).abs().max() / scale).item(),
-        "writes along the edges add up": writes_gap,
-    }
-    gates = of_sweeps | of_edges
-    numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
-
-    said = ", ".join(f"{title} {miss:.0e}" for title, miss in gates.items())
-    print(
-        f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, {test_corrupt.mean():.3f}); gates: {said}{endc}"
+model = open_model(cfg.model, (Llama,), device).requires_grad_(False)
+if is_streamed(model):
+    fail(
+        "paths need hooks inside every block, and blocks that come from disk have none: patching.py does the "
+        "residual stream"
     )
-    missed = missed_gates(of_sweeps, model)
-    if missed:
-        fail(f"gate: {missed[0]} misses; sweeps of this model cannot be believed")
-    missed = missed_gates(of_edges, model)
-    if missed:
-        print(
-            f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream (a norm stands behind them), so paths and circuits are left out{endc}"
-        )
-        save_results("circuits", cfg, **numbers)
-        raise SystemExit
+keep_freed_memory()
+task, pairs, test_pairs = read_task(model, cfg)
+few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches paths one by one
+graph = Graph(model)
+metric = cfg.metric
+about = f"{task}, {Path(cfg.model).name}, {metric}"
+layers = [f"L{layer}" for layer in range(graph.n_layers)]
+heads = [f"H{head}" for head in range(graph.n_heads)]
+numbers = {}
+
+
+def text_of(ids: Tensor) -> str:
+    return "".join(token_text(model, int(i)) for i in ids)
+
+
+shown = pairs.take(slice(len(pairs) // 2, len(pairs) // 2 + 1))
+print(f"{purple}=== {about}: {len(pairs)} pairs, {len(test_pairs)} held out ==={endc}")
+print(f"{gray}clean   {text_of(shown.clean[0])}")
+print(f"corrupt {text_of(shown.corrupt[0])}")
+print(f"answer  {text_of(shown.answer)!r}, wrong {text_of(shown.wrong)!r}; {about_bos(model)}{endc}")
+
+#%% Baselines and gates: no edge patched changes nothing, every edge patched is the corrupt run, the writes add up
+clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
+test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
+few_clean, few_corrupt = baselines(model, few, metric, cfg.memory_gb)
+faithfulness_of = partial(normalised, clean=clean, corrupt=corrupt)
+test_faithfulness_of = partial(normalised, clean=test_clean, corrupt=test_corrupt)
+faithfulness_of(clean)  # refuses equal metrics
+
+of_sweeps = sweep_gates(model, few, metric, cfg.memory_gb)
+scale = 0.01 + (few_clean - few_corrupt).abs().max()
+no_and_every_edge = t.stack([~graph.is_edge, graph.is_edge])
+none_patched, all_patched = edge_patch(model, graph, few, no_and_every_edge, metric, cfg.memory_gb)
+writes_gap, magnitude = write_differences(model, graph, few, cfg.memory_gb)
+of_edges = {
+    "no_edge_patched": ((none_patched - few_clean).abs().max() / scale).item(),
+    "every_edge_patched": ((all_patched - few_corrupt).abs().max() / scale).item(),
+    "writes_add_up": writes_gap,
+}
+gates = of_sweeps | of_edges
+numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
+
+print(
+    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, "
+    f"{test_corrupt.mean():.3f}); gates: {in_words(gates)}{endc}"
+)
+missed = missed_gates(of_sweeps, model)
+if missed:
+    fail(f"gate: {missed[0]} misses; sweeps of this model cannot be believed")
+missed = missed_gates(of_edges, model)
+if missed:
+    print(
+        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream (a norm stands "
+        f"behind them), so paths and circuits are left out{endc}"
+    )
+    save_results("circuits", cfg, **numbers)
+    raise SystemExit
 
 #%% Backwards from the logits by path patching: which writers reach them straight, and what reaches those
-if __name__ == "__main__":
-    print(f"{purple}=== Path patching ==={endc}")
-    paths = {" ".join(to): lost for to, lost in trace_back(model, graph, few, kind, cfg.memory_gb)}
-    numbers["paths"] = {title: dict(zip(graph.writers, lost.tolist())) for title, lost in paths.items()}
-    for title, lost in paths.items():
-        strongest = lost.abs().topk(4).indices.tolist()
-        print(f"{gray}into {title}: {cyan}{', '.join(f'{graph.writers[i]} {lost[i]:+.2f}' for i in strongest)}{endc}")
+print(f"{purple}=== Path patching ==={endc}")
+paths = {" ".join(to): lost for to, lost in trace_back(model, graph, few, metric, cfg.memory_gb)}
+numbers["paths"] = {title: dict(zip(graph.writers, lost.tolist())) for title, lost in paths.items()}
+for title, lost in paths.items():
+    strongest = lost.abs().topk(4).indices.tolist()
+    print(f"{gray}into {title}: {cyan}{', '.join(f'{graph.writers[i]} {lost[i]:+.2f}' for i in strongest)}{endc}")
 
 #%% ... as a map of writers and the inputs they reach
-if __name__ == "__main__":
-    fig = imshow(
-        t.stack(list(paths.values())),
-        title=f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, {about})",
-        xlabel="writer",
-        ylabel="inputs",
-        x=graph.writers,
-        y=list(paths),
-        value="share lost",
-    )
-    show(fig, "circuits/paths")
+fig = imshow(
+    t.stack(list(paths.values())),
+    title=(
+        f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, "
+        f"{about})"
+    ),
+    xlabel="writer",
+    ylabel="inputs",
+    x=graph.writers,
+    y=list(paths),
+    value="share lost",
+)
+show(fig, "circuits/paths")
 
 #%% Self-repair: what the strongest heads do directly, and who steps in when they fail
-if __name__ == "__main__":
-    by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
-    repairs = []
-    for head in by_direct_effect[:4]:
-        repair = self_repair(model, graph, few, head, kind, cfg.memory_gb)
-        helpers = [i for i in repair.change.topk(2).indices.tolist() if repair.change[i] > 0.05]
-        steps_in = ", ".join(f"{graph.writers[i]} {repair.change[i]:+.2f}" for i in helpers)
-        repairs.append([head, repair.lost_directly, repair.lost_in_all, steps_in])
-    numbers["self_repair"] = repairs
-    headers = ["set to its mean", "lost directly", "lost in all", "steps in (direct effect, logits)"]
-    print(tabulate(repairs, headers=headers, floatfmt=".2f"))
+by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
+repairs = []
+for head in by_direct_effect[:4]:
+    repair = self_repair(model, graph, few, head, metric, cfg.memory_gb)
+    helpers = [i for i in repair.change.topk(2).indices.tolist() if repair.change[i] > 0.05]
+    steps_in = ", ".join(f"{graph.writers[i]} {repair.change[i]:+.2f}" for i in helpers)
+    repairs.append([head, repair.lost_directly, repair.lost_in_all, steps_in])
+numbers["self_repair"] = repairs
+headers = ["set to its mean", "lost directly", "lost in all", "steps in (direct effect, logits)"]
+print(tabulate(repairs, headers=headers, floatfmt=".2f"))
 
 #%% Indirect objects: which roles of GPT-2's circuit exist in this model, each against a permutation null
-if __name__ == "__main__":
-    has_roles = {"IO", "S1", "S1+1", "S2"} <= test_pairs.places.keys()
-    if has_roles:
-        role_scores, role_bars, roles = find_roles(model, graph, test_pairs, kind, cfg.memory_gb)
-        numbers |= {
-            "roles": roles,
-            "role_bars": role_bars,
-            "role_scores": {role: score.tolist() for role, score in role_scores.items()},
-        }
-        headers = ["role", "heads", "most attention", "bar"]
-        is_gpt2 = Path(cfg.model).name in ("gpt2", "gpt2-small")
-        if is_gpt2:
-            headers.append("Wang et al. (2023)")
-        table = []
-        for role, score in role_scores.items():
-            best = f"{graph.head_names[int(score.argmax())]} {score.max():.2f}"
-            row = [role, " ".join(roles[role]) or "none", best, role_bars[role]]
-            table.append([*row, WANG[role]] if is_gpt2 else row)
-        print(tabulate(table, headers=headers, floatfmt=".2f"))
+has_roles = {"IO", "S1", "S1+1", "S2"} <= test_pairs.places.keys()
+if has_roles:
+    role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb)
+    numbers |= {
+        "roles": roles,
+        "role_bars": role_bars,
+        "role_scores": {role: score.tolist() for role, score in role_scores.items()},
+    }
+    headers = ["role", "heads", "most attention", "bar"]
+    is_gpt2 = Path(cfg.model).name in ("gpt2", "gpt2-small")
+    if is_gpt2:
+        headers.append("Wang et al. (2023)")
+    table = []
+    for role, score in role_scores.items():
+        best = f"{graph.head_names[int(score.argmax())]} {score.max():.2f}"
+        row = [role, " ".join(roles[role]) or "none", best, role_bars[role]]
+        table.append([*row, WANG[role]] if is_gpt2 else row)
+    print(tabulate(table, headers=headers, floatfmt=".2f"))
 
 #%% ... as maps of the attention by which a role is known
-if __name__ == "__main__" and has_roles:
+if has_roles:
     bars = ", ".join(f"{role} {bar:.2f}" for role, bar in role_bars.items())
     fig = imshow(
         t.stack(list(role_scores.values())),
@@ -270,130 +278,134 @@ if __name__ == "__main__" and has_roles:
     show(fig, "circuits/roles")
 
 #%% Edges: attribution by gradient (EAP) and along a path of gradients (EAP-IG), against the truth
-if __name__ == "__main__":
-    print(f"{purple}=== Edges and circuits ==={endc}")
-    n_edges = int(graph.upstream.sum())
-    start = time.perf_counter()
-    ranking = {"EAP-IG": eap_ig(model, graph, pairs, kind, cfg.ig_steps, cfg.memory_gb)}
-    numbers["edge_attribution_seconds"] = time.perf_counter() - start
-    ranking["EAP"] = eap(model, graph, pairs, kind, cfg.memory_gb)
-    ranking["magnitude"] = magnitude[:, None].expand(graph.upstream.shape)
-    ranking["random"] = t.rand(graph.upstream.shape)
+print(f"{purple}=== Edges and circuits ==={endc}")
+n_edges = int(graph.is_edge.sum())
+start = time.perf_counter()
+ranking = {"EAP-IG": eap_ig(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)}
+numbers["edge_attribution_seconds"] = time.perf_counter() - start
+ranking["EAP"] = eap(model, graph, pairs, metric, cfg.memory_gb)
+ranking["magnitude"] = magnitude[:, None].expand(graph.is_edge.shape)
+ranking["random"] = t.rand(graph.is_edge.shape)
 
-    picked = top_edges(graph, t.rand(graph.upstream.shape), [500])[0].nonzero()  # at most 500 are patched one by one
-    writer, receiver = picked.unbind(1)
-    single = t.zeros(len(picked), *graph.upstream.shape, dtype=t.bool)
-    single[range(len(picked)), writer, receiver] = True
-    lost_by_patching = (few_clean - edge_patch(model, graph, few, single, kind, cfg.memory_gb)).mean(-1).cpu()
-    estimates = {
-        "EAP-IG": eap_ig(model, graph, few, kind, cfg.ig_steps, cfg.memory_gb)[writer, receiver],
-        "EAP": eap(model, graph, few, kind, cfg.memory_gb)[writer, receiver],
-    }
-    correlation = {}
-    for method, estimated in estimates.items():
-        correlation[method] = t.corrcoef(t.stack([lost_by_patching, estimated]))[0, 1].item()
-    numbers |= {
-        "attribution_correlation": correlation["EAP-IG"],
-        "attribution_correlation_eap": correlation["EAP"],
-        "node_attribution": dict(zip(graph.writers, ranking["EAP-IG"].sum(1).tolist())),
-    }
-    print(
-        f"{cyan}{n_edges} edges attributed in {numbers['edge_attribution_seconds']:.1f} s (EAP-IG, {cfg.ig_steps} steps, {len(pairs)} pairs); correlation with patching {len(picked)} of them: EAP-IG {correlation['EAP-IG']:.2f}, EAP {correlation['EAP']:.2f}{endc}"
-    )
+picked = top_edges(graph, t.rand(graph.is_edge.shape), [500])[0].nonzero()  # at most 500 are patched one by one
+writer, receiver = picked.unbind(1)
+single = t.zeros(len(picked), *graph.is_edge.shape, dtype=t.bool)
+single[range(len(picked)), writer, receiver] = True
+lost_by_patching = (few_clean - edge_patch(model, graph, few, single, metric, cfg.memory_gb)).mean(-1).cpu()
+estimates = {
+    "EAP-IG": eap_ig(model, graph, few, metric, cfg.ig_steps, cfg.memory_gb)[writer, receiver],
+    "EAP": eap(model, graph, few, metric, cfg.memory_gb)[writer, receiver],
+}
+correlation = {}
+for method, estimated in estimates.items():
+    correlation[method] = t.corrcoef(t.stack([lost_by_patching, estimated]))[0, 1].item()
+numbers |= {
+    "attribution_correlation": correlation["EAP-IG"],
+    "attribution_correlation_eap": correlation["EAP"],
+    "node_attribution": dict(zip(graph.writers, ranking["EAP-IG"].sum(1).tolist())),
+}
+print(
+    f"{cyan}{n_edges} edges attributed in {numbers['edge_attribution_seconds']:.1f} s (EAP-IG, {cfg.ig_steps} steps, "
+    f"{len(pairs)} pairs); correlation with patching {len(picked)} of them: EAP-IG {correlation['EAP-IG']:.2f}, EAP "
+    f"{correlation['EAP']:.2f}{endc}"
+)
 
 #%% ... as a scatter of edges: lost by patching, and estimated
-if __name__ == "__main__":
-    edge_names = [f"{graph.writers[w]} to {graph.receivers[r]}" for w, r in picked.tolist()]
-    fig = go.Figure()
-    for method, estimated in estimates.items():
-        fig.add_trace(
-            go.Scatter(
-                x=lost_by_patching,
-                y=estimated,
-                mode="markers",
-                name=f"{method}, correlation {correlation[method]:.2f}",
-                text=edge_names,
-                hovertemplate="%{text}<br>patched %{x:.3f}<br>estimated %{y:.3f}<extra></extra>",
-            )
+edge_names = [f"{graph.writers[w]} to {graph.receiver_names[r]}" for w, r in picked.tolist()]
+fig = go.Figure()
+for method, estimated in estimates.items():
+    fig.add_trace(
+        go.Scatter(
+            x=lost_by_patching,
+            y=estimated,
+            mode="markers",
+            name=f"{method}, correlation {correlation[method]:.2f}",
+            text=edge_names,
+            hovertemplate="%{text}<br>patched %{x:.3f}<br>estimated %{y:.3f}<extra></extra>",
         )
-    fig.update_layout(
-        title=f"Metric lost by an edge, patched and estimated ({len(picked)} of {n_edges} edges, n = {len(few)}, {about})",
-        xaxis_title="lost by patching",
-        yaxis_title="estimated",
     )
-    show(fig, "circuits/attribution")
+fig.update_layout(
+    title=f"Metric lost by an edge, patched and estimated ({len(picked)} of {n_edges} edges, n = {len(few)}, {about})",
+    xaxis_title="lost by patching",
+    yaxis_title="estimated",
+)
+show(fig, "circuits/attribution")
 
-#%% The circuit: the fewest edges that keep the behaviour, found on some pairs and tested on others, beside random circuits of its size
-if __name__ == "__main__":
-    shares = [0.0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.3, 0.5, 1.0]
-    sizes = [round(share * n_edges) for share in shares]
-    ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
+#%% The circuit: the fewest edges that keep the behaviour, found on some pairs, tested on others, beside random ones
+shares = [0.0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.3, 0.5, 1.0]
+sizes = [round(share * n_edges) for share in shares]
+ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
 
-    # found: the first step of the ranking's ladder that keeps 90% of the metric
-    kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders[cfg.rank_by], kind, cfg.memory_gb))
-    first_enough = int((kept_by_step >= 0.9).nonzero()[0])
-    circuit = graph.prune(ladders[cfg.rank_by][first_enough])
-    circuit_size = int(circuit.sum())
+# found: the first step of the ranking's ladder that keeps 90% of the metric
+kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders[cfg.rank_by], metric, cfg.memory_gb))
+first_enough = int((kept_by_step >= 0.9).nonzero()[0])
+circuit = graph.prune(ladders[cfg.rank_by][first_enough])
+circuit_size = int(circuit.sum())
 
-    # tested on other pairs: the ladders of all methods
-    areas = {}
-    faithfulness_by_share = {}
-    for method, circuits in ladders.items():
-        values = circuit_metric(model, graph, test_pairs, circuits, kind, cfg.memory_gb)
-        areas[method] = area(values, test_clean, test_corrupt, shares)
-        faithfulness_by_share[f"{method} (area {areas[method][0]:.2f})"] = test_faithfulness_of(values)
-    values = circuit_metric(model, graph, test_pairs, ~ladders[cfg.rank_by], kind, cfg.memory_gb)
-    faithfulness_by_share[f"all but the {cfg.rank_by} edges (completeness)"] = test_faithfulness_of(values)
+# tested on other pairs: the ladders of all methods
+areas = {}
+faithfulness_by_share = {}
+for method, circuits in ladders.items():
+    values = circuit_metric(model, graph, test_pairs, circuits, metric, cfg.memory_gb)
+    areas[method] = area(values, test_clean, test_corrupt, shares)
+    faithfulness_by_share[f"{method} (area {areas[method][0]:.2f})"] = test_faithfulness_of(values)
+values = circuit_metric(model, graph, test_pairs, ~ladders[cfg.rank_by], metric, cfg.memory_gb)
+faithfulness_by_share[f"all but the {cfg.rank_by} edges (completeness)"] = test_faithfulness_of(values)
 
-    # ... and the circuit, all but the circuit, and random circuits of its size
-    rivals = [top_edges(graph, t.rand(graph.upstream.shape), [circuit_size])[0] for _ in range(10)]
-    tested = t.stack([circuit, ~circuit, *rivals])
-    values = circuit_metric(model, graph, test_pairs, tested, kind, cfg.memory_gb)
-    faithfulness, complement, *by_chance = test_faithfulness_of(values).tolist()
-    numbers |= {
-        "circuit_faithfulness": faithfulness,
-        "circuit_edges": circuit_size,
-        "circuit_edges_total": n_edges,
-        "circuit_complement": complement,
-        "random_circuit_faithfulness": float(np.mean(by_chance)),
-        "random_circuit_faithfulness_max": max(by_chance),
-        "eap_ig_faithfulness": areas["EAP-IG"][0],
-        "eap_faithfulness": areas["EAP"][0],
-        "areas": areas,
-        "circuit": graph.edge_names(circuit),
-    }
-    for method, (value, low, high) in areas.items():
-        print(
-            f"{cyan}area under faithfulness, {method}: {value:.3f} ({low:.3f} to {high:.3f}, 95% over {len(test_pairs)} pairs){endc}"
-        )
+# ... and the circuit, all but the circuit, and random circuits of its size
+rivals = [top_edges(graph, t.rand(graph.is_edge.shape), [circuit_size])[0] for _ in range(10)]
+tested = t.stack([circuit, ~circuit, *rivals])
+values = circuit_metric(model, graph, test_pairs, tested, metric, cfg.memory_gb)
+faithfulness, complement, *by_chance = test_faithfulness_of(values).tolist()
+numbers |= {
+    "circuit_faithfulness": faithfulness,
+    "circuit_edges": circuit_size,
+    "circuit_edges_total": n_edges,
+    "circuit_complement": complement,
+    "random_circuit_faithfulness": float(np.mean(by_chance)),
+    "random_circuit_faithfulness_max": max(by_chance),
+    "eap_ig_faithfulness": areas["EAP-IG"][0],
+    "eap_faithfulness": areas["EAP"][0],
+    "areas": areas,
+    "circuit": graph.edge_names(circuit),
+}
+for method, (value, low, high) in areas.items():
+    print(
+        f"{cyan}area under faithfulness, {method}: {value:.3f} ({low:.3f} to {high:.3f}, 95% over {len(test_pairs)} "
+        f"pairs){endc}"
+    )
 
 #%% ... as curves of what is kept against edges kept, and drawn edge by edge
-if __name__ == "__main__":
-    fig = line(
-        faithfulness_by_share,
-        title=f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; 0 = corrupt, 1 = clean)",
-        xlabel="share of edges",
-        ylabel="metric kept",
-        x=shares,
-        markers=True,
-        dashed=[name for name in faithfulness_by_share if not name.startswith("EAP")],
-    )
-    show(fig, "circuits/faithfulness")
-    title = f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by {cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
-    show(draw_circuit(graph, circuit, ranking[cfg.rank_by], title), "circuits/circuit")
+fig = line(
+    faithfulness_by_share,
+    title=f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; 0 = corrupt, 1 = clean)",
+    xlabel="share of edges",
+    ylabel="metric kept",
+    x=shares,
+    markers=True,
+    dashed=[name for name in faithfulness_by_share if not name.startswith("EAP")],
+)
+show(fig, "circuits/faithfulness")
+title = (
+    f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by "
+    f"{cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
+)
+show(draw_circuit(graph, circuit, ranking[cfg.rank_by], title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
-if __name__ == "__main__":
-    save_results("circuits", cfg, **numbers)
-    if has_roles:
-        have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.items() if names) or "none"
-        lack = ", ".join(role for role, names in roles.items() if not names) or "missing"
-        print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
-    worse, better = sorted(("EAP", "EAP-IG"), key=lambda method: areas[method][0])
-    ranked = "EAP and EAP-IG rank edges alike, within their intervals"
-    if areas[better][1] > areas[worse][2]:
-        ranked = f"{better} ranks edges best"
-    inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
-    print(
-        f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of the metric on {len(test_pairs)} held-out pairs, as many random edges {np.mean(by_chance):.0%}, all the others {complement:.0%}; {ranked} (areas {areas['EAP-IG'][0]:.3f} by EAP-IG, {areas['EAP'][0]:.3f} by EAP). Gates: the worst misses by {max(gates.values()):.0e}.{endc}"
-    )
+save_results("circuits", cfg, **numbers)
+if has_roles:
+    have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.items() if names) or "none"
+    lack = ", ".join(role for role, names in roles.items() if not names) or "missing"
+    print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
+worse, better = sorted(("EAP", "EAP-IG"), key=lambda method: areas[method][0])
+ranked = "EAP and EAP-IG rank edges alike, within their intervals"
+if areas[better][1] > areas[worse][2]:
+    ranked = f"{better} ranks edges best"
+inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
+print(
+    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of "
+    f"the metric on {len(test_pairs)} held-out pairs, as many random edges {np.mean(by_chance):.0%}, all the others "
+    f"{complement:.0%}; {ranked} (areas {areas['EAP-IG'][0]:.3f} by EAP-IG, {areas['EAP'][0]:.3f} by EAP). Gates: the "
+    f"worst misses by {max(gates.values()):.0e}.{endc}"
+)

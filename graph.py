@@ -1,4 +1,7 @@
-"""The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one edge or one receiver at a time, stand before the fast engine."""
+"""
+The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one
+edge or one receiver at a time, stand before the fast engine.
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,27 +17,37 @@ from einops import einsum
 from torch import Tensor
 
 
-#%% The graph: the embedding, every head and every MLP write to the stream; every head's q, k, v, every MLP and the logits read it
-class Read(NamedTuple):
-    """One place where the stream is read: layer, kind (q, k, v, MLP, logits), and the head (of k and v: the group of heads that share it)."""
+#%% The graph: embedding, heads and MLPs write to the stream; every head's q, k, v, every MLP and the logits read it
+class Receiver(NamedTuple):
+    """
+    What reads the stream through one norm: its layer, which input it is (q, k, v, MLP, logits), and of q the head, of k
+    and v the group of heads that share it.
+    """
 
     layer: int
-    kind: str
+    input: str
     head: int = 0
 
     @property
     def name(self) -> str:
-        if self.kind == "logits":
+        if self.input == "logits":
             return "logits"
-        if self.kind == "MLP":
+        if self.input == "MLP":
             return f"L{self.layer} MLP"
-        return f"L{self.layer}H{self.head}.{self.kind}"
+        return f"L{self.layer}H{self.head}.{self.input}"
 
 
 class Graph:
     """
-    writers and receivers by name; upstream (writer, receiver) is True where there is an edge. Masks of that shape are sets of edges.
-    links (receiver, writer) is 1 where a receiver is an input of that writer.
+    Who writes to the stream, who reads it, and the edges between them. Functions take writers and receivers by name.
+
+    writers: names (embed, L0H0, L0 MLP, ...), in the order in which they write.
+    receivers: Receiver tuples, in the order in which they read.
+    receiver_names: their names (L0H0.q, L0 MLP, logits).
+    receiver_slices {(layer, input): slice}: where these receivers stand among all.
+    receiver_layers (receiver): the last layer at which a run can enter and still change what the receiver reads.
+    is_edge (writer, receiver): True where the receiver reads what the writer writes. Such masks are sets of edges.
+    is_input_of (receiver, writer): 1 where the writer computes what it writes from the receiver (L0H0 from L0H0.q).
     """
 
     def __init__(self, model: nn.Module):
@@ -46,13 +59,13 @@ class Graph:
 
         self.writers = self.name_writers()
         self.head_names = [name for name in self.writers if "H" in name]
-        self.reads = self.list_reads()
-        self.receivers = [read.name for read in self.reads]
-        # the logits are reached from the last layer on
-        self.layer_of = t.tensor([min(read.layer, self.n_layers - 1) for read in self.reads])
-        self.columns = self.find_columns()
-        self.upstream = self.find_upstream()
-        self.links = self.find_links()
+        self.receivers = self.list_receivers()
+        self.receiver_names = [receiver.name for receiver in self.receivers]
+        # the logits stand behind the last layer
+        self.receiver_layers = t.tensor([min(receiver.layer, self.n_layers - 1) for receiver in self.receivers])
+        self.receiver_slices = self.find_receiver_slices()
+        self.is_edge = self.find_edges()
+        self.is_input_of = self.find_inputs()
 
     def name_writers(self) -> list[str]:
         names = ["embed"]
@@ -61,73 +74,77 @@ class Graph:
             names.append(f"L{layer} MLP")
         return names
 
-    def list_reads(self) -> list[Read]:
-        reads = []
+    def list_receivers(self) -> list[Receiver]:
+        receivers = []
         for layer in range(self.n_layers):
-            reads += [Read(layer, "q", head) for head in range(self.n_heads)]
-            reads += [Read(layer, "k", head) for head in range(self.n_kv_heads)]
-            reads += [Read(layer, "v", head) for head in range(self.n_kv_heads)]
-            reads.append(Read(layer, "MLP"))
-        reads.append(Read(self.n_layers, "logits"))
-        return reads
+            receivers += [Receiver(layer, "q", head) for head in range(self.n_heads)]
+            receivers += [Receiver(layer, "k", head) for head in range(self.n_kv_heads)]
+            receivers += [Receiver(layer, "v", head) for head in range(self.n_kv_heads)]
+            receivers.append(Receiver(layer, "MLP"))
+        receivers.append(Receiver(self.n_layers, "logits"))
+        return receivers
 
-    def find_columns(self) -> dict[tuple[int, str], slice]:
-        """Where the receivers of a layer and kind stand: side by side."""
-        columns = {}
-        for i, read in enumerate(self.reads):
-            first = columns[read.layer, read.kind].start if read.head > 0 else i
-            columns[read.layer, read.kind] = slice(first, i + 1)
-        return columns
+    def find_receiver_slices(self) -> dict[tuple[int, str], slice]:
+        slices = {}
+        for i, receiver in enumerate(self.receivers):
+            key = (receiver.layer, receiver.input)
+            first = slices[key].start if receiver.head > 0 else i
+            slices[key] = slice(first, i + 1)
+        return slices
 
-    def find_upstream(self) -> Tensor:
-        upstream = t.zeros(len(self.writers), len(self.receivers), dtype=t.bool)
-        for i, read in enumerate(self.reads):
-            heads = self.heads(read.layer)
-            hears_heads = read.kind == "MLP" and self.serial
-            upstream[: heads.stop if hears_heads else heads.start, i] = True
-        return upstream
+    def find_edges(self) -> Tensor:
+        is_edge = t.zeros(len(self.writers), len(self.receivers), dtype=t.bool)
+        for i, receiver in enumerate(self.receivers):
+            heads = self.head_slice(receiver.layer)
+            reads_heads_of_its_layer = receiver.input == "MLP" and self.serial
+            is_edge[: heads.stop if reads_heads_of_its_layer else heads.start, i] = True
+        return is_edge
 
-    def find_links(self) -> Tensor:
-        links = t.zeros(len(self.receivers), len(self.writers))
-        for i, read in enumerate(self.reads):
-            heads = self.heads(read.layer)
-            if read.kind == "MLP":
-                links[i, heads.stop] = 1
-            elif read.kind != "logits":
-                sharing = 1 if read.kind == "q" else self.n_heads // self.n_kv_heads  # grouped queries share k and v
-                first = heads.start + read.head * sharing
-                links[i, first : first + sharing] = 1
-        return links
+    def find_inputs(self) -> Tensor:
+        is_input_of = t.zeros(len(self.receivers), len(self.writers))
+        for i, receiver in enumerate(self.receivers):
+            heads = self.head_slice(receiver.layer)
+            if receiver.input == "MLP":
+                is_input_of[i, heads.stop] = 1
+            elif receiver.input != "logits":
+                # grouped queries share k and v
+                sharing = 1 if receiver.input == "q" else self.n_heads // self.n_kv_heads
+                first = heads.start + receiver.head * sharing
+                is_input_of[i, first : first + sharing] = 1
+        return is_input_of
 
-    def heads(self, layer: int) -> slice:
+    def head_slice(self, layer: int) -> slice:
         """A layer's heads among the writers; its MLP follows."""
         return slice(1 + layer * (self.n_heads + 1), (layer + 1) * (self.n_heads + 1))
 
     def edges(self, writers: list[str], receivers: list[str] | None = None) -> Tensor:
         """The edges from some writers to some (None: all) receivers."""
         rows = t.tensor([self.writers.index(name) for name in writers])
-        columns = t.tensor([self.receivers.index(name) for name in receivers or self.receivers])
-        mask = t.zeros_like(self.upstream)
+        columns = t.tensor([self.receiver_names.index(name) for name in receivers or self.receiver_names])
+        mask = t.zeros_like(self.is_edge)
         mask[rows[:, None], columns] = True
-        return mask & self.upstream
+        return mask & self.is_edge
 
-    def readers(self, writers: list[str], kind: str) -> list[str]:
-        """The receivers of one kind (q, k, v, MLP) that are inputs of these writers."""
+    def receivers_of(self, writers: list[str], input: str) -> list[str]:
+        """The q, k, v or MLP inputs of these writers."""
         columns = [self.writers.index(name) for name in writers]
-        used = self.links[:, columns].any(1).tolist()
-        return [name for name, on in zip(self.receivers, used) if on and name.endswith(kind)]
+        belongs = self.is_input_of[:, columns].any(1).tolist()
+        return [receiver.name for receiver, on in zip(self.receivers, belongs) if on and receiver.input == input]
 
     def prune(self, kept: Tensor) -> Tensor:
-        """Less the edges of nodes that hear nothing or whose word reaches nothing: those carry what the corrupt run writes, kept or not."""
-        hears = kept.any(0).float() @ self.links > 0  # (writer)
-        matters = self.links @ kept.any(1).float() > 0  # (receiver)
-        hears[0] = True  # the embedding
-        matters[-1] = True  # the logits
-        less = kept & hears[:, None] & matters
-        return kept if less.equal(kept) else self.prune(less)
+        """
+        Less the edges from writers that no kept edge reaches and into receivers from which none goes on: those carry
+        what the corrupt run writes, kept or not.
+        """
+        is_reached = kept.any(0).float() @ self.is_input_of > 0  # (writer)
+        goes_on = self.is_input_of @ kept.any(1).float() > 0  # (receiver)
+        is_reached[0] = True  # the embedding
+        goes_on[-1] = True  # the logits
+        fewer = kept & is_reached[:, None] & goes_on
+        return kept if fewer.equal(kept) else self.prune(fewer)
 
     def edge_names(self, kept: Tensor) -> list[str]:
-        return [f"{self.writers[w]} to {self.receivers[r]}" for w, r in kept.nonzero().tolist()]
+        return [f"{self.writers[w]} to {self.receiver_names[r]}" for w, r in kept.nonzero().tolist()]
 
 
 #%% A plain run, and what every writer wrote in it
@@ -155,27 +172,30 @@ def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str, also: tu
     return GraphRun(logits, cache, t.cat(writes, 2))
 
 
-#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver. The engine below gives the same numbers for all edges at once
+#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver
 class InputChange:
-    """Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream as it is."""
+    """
+    Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream
+    as it is.
+    """
 
-    def __init__(self, model: nn.Module, read: Read, change: Tensor):
+    def __init__(self, model: nn.Module, receiver: Receiver, change: Tensor):
         self.model = model
-        self.read = read
+        self.receiver = receiver
         self.change = change
         self.stream: Tensor | None = None
 
     def run(self, resid: Tensor, answer_pos: Tensor) -> Tensor:
         """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0."""
         fwd_hooks, module_inputs = [], []
-        if self.read.kind == "logits":
+        if self.receiver.input == "logits":
             module_inputs = [(self.model.ln_final, "in", self.change_input)]
-        elif self.read.kind == "MLP":
-            module_inputs = [(self.model.blocks[self.read.layer].ln2, "in", self.change_input)]
+        elif self.receiver.input == "MLP":
+            module_inputs = [(self.model.blocks[self.receiver.layer].ln2, "in", self.change_input)]
         else:
             fwd_hooks = [
-                (act_name("resid_pre", self.read.layer), self.keep_stream),
-                (act_name(self.read.kind, self.read.layer), self.change_head),
+                (act_name("resid_pre", self.receiver.layer), self.keep_stream),
+                (act_name(self.receiver.input, self.receiver.layer), self.change_head),
             ]
         return run_from(self.model, resid, answer_pos, 0, fwd_hooks, module_inputs)
 
@@ -186,22 +206,26 @@ class InputChange:
         self.stream = x
 
     def change_head(self, x: Tensor, hook: nn.Module) -> Tensor:
-        """q, k, v (pair, pos, head, d_head) are linear in the normed stream: one head's moves by its weights times what the norm's output moves by."""
-        block = self.model.blocks[self.read.layer]
-        W = getattr(block.attn, f"W_{self.read.kind.upper()}")[self.read.head]
+        """
+        q, k, v (pair, pos, head, d_head) are linear in the normed stream: one head's moves by its weights times what
+        the norm's output moves by.
+        """
+        block = self.model.blocks[self.receiver.layer]
+        W = getattr(block.attn, f"W_{self.receiver.input.upper()}")[self.receiver.head]
         moved = block.ln1(self.stream + self.change) - block.ln1(self.stream)
         changed = x.clone()
-        changed[:, :, self.read.head] += einsum(moved, W, "pair pos d_model, d_model d_head -> pair pos d_head")
+        changed[:, :, self.receiver.head] += einsum(moved, W, "pair pos d_model, d_model d_head -> pair pos d_head")
         return changed
 
 
 @t.no_grad()
 def path_patch(
-    model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, kind: str = "logit_diff"
+    model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, metric: str = "logit_diff"
 ) -> Tensor:
     """
-    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path patching (Wang et al. 2023) along one edge.
-    What lies behind the receiver is computed anew. Plain form of edge_patch.
+    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path
+    patching (Wang et al. 2023) along one edge. What lies behind the receiver is computed anew. Plain form of
+    edge_patch.
     """
     # Step 1: a clean and a corrupt run
     clean = run_graph(model, graph, pairs, "clean")
@@ -209,67 +233,74 @@ def path_patch(
 
     # Step 2: the clean run again, the receiver's input changed by what the writer would have written
     w = graph.writers.index(writer)
-    r = graph.receivers.index(receiver)
-    assert graph.upstream[w, r], f"there is no edge from {writer} to {receiver}"
+    r = graph.receiver_names.index(receiver)
+    assert graph.is_edge[w, r], f"there is no edge from {writer} to {receiver}"
     change = corrupt.writes[:, :, w] - clean.writes[:, :, w]
-    logits = InputChange(model, graph.reads[r], change).run(inputs(model, pairs, "clean"), pairs.answer_pos)
+    logits = InputChange(model, graph.receivers[r], change).run(inputs(model, pairs, "clean"), pairs.answer_pos)
 
     # Step 3: the metric
-    return make_metric(pairs, kind, clean.logits)(logits, pairs.index)
+    return make_metric(pairs, metric, clean.logits)(logits, pairs.index)
 
 
 def input_gradient(
-    model: nn.Module, read: Read, resid: Tensor, pairs: Pairs, kind: str, clean_logits: Tensor
+    model: nn.Module, receiver: Receiver, resid: Tensor, pairs: Pairs, metric: str, clean_logits: Tensor
 ) -> Tensor:
     """Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0."""
     change = t.zeros_like(resid).requires_grad_()
     with t.enable_grad():
-        logits = InputChange(model, read, change).run(resid, pairs.answer_pos)
-        metric = make_metric(pairs, kind, clean_logits)(logits, pairs.index).sum()
-    (gradient,) = t.autograd.grad(metric, change)
+        logits = InputChange(model, receiver, change).run(resid, pairs.answer_pos)
+        value = make_metric(pairs, metric, clean_logits)(logits, pairs.index).sum()
+    (gradient,) = t.autograd.grad(value, change)
     return gradient
 
 
 @t.no_grad()
-def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind: str = "logit_diff") -> Tensor:
+def plain_eap(model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff") -> Tensor:
     """
-    Edge attribution patching (Syed et al. 2023) of the edges into one receiver (writer): the gradient at its input in the clean run times the writer's
-    clean - corrupt, over positions and d_model, mean over pairs. Plain form of eap.
+    Edge attribution patching (Syed et al. 2023) of the edges into one receiver (writer): the gradient at its input in
+    the clean run times the writer's clean - corrupt, over positions and d_model, mean over pairs. Plain form of eap.
     """
     clean = run_graph(model, graph, pairs, "clean")
     corrupt = run_graph(model, graph, pairs, "corrupt")
-    r = graph.receivers.index(receiver)
-    gradient = input_gradient(model, graph.reads[r], clean.cache["resid_pre", 0], pairs, kind, clean.logits)
+    r = graph.receiver_names.index(receiver)
+    gradient = input_gradient(model, graph.receivers[r], clean.cache["resid_pre", 0], pairs, metric, clean.logits)
     difference = clean.writes - corrupt.writes
     scores = einsum(difference, gradient, "pair pos writer d_model, pair pos d_model -> writer") / len(pairs)
-    return scores.cpu() * graph.upstream[:, r]
+    return scores.cpu() * graph.is_edge[:, r]
 
 
 @t.no_grad()
 def plain_eap_ig(
-    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, kind: str = "logit_diff", steps: int = 5
+    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff", steps: int = 5
 ) -> Tensor:
-    """EAP with integrated gradients (Hanna et al. 2024): as plain_eap, the gradient averaged over runs between corrupt and clean embeddings. Plain form of eap_ig."""
+    """
+    EAP with integrated gradients (Hanna et al. 2024): as plain_eap, the gradient averaged over runs between corrupt
+    and clean embeddings. Plain form of eap_ig.
+    """
     clean = run_graph(model, graph, pairs, "clean")
     corrupt = run_graph(model, graph, pairs, "corrupt")
-    r = graph.receivers.index(receiver)
+    r = graph.receiver_names.index(receiver)
     start = corrupt.cache["resid_pre", 0]
     end = clean.cache["resid_pre", 0]
     gradient = t.zeros_like(start)
     for step in range(steps):
         resid = start + (step + 0.5) / steps * (end - start)
-        gradient += input_gradient(model, graph.reads[r], resid, pairs, kind, clean.logits) / steps
+        gradient += input_gradient(model, graph.receivers[r], resid, pairs, metric, clean.logits) / steps
     difference = clean.writes - corrupt.writes
     scores = einsum(difference, gradient, "pair pos writer d_model, pair pos d_model -> writer") / len(pairs)
-    return scores.cpu() * graph.upstream[:, r]
+    return scores.cpu() * graph.is_edge[:, r]
 
 
 #%% The engine: one forward pass in which every receiver has an input of its own
 class EdgeRun:
     """
-    One forward pass in which every receiver has its own input, put through the real norm: the stream, but along the edges of swap (row, writer, receiver) the write in
-    other (row, pos, writer, d_model) instead of the run's own; and nudge (row, pos, receiver, d_model) is added. The rows of a batch may be different runs.
-    gaps grow with the pass: other - own of the writers so far, to be joined along the writers.
+    One forward pass in which every receiver has its own input, put through the real norm. That is the stream, but
+
+    along the edges of swap (row, writer, receiver) the write in other (row, pos, writer, d_model), not the run's own;
+    plus nudge (row, pos, receiver, d_model).
+
+    The rows of a batch may be different runs. gaps grow with the pass: other - own of the writers so far, to be joined
+    along the writers.
     """
 
     def __init__(
@@ -287,36 +318,41 @@ class EdgeRun:
         self.nudge = nudge
         self.gaps: list[Tensor] = []
         # of the layer that the pass is in
-        self.normed_change: Tensor | None = (
-            None  # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
-        )
-        self.parallel_mlp_change: Tensor | None = None  # where the MLP reads the same stream as attention
+        # (row, pos, receiver, d_model), what the normed inputs of q, k, v move by
+        self.normed_change: Tensor | None = None
+        # what the MLP's input moves by, where it reads the same stream as attention
+        self.parallel_mlp_change: Tensor | None = None
 
     def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
-        """Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its writes below."""
+        """
+        Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its
+        writes below.
+        """
         if self.swap is not None:
-            below = self.graph.heads(layer).start
+            below = self.graph.head_slice(layer).start
             own_below = resid[:, :, None] if layer == 0 else own[:, :, :below]
             self.gaps.append(self.other[:, :, :below] - own_below)
         fwd_hooks, module_inputs = [], []
         for l in range(layer, self.graph.n_layers):
             fwd_hooks.append((act_name("resid_pre", l), partial(self.enter_layer, l)))
-            fwd_hooks += [(act_name(kind, l), partial(self.change_heads, l, kind)) for kind in "qkv"]
+            fwd_hooks += [(act_name(site, l), partial(self.change_heads, l, site)) for site in ("q", "k", "v")]
             if self.swap is not None:
-                fwd_hooks.append((act_name("z", l), partial(self.hear_heads, l)))
-                fwd_hooks.append((act_name("mlp_out", l), partial(self.hear_mlp, l)))
+                fwd_hooks.append((act_name("z", l), partial(self.keep_head_gaps, l)))
+                fwd_hooks.append((act_name("mlp_out", l), partial(self.keep_mlp_gap, l)))
             module_inputs.append((self.model.blocks[l].ln2, "in", partial(self.change_mlp_input, l)))
         module_inputs.append((self.model.ln_final, "in", self.change_final_input))
         return run_from(self.model, resid, answer_pos, layer, fwd_hooks, module_inputs)
 
-    def input_change(self, columns: slice) -> Tensor | None:
-        """(row, pos, receiver, d_model) by which the inputs of these receivers differ from the stream; None: not at all."""
-        nudge = None if self.nudge is None else self.nudge[:, :, columns]
-        if self.swap is None or not self.swap[:, :, columns].any():
+    def input_change(self, receivers: slice) -> Tensor | None:
+        """
+        (row, pos, receiver, d_model) by which the inputs of these receivers differ from the stream; None: not at all.
+        """
+        nudge = None if self.nudge is None else self.nudge[:, :, receivers]
+        if self.swap is None or not self.swap[:, :, receivers].any():
             return nudge
         gap = t.cat(self.gaps, 2)
         swapped = einsum(
-            self.swap[:, : gap.shape[2], columns].to(gap.dtype),
+            self.swap[:, : gap.shape[2], receivers].to(gap.dtype),
             gap,
             "row writer receiver, row pos writer d_model -> row pos receiver d_model",
         )
@@ -325,42 +361,43 @@ class EdgeRun:
     def enter_layer(self, layer: int, x: Tensor, hook: nn.Module) -> None:
         """The stream before a layer: put through the norm as each of the layer's heads reads it."""
         norm = self.model.blocks[layer].ln1
-        columns = self.graph.columns
-        change = self.input_change(slice(columns[layer, "q"].start, columns[layer, "v"].stop))
+        slices = self.graph.receiver_slices
+        change = self.input_change(slice(slices[layer, "q"].start, slices[layer, "v"].stop))
         self.normed_change = None
         if change is not None:
             as_read = (x[:, :, None] + change).flatten(1, 2)
             self.normed_change = norm(as_read).view(change.shape) - norm(x)[:, :, None]
         if not self.graph.serial:
-            self.parallel_mlp_change = self.input_change(columns[layer, "MLP"])
+            self.parallel_mlp_change = self.input_change(slices[layer, "MLP"])
 
-    def change_heads(self, layer: int, kind: str, x: Tensor, hook: nn.Module) -> Tensor | None:
+    def change_heads(self, layer: int, site: str, x: Tensor, hook: nn.Module) -> Tensor | None:
         """q, k or v (row, pos, head, d_head), linear in the normed input: the change goes through the weights alone."""
         if self.normed_change is None:
             return None
-        W = getattr(self.model.blocks[layer].attn, f"W_{kind.upper()}")
-        start = self.graph.columns[layer, kind].start - self.graph.columns[layer, "q"].start
+        W = getattr(self.model.blocks[layer].attn, f"W_{site.upper()}")
+        slices = self.graph.receiver_slices
+        start = slices[layer, site].start - slices[layer, "q"].start
         return x + einsum(
             self.normed_change[:, :, start : start + len(W)],
             W,
             "row pos head d_model, head d_model d_head -> row pos head d_head",
         )
 
-    def hear_heads(self, layer: int, z: Tensor, hook: nn.Module) -> None:
-        self.gaps.append(self.other[:, :, self.graph.heads(layer)] - head_writes(self.model, layer, z))
+    def keep_head_gaps(self, layer: int, z: Tensor, hook: nn.Module) -> None:
+        self.gaps.append(self.other[:, :, self.graph.head_slice(layer)] - head_writes(self.model, layer, z))
 
-    def hear_mlp(self, layer: int, out: Tensor, hook: nn.Module) -> None:
-        mlp = self.graph.heads(layer).stop
+    def keep_mlp_gap(self, layer: int, out: Tensor, hook: nn.Module) -> None:
+        mlp = self.graph.head_slice(layer).stop
         self.gaps.append(self.other[:, :, mlp : mlp + 1] - out[:, :, None])
 
     def change_mlp_input(self, layer: int, x: Tensor) -> Tensor:
         change = self.parallel_mlp_change
         if self.graph.serial:
-            change = self.input_change(self.graph.columns[layer, "MLP"])
+            change = self.input_change(self.graph.receiver_slices[layer, "MLP"])
         return x if change is None else x + change[:, :, 0]
 
     def change_final_input(self, x: Tensor) -> Tensor:
-        change = self.input_change(self.graph.columns[self.graph.n_layers, "logits"])
+        change = self.input_change(self.graph.receiver_slices[self.graph.n_layers, "logits"])
         return x if change is None else x + change[:, :, 0]
 
 
@@ -373,29 +410,33 @@ def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: floa
 #%% Path patching of any sets of edges
 @t.no_grad()
 def edge_patch(
-    model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
     """
-    Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the corrupt run's writes; what lies behind a receiver
-    is computed anew, all else stays (path patching, Wang et al. 2023). A circuit is the run in which all other edges are swapped.
+    Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
+    corrupt run's writes; what lies behind a receiver is computed anew, all else stays (path patching, Wang et al.
+    2023). A circuit is the run in which all other edges are swapped.
     """
-    swaps = (swaps & graph.upstream).to(pairs.answer_pos.device)
+    swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
-    patch = partial(patch_group, model, graph, swaps, kind, 2 * n_pairs)
+    patch = partial(patch_group, model, graph, swaps, metric, 2 * n_pairs)
     return t.cat(by_groups(patch, pairs, n_pairs), 1)
 
 
-def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, kind: str, n_rows: int, group: Pairs) -> Tensor:
-    """edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it, it is the clean run."""
+def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, group: Pairs) -> Tensor:
+    """
+    edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it,
+    it is the clean run.
+    """
     clean = run_graph(model, graph, group, "clean")
     corrupt = run_graph(model, graph, group, "corrupt")
-    metric = make_metric(group, kind, clean.logits)
+    metric_fn = make_metric(group, metric, clean.logits)
 
     def patch_rows(layer: int, rows: Tensor) -> Tensor:
         swap, pair = rows.unbind(1)
         run = EdgeRun(model, graph, swaps[swap], corrupt.writes[pair])
         resid = clean.cache["resid_pre", layer][pair]
-        return metric(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
+        return metric_fn(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
 
     values = t.zeros(len(swaps), len(group), device=swaps.device)
     first_layers = first_swapped_layers(graph, swaps)
@@ -409,55 +450,62 @@ def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, kind: str, n_rows
 def first_swapped_layers(graph: Graph, swaps: Tensor) -> Tensor:
     """The layer (swap) of the first receiver with a swapped edge; the last one where nothing is swapped."""
     swapped = swaps.any(1).cpu()  # (swap, receiver)
-    layers = t.where(swapped, graph.layer_of, graph.layer_of[-1])
+    layers = t.where(swapped, graph.receiver_layers, graph.receiver_layers[-1])
     return layers.min(1).values.to(swaps.device)
 
 
 #%% Edge attribution: what patching each edge would do, by gradient
-def eap(model: nn.Module, graph: Graph, pairs: Pairs, kind: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
+def eap(model: nn.Module, graph: Graph, pairs: Pairs, metric: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
     """
-    Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge carried the corrupt write, by the gradient in the
-    clean run, mean over pairs. Summed over receivers: attribution patching of nodes.
+    Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge
+    carried the corrupt write, by the gradient in the clean run, mean over pairs. Summed over receivers: attribution
+    patching of nodes.
     """
-    return attribute_edges(model, graph, pairs, kind, [1.0], memory_gb)
+    return attribute_edges(model, graph, pairs, metric, [1.0], memory_gb)
 
 
 def eap_ig(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    kind: str = "logit_diff",
+    metric: str = "logit_diff",
     steps: int = 5,
     memory_gb: float = 1.0,
 ) -> Tensor:
-    """EAP with integrated gradients (Hanna et al. 2024), (writer, receiver): as eap, the gradient averaged over `steps` runs between corrupt and clean embeddings."""
+    """
+    EAP with integrated gradients (Hanna et al. 2024), (writer, receiver): as eap, the gradient averaged over `steps`
+    runs between corrupt and clean embeddings.
+    """
     assert steps > 0
-    return attribute_edges(model, graph, pairs, kind, [(i + 0.5) / steps for i in range(steps)], memory_gb)
+    return attribute_edges(model, graph, pairs, metric, [(i + 0.5) / steps for i in range(steps)], memory_gb)
 
 
 def attribute_edges(
-    model: nn.Module, graph: Graph, pairs: Pairs, kind: str, alphas: list[float], memory_gb: float
+    model: nn.Module, graph: Graph, pairs: Pairs, metric: str, alphas: list[float], memory_gb: float
 ) -> Tensor:
-    """(writer, receiver): gradients in runs from corrupt (alpha 0) to clean (1) embeddings, averaged over alphas, times clean - corrupt writes; mean over pairs."""
+    """
+    (writer, receiver): gradients in runs from corrupt (alpha 0) to clean (1) embeddings, averaged over alphas, times
+    clean - corrupt writes; mean over pairs.
+    """
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
-    totals = by_groups(partial(attribute_group, model, graph, kind, alphas), pairs, n_pairs)
-    return (sum(totals) / len(pairs)).cpu() * graph.upstream
+    totals = by_groups(partial(attribute_group, model, graph, metric, alphas), pairs, n_pairs)
+    return (sum(totals) / len(pairs)).cpu() * graph.is_edge
 
 
-def attribute_group(model: nn.Module, graph: Graph, kind: str, alphas: list[float], group: Pairs) -> Tensor:
+def attribute_group(model: nn.Module, graph: Graph, metric: str, alphas: list[float], group: Pairs) -> Tensor:
     """attribute_edges of pairs that fit into memory at once, summed over them."""
     with t.no_grad():
         clean = run_graph(model, graph, group, "clean")
         corrupt = run_graph(model, graph, group, "corrupt")
-    metric = make_metric(group, kind, clean.logits)
-    total = t.zeros(graph.upstream.shape, device=group.answer_pos.device)
+    metric_fn = make_metric(group, metric, clean.logits)
+    total = t.zeros(graph.is_edge.shape, device=group.answer_pos.device)
     for alpha in alphas:
         resid = corrupt.cache["resid_pre", 0].lerp(clean.cache["resid_pre", 0], alpha)
         pair, pos, d_model = resid.shape
-        nudge = resid.new_zeros(pair, pos, len(graph.receivers), d_model).requires_grad_()
+        nudge = resid.new_zeros(pair, pos, len(graph.receiver_names), d_model).requires_grad_()
         with t.enable_grad():
             logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos)
-            values = metric(logits, group.index)
+            values = metric_fn(logits, group.index)
         (gradient,) = t.autograd.grad(values.sum(), nudge)
         scores = einsum(
             (clean.writes - corrupt.writes).float(),
@@ -470,7 +518,10 @@ def attribute_group(model: nn.Module, graph: Graph, kind: str, alphas: list[floa
 
 @t.no_grad()
 def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0) -> tuple[float, Tensor]:
-    """Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to its largest; the norm of each write, summed over pairs and positions (writer)."""
+    """
+    Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to
+    its largest; the norm of each write, summed over pairs and positions (writer).
+    """
     last = graph.n_layers - 1
 
     def differ(group: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -478,7 +529,7 @@ def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: f
         corrupt = run_graph(model, graph, group, "corrupt")
         writes = (clean.writes - corrupt.writes).float()
         stream = (clean.cache["resid_pre", last] - corrupt.cache["resid_pre", last]).float()
-        miss = writes[:, :, : graph.heads(last).start].sum(2) - stream
+        miss = writes[:, :, : graph.head_slice(last).start].sum(2) - stream
         return miss.abs().max(), stream.abs().max(), writes.norm(dim=-1).sum((0, 1))
 
     parts = by_groups(differ, pairs, pairs_that_fit(model, graph, pairs, memory_gb))
@@ -489,27 +540,32 @@ def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: f
 #%% Circuits: the strongest edges alone, everything else as in the corrupt run
 def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
     """Masks (size, writer, receiver) of the edges with the largest |score|."""
-    strength = score.abs().masked_fill(~graph.upstream, -1.0).flatten()
+    strength = score.abs().masked_fill(~graph.is_edge, -1.0).flatten()
     rank = strength.argsort(descending=True).argsort().view(score.shape)
-    return t.stack([(rank < size) & graph.upstream for size in sizes])
+    return t.stack([(rank < size) & graph.is_edge for size in sizes])
 
 
 def circuit_metric(
-    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, kind: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
-    """Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all others corrupt."""
-    return edge_patch(model, graph, pairs, ~circuits, kind, memory_gb)
+    """
+    Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all
+    others corrupt.
+    """
+    return edge_patch(model, graph, pairs, ~circuits, metric, memory_gb)
 
 
 def area(
     values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000
 ) -> tuple[float, float, float]:
-    """Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval from resampled pairs."""
+    """
+    Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval
+    from resampled pairs.
+    """
     n = len(clean)
     resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
-    index = t.cat([t.arange(n)[None], resampled]).to(
-        clean.device
-    )  # (1 + draws, pair); the first is the pairs themselves
+    # (1 + draws, pair); the first row is the pairs themselves
+    index = t.cat([t.arange(n)[None], resampled]).to(clean.device)
     clean_mean = clean[index].mean(-1)
     corrupt_mean = corrupt[index].mean(-1)
     faithfulness = (values[:, index].mean(-1) - corrupt_mean) / (clean_mean - corrupt_mean)  # (size, 1 + draws)
@@ -520,36 +576,38 @@ def area(
 
 #%% Backwards from the logits by path patching
 def path_losses(
-    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], kind: str, memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], metric: str, memory_gb: float = 1.0
 ) -> Tensor:
     """(writer, pair) metric lost when the paths from one writer straight to the receivers carry the corrupt run."""
     swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
-    clean, _ = baselines(model, pairs, kind, memory_gb)
-    return (clean - edge_patch(model, graph, pairs, swaps, kind, memory_gb)).cpu()
+    clean, _ = baselines(model, pairs, metric, memory_gb)
+    return (clean - edge_patch(model, graph, pairs, swaps, metric, memory_gb)).cpu()
 
 
 def trace_back(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    kind: str,
+    metric: str,
     memory_gb: float = 1.0,
-    depth: int = 4,
+    max_steps: int = 16,
     floor: float = 0.05,
     width: int = 3,
 ) -> list[tuple[list[str], Tensor]]:
     """
-    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the receivers. The receivers are the logits, then the
-    q, k, v and MLP inputs of those writers that lost most (at most `width`, at least `floor`) through an input before (Wang et al. 2023).
+    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the
+    receivers, which are named. First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
+    writers that lost most (at most `width`, at least `floor`) in the last round's strongest step, until max_steps are
+    done (Wang et al. 2023).
     """
-    clean, corrupt = t.stack(baselines(model, pairs, kind, memory_gb)).mean(1)
+    clean, corrupt = t.stack(baselines(model, pairs, metric, memory_gb)).mean(1)
     gap = float(clean - corrupt)
     steps = []
     options = [["logits"]]
-    while options and len(steps) < 4 * depth:
+    while options and len(steps) < max_steps:
         new = []
         for receivers in options:
-            lost = path_losses(model, graph, pairs, receivers, kind, memory_gb).mean(1) / gap
+            lost = path_losses(model, graph, pairs, receivers, metric, memory_gb).mean(1) / gap
             new.append((receivers, lost))
         steps += new
         most = max((lost for _, lost in new), key=lambda lost: lost.max())
@@ -558,18 +616,21 @@ def trace_back(
 
 
 def inputs_of_strongest(graph: Graph, lost: Tensor, floor: float, width: int) -> list[list[str]]:
-    """The inputs, by kind, of the writers (but the embedding, which has none) that lost most."""
+    """The inputs (q, k, v, MLP) of the writers (but the embedding, which has none) that lost most."""
     strongest = [i for i in lost.topk(width).indices.tolist() if lost[i] >= floor and i > 0]
     if not strongest:
         return []
     names = [graph.writers[i] for i in strongest]
-    by_kind = [graph.readers(names, kind) for kind in ("q", "k", "v", "MLP")]
-    return [receivers for receivers in by_kind if receivers]
+    by_input = [graph.receivers_of(names, input) for input in ("q", "k", "v", "MLP")]
+    return [receivers for receivers in by_input if receivers]
 
 
 #%% Self-repair: what a head does directly, and who steps in when it fails
 class SelfRepair(NamedTuple):
-    """Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect (writer), in logits of answer - wrong."""
+    """
+    Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect
+    (writer), in logits of answer - wrong.
+    """
 
     lost_directly: float
     lost_in_all: float
@@ -578,12 +639,15 @@ class SelfRepair(NamedTuple):
 
 @t.no_grad()
 def self_repair(
-    model: nn.Module, graph: Graph, pairs: Pairs, head: str, kind: str, memory_gb: float = 1.0
+    model: nn.Module, graph: Graph, pairs: Pairs, head: str, metric: str, memory_gb: float = 1.0
 ) -> SelfRepair:
-    """A head's write is set to its mean over pairs and positions: first where the logits read it, then where anyone does (McGrath et al. 2023)."""
+    """
+    A head's write is set to its mean over pairs and positions: first where the logits read it, then where anyone does
+    (McGrath et al. 2023).
+    """
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
     mean = mean_write(model, graph, pairs, head, n_pairs)
-    parts = by_groups(partial(replace_write, model, graph, head, mean, kind), pairs, n_pairs)
+    parts = by_groups(partial(replace_write, model, graph, head, mean, metric), pairs, n_pairs)
     losses, changes = zip(*parts)
     lost_directly, lost_in_all = (sum(losses) / len(pairs)).tolist()
     return SelfRepair(lost_directly, lost_in_all, (sum(changes) / len(pairs)).cpu())
@@ -604,11 +668,14 @@ def mean_write(model: nn.Module, graph: Graph, pairs: Pairs, head: str, n_pairs:
 
 
 def replace_write(
-    model: nn.Module, graph: Graph, head: str, mean: Tensor, kind: str, group: Pairs
+    model: nn.Module, graph: Graph, head: str, mean: Tensor, metric: str, group: Pairs
 ) -> tuple[Tensor, Tensor]:
-    """Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs, when a head writes `mean`."""
+    """
+    Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs,
+    when a head writes `mean`.
+    """
     clean = run_graph(model, graph, group, "clean", also=("ln_final.hook_scale",))
-    metric = make_metric(group, kind, clean.logits)
+    metric_fn = make_metric(group, metric, clean.logits)
     other = clean.writes.clone()
     other[:, :, graph.writers.index(head)] = mean
 
@@ -617,7 +684,7 @@ def replace_write(
         swap = graph.edges([head], receivers).to(other.device).expand(len(group), -1, -1)
         run = EdgeRun(model, graph, swap, other)
         logits = run.run(clean.cache["resid_pre", 0], group.answer_pos)
-        lost = (metric(clean.logits, group.index) - metric(logits, group.index)).sum()
+        lost = (metric_fn(clean.logits, group.index) - metric_fn(logits, group.index)).sum()
         return lost, (other - t.cat(run.gaps, 2))[group.index, group.answer_pos]
 
     lost_directly, _ = fail_head(["logits"])
@@ -653,18 +720,19 @@ def find_roles(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    kind: str,
+    metric: str,
     memory_gb: float = 1.0,
     shuffles: int = 200,
     floor: float = 0.3,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
-    Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor` or, if larger, the 99th percentile of the best
-    head's score with keys drawn at random. Found {role: heads} above the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition
-    heads act on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
+    Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor`
+    or, if larger, the 99th percentile of the best head's score with keys drawn at random. Found {role: heads} above
+    the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition heads act on the
+    movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
     """
-    search = RoleSearch(model, graph, pairs, kind, memory_gb, shuffles, floor, seed)
+    search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed)
     movers = search.name_movers()
     found = {
         "name mover": movers,
@@ -678,14 +746,17 @@ def find_roles(
 
 
 class RoleSearch:
-    """Which heads look as a role looks (scores, bars, looking), and which of them also do what it does: one method per role."""
+    """
+    Which heads look as a role looks (scores, bars, looking), and which of them also do what it does: one method per
+    role.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         graph: Graph,
         pairs: Pairs,
-        kind: str,
+        metric: str,
         memory_gb: float,
         shuffles: int,
         floor: float,
@@ -694,7 +765,7 @@ class RoleSearch:
         self.model = model
         self.graph = graph
         self.pairs = pairs
-        self.kind = kind
+        self.metric = metric
         self.memory_gb = memory_gb
         self.shuffles = shuffles
         self.generator = t.Generator().manual_seed(seed)
@@ -721,7 +792,7 @@ class RoleSearch:
         """From the end they attend to the second subject and steer the name movers' queries."""
         if not movers:
             return []
-        return self.acting(self.looking["S-inhibition"], self.graph.readers(movers, "q"))
+        return self.acting(self.looking["S-inhibition"], self.graph.receivers_of(movers, "q"))
 
     def induction_heads(self) -> list[str]:
         """From the second subject they attend to what followed the first."""
@@ -747,11 +818,13 @@ class RoleSearch:
         return t.stack(best).quantile(0.99).item()
 
     def acting(self, heads: list[str], receivers: list[str], sign: int = 1) -> list[str]:
-        """Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance."""
+        """
+        Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance.
+        """
         if not heads or not receivers:
             return []
         rows = [self.graph.writers.index(head) for head in self.graph.head_names]
-        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.kind, self.memory_gb)
+        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
         effect = {head: sign * lost[self.graph.head_names.index(head)].mean() for head in heads}

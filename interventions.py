@@ -15,6 +15,7 @@ from hooks import (
     blocks_of,
     cache_from_resid,
     device_of,
+    hook_points,
     in_batches,
     is_streamed,
     rows_that_fit,
@@ -33,12 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-#%% Prompt pairs: clean and corrupt in as many tokens, an answer and a wrong answer of one token each, and names for their positions
+#%% Prompt pairs: clean and corrupt of one length, an answer and a wrong answer of one token, and named positions
 @dataclass
 class Pairs:
     """
-    clean, corrupt (pair, pos): token ids, padded on the right. answer, wrong (pair): token ids, due after position answer_pos (pair).
-    places: named masks (pair, pos).
+    clean, corrupt (pair, pos): token ids, padded on the right. answer, wrong (pair): token ids, due after position
+    answer_pos (pair). places: named masks (pair, pos).
     """
 
     clean: Tensor
@@ -78,12 +79,18 @@ def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str
     if len(clean_ids) != len(corrupt_ids):
         clean_tokens = [token_text(model, i) for i in clean_ids]
         corrupt_tokens = [token_text(model, i) for i in corrupt_ids]
-        return f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}: {clean_tokens} against {corrupt_tokens}; reword one of them"
+        return (
+            f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}: {clean_tokens} against {corrupt_tokens}; "
+            "reword one of them"
+        )
     for answer in answers:
         with_answer = encode(model, clean + answer)
         if with_answer[:-1] != clean_ids:
             end = [token_text(model, i) for i in with_answer[-3:]]
-            return f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {end}; a word begins with a space, {' ' + answer.strip()!r}"
+            return (
+                f"the answer {answer!r} is not one token after {clean!r}: the text with it ends in {end}; a word "
+                f"begins with a space, {' ' + answer.strip()!r}"
+            )
     return None
 
 
@@ -121,8 +128,9 @@ def padded(rows: list[list[int]], device: t.device) -> Tensor:
 
 def find_places(pairs: Pairs) -> dict[str, Tensor]:
     """
-    Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and corrupt has the answer's there; else by what
-    changed. Sorted by where they stand on average; places without a position are left out.
+    Masks that share out the positions up to the answer: IO, S1, S1+1, S2 where the wrong name stands twice and
+    corrupt has the answer's there; else by what changed. Sorted by where they stand on average; places without a
+    position are left out.
     """
     position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
     changed = pairs.clean != pairs.corrupt
@@ -178,7 +186,10 @@ def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Ten
 
 #%% Where pairs come from: drawn from a task, read from a file, or typed in
 def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
-    """n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held out of models/world's training."""
+    """
+    n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held
+    out of models/world's training.
+    """
     rng = Random(seed)
     facts = []
     if task == "capitals":
@@ -197,7 +208,8 @@ def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
             rows.append(row)
     if len(rows) < max(1, n):
         fail(
-            f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one length): give your own with --pairs"
+            f"only {len(rows)} of {n} {task} pairs fit this tokenizer (answers of one token, both texts of one "
+            "length): give your own with --pairs"
         )
     return make_pairs(model, rows)
 
@@ -226,8 +238,9 @@ def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
 
 def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
     """
-    (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer, wrong), a file (cfg.pairs), whose rows go
-    to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n and, by the next seed, cfg.held_out of them).
+    (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer,
+    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n
+    and, by the next seed, cfg.held_out of them).
     """
     own = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong)
     if any(own) and not all(own):
@@ -262,11 +275,12 @@ def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[
 
 
 #%% Metrics: one number per row, from its logits where the answer is due
-def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def make_metric(pairs: Pairs, metric: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """
-    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. kind: logit_diff (answer - wrong), log_prob of the answer
-    in nats, or kl, the divergence from clean_logits (pair, d_vocab) in nats. A difference of two log-probabilities is
-    logit_diff: the normaliser cancels. A new metric is a function here and a name in the stories' --metric.
+    fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric:
+    logit_diff (answer - wrong), log_prob of the answer in nats, or kl, the divergence from clean_logits (pair,
+    d_vocab) in nats. A difference of two log-probabilities is logit_diff: the normaliser cancels. A new metric is a
+    function here and a name in the stories' --metric.
     """
 
     def logit_diff(logits: Tensor, pair: Tensor) -> Tensor:
@@ -281,13 +295,13 @@ def make_metric(pairs: Pairs, kind: str, clean_logits: Tensor | None = None) -> 
         log_p = clean_logits.float().log_softmax(-1)[pair]
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
-    if kind == "logit_diff":
+    if metric == "logit_diff":
         return logit_diff
-    if kind == "log_prob":
+    if metric == "log_prob":
         return log_prob
-    if kind == "kl":
+    if metric == "kl":
         return kl
-    raise ValueError(f"unknown metric {kind!r}")
+    raise ValueError(f"unknown metric {metric!r}")
 
 
 def chosen(values: Tensor, ids: Tensor) -> Tensor:
@@ -300,20 +314,21 @@ def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
     gap = (clean.mean() - corrupt.mean()).item()
     if abs(gap) < 1e-6:
         fail(
-            "clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers differ"
+            "clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers "
+            "differ"
         )
     return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
 
 
 @t.no_grad()
-def baselines(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
+def baselines(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 1.0) -> tuple[Tensor, Tensor]:
     """Metric (pair) of the clean and of the corrupt run."""
 
     def both_runs(group: Pairs) -> Tensor:
         clean_logits = run_from(model, inputs(model, group, "clean"), group.answer_pos)
         corrupt_logits = run_from(model, inputs(model, group, "corrupt"), group.answer_pos)
-        metric = make_metric(group, kind, clean_logits)
-        return t.stack([metric(clean_logits, group.index), metric(corrupt_logits, group.index)])
+        metric_fn = make_metric(group, metric, clean_logits)
+        return t.stack([metric_fn(clean_logits, group.index), metric_fn(corrupt_logits, group.index)])
 
     groups = by_groups(both_runs, pairs, rows_that_fit(model, pairs.clean.shape[1], memory_gb))
     clean, corrupt = t.cat(groups, -1)
@@ -333,12 +348,13 @@ def activation_patch(
     layer: int,
     position: int | slice = slice(None),
     head: int | slice = slice(None),
-    kind: str = "logit_diff",
+    metric: str = "logit_diff",
     direction: Literal["denoise", "noise"] = "denoise",
 ) -> Tensor:
     """
-    Metric (pair) after `site` of one layer, at one position and of one head (default: all of them), was taken from the other run: from the clean run
-    into the corrupt one (denoise), or from the corrupt run into the clean one (noise) (Vig et al. 2020, Meng et al. 2022, Heimersheim & Nanda 2024).
+    Metric (pair) after `site` of one layer, at one position and of one head (default: all of them), was taken from
+    the other run: from the clean run into the corrupt one (denoise), or from the corrupt run into the clean one
+    (noise) (Vig et al. 2020, Meng et al. 2022, Heimersheim & Nanda 2024).
     """
     assert pairs.corrupt_resid is None, "the plain form runs on tokens"
     hook_name = act_name(site, layer)
@@ -358,21 +374,21 @@ def activation_patch(
         where = (slice(None), position)
 
     def patch(activation: Tensor, hook: nn.Module) -> None:
-        activation[where] = donor[
-            where
-        ]  # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
+        # in place, as a bridge's hook_resid_mid is the stream itself: see GrowingBatch.patch
+        activation[where] = donor[where]
 
     logits = run_with_hooks(model, base_tokens, [(hook_name, patch)])
-    metric = make_metric(pairs, kind, clean_logits[pairs.index, pairs.answer_pos])
-    return metric(logits[pairs.index, pairs.answer_pos], pairs.index)
+    metric_fn = make_metric(pairs, metric, clean_logits[pairs.index, pairs.answer_pos])
+    return metric_fn(logits[pairs.index, pairs.answer_pos], pairs.index)
 
 
 #%% Activation patching, the fast form: all layers, heads and places in one growing batch
 @dataclass
 class Cells:
     """
-    The cells of a sweep, an entry each: one layer, head, place and pair. first: the position from which on its run can differ from the plain one.
-    In this order layers come one after the other, so cells join a growing batch in their order.
+    The cells of a sweep, an entry each: one layer, head, place and pair. first: the position from which on its run
+    can differ from the plain one. In this order layers come one after the other, so cells join a growing batch in
+    their order.
     """
 
     layer: Tensor
@@ -390,9 +406,10 @@ class Cells:
 
 class GrowingBatch:
     """
-    One forward pass for many cells of a sweep. Its rows: the base run of every pair, which is to be patched; the donor run of every pair, which is patched
-    from; then a row for each cell. Below the layer that it patches a cell's row is its pair's base run, so it joins there, as a copy of that row, and nothing
-    below is computed again. Layer by layer the model calls
+    One forward pass for many cells of a sweep. Its rows: the base run of every pair, which is to be patched; the
+    donor run of every pair, which is patched from; then a row for each cell. Below the layer that it patches a cell's
+    row is its pair's base run, so it joins there, as a copy of that row, and nothing below is computed again. Layer
+    by layer the model calls
 
         enter     the cells of this layer join
         patch     what they patch becomes the donor's
@@ -419,7 +436,10 @@ class GrowingBatch:
         self.read = ()  # (row), (position) that the MLP of this layer reads
 
     def run(self, resid: Tensor) -> Tensor:
-        """Logits (row, d_vocab) where the answer is due, after base and donor runs enter with resid (2 * pair, pos, d_model)."""
+        """
+        Logits (row, d_vocab) where the answer is due, after base and donor runs enter with resid (2 * pair, pos,
+        d_model).
+        """
         inner = [(block, "in", partial(self.enter, layer)) for layer, block in enumerate(blocks_of(self.model))]
         patches_in_mlp = "mlp" in act_name(self.site, 0)
         if not patches_in_mlp and not is_streamed(self.model):
@@ -447,7 +467,10 @@ class GrowingBatch:
         return t.cat([resid, resid[cells.pair]])
 
     def patch(self, activation: Tensor, hook: nn.Module) -> None:
-        """In place, in the rows that joined last: a bridge's hook_resid_mid hands out what the MLP reads, which is the stream itself."""
+        """
+        In place, in the rows that joined last: a bridge's hook_resid_mid hands out what the MLP reads, which is the
+        stream itself.
+        """
         cells = self.cells_of[self.layer]
         donor = activation[self.n_pairs + cells.pair]
         own = activation[-len(cells) :]
@@ -464,7 +487,10 @@ class GrowingBatch:
         return positions[:, :, None]  # (cell, pos, 1)
 
     def cut(self, layer: int, resid: Tensor) -> Tensor:
-        """What the MLP reads (1, chosen, d_model): positions that can differ, in the last layer only where the answer is due."""
+        """
+        What the MLP reads (1, chosen, d_model): positions that can differ, in the last layer only where the answer is
+        due.
+        """
         read = self.can_differ
         if layer == self.n_layers - 1:
             read = self.position == self.row_answer_pos()[:, None]
@@ -472,7 +498,10 @@ class GrowingBatch:
         return resid[self.read][None]
 
     def restore(self, layer: int, out: Tensor) -> Tensor:
-        """The MLP's output (row, pos, d_model), where it was not computed the base run's; in the last layer zeros, which nothing reads."""
+        """
+        The MLP's output (row, pos, d_model), where it was not computed the base run's; in the last layer zeros, which
+        nothing reads.
+        """
         full = out.new_zeros(*self.can_differ.shape, out.shape[-1])
         full.index_put_(self.read, out[0])
         if layer < self.n_layers - 1:
@@ -488,16 +517,17 @@ def sweep(
     pairs: Pairs,
     site: str,
     by: Literal["pos", "head", "head pos"] = "pos",
-    kind: str = "logit_diff",
+    metric: str = "logit_diff",
     direction: Literal["denoise", "noise"] = "denoise",
     places: dict[str, Tensor] | None = None,
     memory_gb: float = 1.0,
     skip: bool = True,
 ) -> Tensor:
     """
-    activation_patch of `site` in every layer, each alone: metric (layer, place, pair), (layer, head, pair) or (layer, head, place, pair). places: masks
-    (pair, pos), default every position; of a pattern the query is placed. k and v have as many heads as keys. Activations stay within memory_gb, however
-    many the pairs. skip: cells before a pair's first difference are not run, as nothing differs there.
+    activation_patch of `site` in every layer, each alone: metric (layer, place, pair), (layer, head, pair) or (layer,
+    head, place, pair). places: named masks (pair, pos) whose positions are patched together, default each position
+    alone; of a pattern the query is placed. k and v have as many heads as keys. Activations stay within memory_gb,
+    however many the pairs. skip: cells before a pair's first difference are not run, as nothing differs there.
     """
     if by == "head":
         places = {"all": t.ones_like(pairs.clean, dtype=t.bool)}
@@ -505,44 +535,62 @@ def sweep(
     for name, mask in places.items():
         if mask.shape != pairs.clean.shape:
             fail(f"place {name!r} is not a mask of {tuple(pairs.clean.shape)} (pair, pos)")
-    n_rows = rows_that_fit(model, pairs.clean.shape[1], memory_gb)
-    most_pairs = max(1, n_rows // 16)
-    if len(pairs) > most_pairs:
-
-        def of_group(group: Pairs) -> Tensor:
-            return sweep(model, group, site, by, kind, direction, group.places, memory_gb, skip)
-
-        return t.cat(by_groups(of_group, replace(pairs, places=places), most_pairs), -1)
-
-    base, donor = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
-    resid = t.cat([inputs(model, pairs, base), inputs(model, pairs, donor)])
-    masks = t.stack(list(places.values()))  # (place, pair, pos)
-    n_heads = 1 if by == "pos" else heads_at(model, site)
-    shape = (model.cfg.n_layers, n_heads, len(masks), len(pairs))
-    touched = masks & can_matter(pairs, resid) if skip else masks
-    cells, touches_any = plan_cells(pairs, shape, touched)
-    needed = touches_any.nonzero()[:, 0] if skip else t.arange(len(cells), device=masks.device)
-
-    def run(chosen_cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Metric of the base runs (pair), and of these cells."""
-        some = cells.take(chosen_cells)
-        logits = GrowingBatch(model, pairs, site, some, masks, n_heads).run(resid)
-        base_logits, donor_logits, cell_logits = logits.split([len(pairs), len(pairs), len(some)])
-        metric = make_metric(pairs, kind, donor_logits if direction == "denoise" else base_logits)
-        return metric(base_logits, pairs.index), metric(cell_logits, some.pair)
-
-    if len(needed):
-        done = list(in_batches(run, needed, max(1, n_rows - 2 * len(pairs)), f"patching {site}"))
-    else:
-        done = [run(needed)]
-    unpatched = done[0][0]
-    patched = t.cat([values for _, values in done])
-    table = unpatched[cells.pair].index_put((needed,), patched).view(shape)
+    of_group = partial(
+        sweep_group,
+        model,
+        site=site,
+        n_heads=1 if by == "pos" else heads_at(model, site),
+        metric=metric,
+        direction=direction,
+        memory_gb=memory_gb,
+        skip=skip,
+    )
+    most_pairs = max(1, rows_that_fit(model, pairs.clean.shape[1], memory_gb) // 16)
+    table = t.cat(by_groups(of_group, replace(pairs, places=places), most_pairs), -1)
     if by == "pos":
         return table[:, 0]
     if by == "head":
         return table[:, :, 0]
     return table
+
+
+def sweep_group(
+    model: nn.Module,
+    group: Pairs,
+    site: str,
+    n_heads: int,
+    metric: str,
+    direction: str,
+    memory_gb: float,
+    skip: bool,
+) -> Tensor:
+    """
+    sweep of a few pairs over their places: metric (layer, head, place, pair). n_heads is 1 where heads go together.
+    """
+    base, donor = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
+    resid = t.cat([inputs(model, group, base), inputs(model, group, donor)])
+    masks = t.stack(list(group.places.values()))  # (place, pair, pos)
+    touched = masks & can_matter(group, resid) if skip else masks
+    shape = (model.cfg.n_layers, n_heads, len(masks), len(group))
+    cells, touches_any = plan_cells(group, shape, touched)
+    needed = touches_any.nonzero()[:, 0] if skip else t.arange(len(cells), device=masks.device)
+
+    def run(chosen_cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Metric of the base runs (pair), and of these cells."""
+        some = cells.take(chosen_cells)
+        logits = GrowingBatch(model, group, site, some, masks, n_heads).run(resid)
+        base_logits, donor_logits, cell_logits = logits.split([len(group), len(group), len(some)])
+        metric_fn = make_metric(group, metric, donor_logits if direction == "denoise" else base_logits)
+        return metric_fn(base_logits, group.index), metric_fn(cell_logits, some.pair)
+
+    if len(needed):
+        n_rows = rows_that_fit(model, group.clean.shape[1], memory_gb)
+        done = list(in_batches(run, needed, max(1, n_rows - 2 * len(group)), f"patching {site}"))
+    else:
+        done = [run(needed)]
+    unpatched = done[0][0]
+    patched = t.cat([values for _, values in done])
+    return unpatched[cells.pair].index_put((needed,), patched).view(shape)
 
 
 def heads_at(model: nn.Module, site: str) -> int:
@@ -551,7 +599,10 @@ def heads_at(model: nn.Module, site: str) -> int:
 
 
 def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:
-    """Mask (pair, pos): from the first position at which the two runs enter differently, up to the answer. resid: (2 * pair, pos, d_model)."""
+    """
+    Mask (pair, pos): from the first position at which the two runs enter differently, up to the answer. resid: (2 *
+    pair, pos, d_model).
+    """
     first_run, second_run = resid.split(len(pairs))
     differs = (first_run != second_run).any(-1)
     position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
@@ -559,7 +610,10 @@ def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:
 
 
 def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) -> tuple[Cells, Tensor]:
-    """All cells of a sweep of this shape (layer, head, place, pair), and a mask (cell) of those that touch anything. touched: (place, pair, pos)."""
+    """
+    All cells of a sweep of this shape (layer, head, place, pair), and a mask (cell) of those that touch anything.
+    touched: (place, pair, pos).
+    """
     axes = [t.arange(n, device=pairs.answer_pos.device) for n in shape]
     layer, head, place, pair = (axis.flatten() for axis in t.meshgrid(*axes, indexing="ij"))
     first = touched.float().argmax(-1)[place, pair]
@@ -567,37 +621,101 @@ def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) 
 
 
 @t.no_grad()
-def sweep_gates(model: nn.Module, pairs: Pairs, kind: str, memory_gb: float = 1.0) -> dict[str, float]:
+def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 1.0) -> dict[str, float]:
     """
-    What must hold before a sweep is believed, as the largest miss over the largest difference of clean and corrupt: the answer's position unembedded alone
-    has the model's own logits, patching nothing is the corrupt run, patching everything before a layer is the clean run.
+    What must hold before a sweep is believed, as the largest miss over the largest difference of clean and corrupt:
+    the answer's position unembedded alone has the model's own logits, patching nothing is the corrupt run, patching
+    everything before a layer is the clean run.
     """
-    clean, corrupt = baselines(model, pairs, kind, memory_gb)
+    clean, corrupt = baselines(model, pairs, metric, memory_gb)
     logits = model(pairs.clean)[pairs.index, pairs.answer_pos]
-    whole_model = make_metric(pairs, kind, logits)(logits, pairs.index)
+    whole_model = make_metric(pairs, metric, logits)(logits, pairs.index)
 
     def patch_everywhere(on: bool) -> Tensor:
         places = {"all": t.full_like(pairs.clean, on, dtype=t.bool)}
-        return sweep(model, pairs, "resid_pre", kind=kind, places=places, memory_gb=memory_gb, skip=False)
+        return sweep(model, pairs, "resid_pre", metric=metric, places=places, memory_gb=memory_gb, skip=False)
 
     misses = {
-        "answer alone unembedded": whole_model - clean,
-        "nothing patched": patch_everywhere(False) - corrupt,
-        "everything patched": patch_everywhere(True) - clean,
+        "answer_alone_unembedded": whole_model - clean,
+        "nothing_patched": patch_everywhere(False) - corrupt,
+        "everything_patched": patch_everywhere(True) - clean,
     }
     scale = 0.01 + (clean - corrupt).abs().max()
-    return {title: (miss.abs().max() / scale).item() for title, miss in misses.items()}
+    return {name: (miss.abs().max() / scale).item() for name, miss in misses.items()}
 
 
 def missed_gates(gates: dict[str, float], model: nn.Module) -> list[str]:
-    """The titles of the gates that miss by more than the model's dtype explains; NaN is a miss."""
+    """The gates that miss by more than the model's dtype explains; NaN is a miss."""
     allowed = 1e-4 if model.W_U.dtype == t.float32 else 5e-2
-    return [title for title, miss in gates.items() if not miss <= allowed]
+    return [name for name, miss in gates.items() if not miss <= allowed]
+
+
+def in_words(gates: dict[str, float]) -> str:
+    """As they are printed: nothing patched 3e-07, ..."""
+    return ", ".join(f"{name.replace('_', ' ')} {miss:.0e}" for name, miss in gates.items())
+
+
+#%% Causal tracing: noise on the subject's embeddings, one clean activation restored (Meng et al. 2022)
+@t.no_grad()
+def embedding_std(model: nn.Module, tokens: Tensor, place_mask: Tensor) -> float:
+    """
+    Standard deviation of the token embeddings at the positions of place_mask (pair, pos), as they enter the first
+    block, so scaled where the model scales them (Gemma). Where positions are added to them, they are read at
+    hook_embed, before.
+    """
+    if "hook_pos_embed" in hook_points(model):
+        _, cache = run_with_cache(model, tokens, "hook_embed")
+        embeddings = cache["hook_embed"]
+    else:
+        embeddings = model(tokens, stop_at_layer=0)
+    return embeddings[place_mask].float().std().item()
+
+
+@t.no_grad()
+def noised_pairs(model: nn.Module, pairs: Pairs, place_mask: Tensor, sigma: float) -> Pairs:
+    """
+    The same pairs, but the corrupt run is the clean one with Gaussian noise of standard deviation sigma on what
+    enters layer 0 at the positions of place_mask (pair, pos). Meng et al. take sigma = 3 embedding_std, and the
+    subject's tokens.
+    """
+    resid = inputs(model, pairs, "clean")
+    noise = sigma * t.randn_like(resid)
+    return replace(pairs, corrupt=pairs.clean, corrupt_resid=resid + noise * place_mask[..., None])
+
+
+@t.no_grad()
+def causal_trace(
+    model: nn.Module, noised: Pairs, site: str, layer: int, place_mask: Tensor, metric: str = "log_prob"
+) -> Tensor:
+    """
+    Causal tracing (Meng et al. 2022): metric (pair) of the noised runs (see noised_pairs) in which `site` of one
+    layer is the clean run's at the positions of place_mask (pair, pos). Plain form of a sweep of noised pairs. (The
+    paper restores attention and MLP outputs in windows of ten layers, here it is one layer.)
+    """
+    # Step 1: a clean run
+    hook_name = act_name(site, layer)
+    clean_logits, clean_cache = run_with_cache(model, noised.clean, hook_name)
+
+    # Step 2: the run again, with the noised embeddings, and the clean activation restored
+    def put_noised(resid: Tensor, hook: nn.Module) -> Tensor:
+        return noised.corrupt_resid.clone()
+
+    def restore(activation: Tensor, hook: nn.Module) -> None:
+        activation[place_mask] = clean_cache[hook_name][place_mask]  # in place: see GrowingBatch.patch
+
+    logits = run_with_hooks(model, noised.clean, [(act_name("resid_pre", 0), put_noised), (hook_name, restore)])
+
+    # Step 3: the metric
+    metric_fn = make_metric(noised, metric, clean_logits[noised.index, noised.answer_pos])
+    return metric_fn(logits[noised.index, noised.answer_pos], noised.index)
 
 
 #%% Ablations, the plain form: a part is zeroed, set to its mean, to another row's value, or drowned in noise
 class Part(NamedTuple):
-    """Of `site` in a layer: of the change (row, pos, ...) that an ablation makes there, keep lets only the part's own through."""
+    """
+    Of `site` in a layer: of the change (row, pos, ...) that an ablation makes there, keep lets only the part's own
+    through.
+    """
 
     site: str
     layer: int
@@ -616,7 +734,10 @@ class Moments(NamedTuple):
 
 
 def ablated(x: Tensor, how: str, moments: Moments | None, other: Tensor | None, sigma: float = 1.0) -> Tensor:
-    """What an ablation puts in the place of x (row, pos, ...). mean and noise need moments over text, resample needs another run's activation."""
+    """
+    What an ablation puts in the place of x (row, pos, ...). mean and noise need moments over text, resample needs
+    another run's activation.
+    """
     if how == "zero":
         return 0 * x
     if how == "mean":
@@ -631,8 +752,9 @@ def ablated(x: Tensor, how: str, moments: Moments | None, other: Tensor | None, 
 @t.no_grad()
 def ablate(model: nn.Module, tokens: Tensor, part: Part, text: Tensor, how: str, sigma: float = 1.0) -> Tensor:
     """
-    Logits (row, pos, d_vocab) of a run in which a part is ablated. how: zero; mean over text (row, pos); resample, the row before at the same position
-    (Chan et al. 2022); noise of sigma standard deviations over text. The first position of text, which attends only to itself, is left out.
+    Logits (row, pos, d_vocab) of a run in which a part is ablated. how: zero; mean over text (row, pos); resample,
+    the row before at the same position (Chan et al. 2022); noise of sigma standard deviations over text. The first
+    position of text, which attends only to itself, is left out.
     """
     _, text_cache = run_with_cache(model, text, part.hook_name)
     over_text = text_cache[part.hook_name][:, 1:].float()
@@ -653,8 +775,9 @@ mean_ablation = partial(ablate, how="mean")  # (Wang et al. 2022)
 #%% Ablations, the fast form: many of them on the same rows, each from its own layer on
 class AblatedRuns:
     """
-    Runs of the same tokens (row, pos) with one ablation each. The plain run leaves the stream before every layer, and an ablation's run starts from it at its
-    own layer. Logits are (row, d_vocab) at answer_pos, or (row, pos, d_vocab) where that is None. other_tokens: the rows to resample from.
+    Runs of the same tokens (row, pos) with one ablation each. The plain run leaves the stream before every layer, and
+    an ablation's run starts from it at its own layer. Logits are (row, d_vocab) at answer_pos, or (row, pos, d_vocab)
+    where that is None. other_tokens: the rows to resample from.
     """
 
     def __init__(
@@ -705,12 +828,13 @@ def ablation_effects(
     pairs: Pairs,
     rows: Tensor,
     ablations: list[tuple[Part, str, float]],
-    kind: str,
+    metric: str,
     memory_gb: float = 1.0,
 ) -> list[tuple[float, float]]:
     """
-    For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the share of the clean metric lost, and the
-    loss added on that text in nats per token. resample takes the row before, same position.
+    For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the
+    share of the clean metric lost, and the loss added on that text in nats per token. resample takes the row before,
+    same position.
     """
     ablated_hooks = unique(part.hook_name for part, _, _ in ablations)
     resampled_hooks = unique(part.hook_name for part, how, _ in ablations if how == "resample")
@@ -726,10 +850,10 @@ def ablation_effects(
         both = pairs.take(t.cat([index, index - 1]))
         tokens, other_tokens = both.clean.split(len(index))
         runs = AblatedRuns(model, tokens, other_tokens, group.answer_pos, moments, resampled_hooks)
-        metric = make_metric(group, kind, runs.logits)
+        metric_fn = make_metric(group, metric, runs.logits)
 
         def score(logits: Tensor) -> Tensor:
-            return metric(logits, group.index).sum()
+            return metric_fn(logits, group.index).sum()
 
         return runs.scores(ablations, score) / len(pairs)
 
@@ -743,10 +867,10 @@ def ablation_effects(
 
         return runs.scores(ablations, score) / rows[:, 1:].numel()
 
-    metric = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
-    loss = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
-    metric_lost = (1 - metric[1:] / metric[0]).tolist()
-    nats_added = (loss[1:] - loss[0]).tolist()
+    metric_by_run = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
+    loss_by_run = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
+    metric_lost = (1 - metric_by_run[1:] / metric_by_run[0]).tolist()
+    nats_added = (loss_by_run[1:] - loss_by_run[0]).tolist()
     return list(zip(metric_lost, nats_added))
 
 
@@ -786,7 +910,10 @@ def moments_over_text(model: nn.Module, rows: Tensor, names: list[str], at_once:
 #%% Parts finer than a head or an MLP: neurons and directions
 @t.no_grad()
 def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.0) -> dict[str, Part]:
-    """Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the direction in which the stream before it differs most; beside random ones."""
+    """
+    Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the
+    direction in which the stream before it differs most; beside random ones.
+    """
     neuron_gap, stream_gap = differences_at_answer(model, pairs, ["post", "resid_pre"], layer, memory_gb)
     strength = neuron_gap.abs().mean(0) * model.blocks[layer].mlp.W_out.float().norm(dim=-1)
     strongest = strength.argsort(descending=True)
@@ -826,8 +953,11 @@ def along(direction: Tensor, change: Tensor) -> Tensor:
 
 #%% Attention knock-out
 @t.no_grad()
-def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str) -> Tensor:
-    """Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions of mask (pair, pos) (Geva et al. 2023)."""
+def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, metric: str) -> Tensor:
+    """
+    Metric (pair) of clean runs in which, in these layers, no head attends from the answer's position to the positions
+    of mask (pair, pos) (Geva et al. 2023).
+    """
     position = t.arange(pairs.clean.shape[1], device=mask.device)
     is_answer = position == pairs.answer_pos[:, None]
     hidden = is_answer[:, :, None] & mask[:, None, :]  # (pair, query, key)
@@ -839,17 +969,17 @@ def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], m
     scores_hooks = [act_name("attn_scores", layer) for layer in layers]
     clean_logits = run_from(model, resid, pairs.answer_pos)
     logits = run_from(model, resid, pairs.answer_pos, layer=0, fwd_hooks=[(scores_hooks, hide)])
-    return make_metric(pairs, kind, clean_logits)(logits, pairs.index)
+    return make_metric(pairs, metric, clean_logits)(logits, pairs.index)
 
 
 def knock_out(
-    model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, kind: str, memory_gb: float = 1.0
+    model: nn.Module, pairs: Pairs, layers: Iterable[int], mask: Tensor, metric: str, memory_gb: float = 1.0
 ) -> Tensor:
     """attention_knock_out in groups of pairs that fit into memory."""
     layers = list(layers)
 
     def of_group(group: Pairs) -> Tensor:
-        return attention_knock_out(model, group, layers, group.places["hidden"], kind)
+        return attention_knock_out(model, group, layers, group.places["hidden"], metric)
 
     masked = replace(pairs, places={"hidden": mask})
     return t.cat(by_groups(of_group, masked, rows_that_fit(model, mask.shape[1], memory_gb)))

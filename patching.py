@@ -1,4 +1,7 @@
-"""Which activations cause the answer? Activation patching, causal tracing, attention knock-out and ablations, on our own models and any TransformerBridge."""
+"""
+Which activations cause the answer? Activation patching, causal tracing, attention knock-out and ablations, on our own
+models and any TransformerBridge.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +33,12 @@ from interventions import (
     activation_patch,
     baselines,
     by_groups,
+    embedding_std,
     fine_parts,
-    inputs,
+    in_words,
     knock_out,
     missed_gates,
+    noised_pairs,
     normalised,
     position_masks,
     read_task,
@@ -64,7 +69,8 @@ class Config:
     held_out: int = 100  # pairs to test on what was found
     # weights come block by block where they do not fit, always, never; then the stream alone is patched
     offload: Literal["auto", "on", "off"] = "auto"
-    # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset; default world for models/world, else stdlib
+    # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset;
+    # default world for models/world, else stdlib
     data: str | None = None
     memory_gb: float = 1.0  # cap on activations
     seed: int = 0
@@ -86,14 +92,14 @@ task, pairs, test_pairs = read_task(model, cfg)
 streamed = is_streamed(model)
 if not streamed:
     keep_freed_memory()  # blocks that come and go would leave holes
-kind = cfg.metric
+metric = cfg.metric
 n_layers = model.cfg.n_layers
 n_heads = model.cfg.n_heads
 few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for gates and ablations
 middle = len(pairs) // 2
 shown = pairs.take(slice(middle, middle + 1))
 
-about = f"{task}, {Path(cfg.model).name}, {kind}"
+about = f"{task}, {Path(cfg.model).name}, {metric}"
 layer_names = [f"L{layer}" for layer in range(n_layers)]
 head_names = [f"H{head}" for head in range(n_heads)]
 place_names = list(pairs.places)
@@ -105,17 +111,18 @@ print(f"{gray}clean   {''.join(texts(shown.clean[0]))}")
 print(f"corrupt {''.join(texts(shown.corrupt[0]))}")
 print(f"answer  {texts(shown.answer)[0]!r}, wrong {texts(shown.wrong)[0]!r}; {about_bos(model)}{endc}")
 
-#%% Baselines and gates: before a number is believed, patching nothing changes nothing and patching everything changes everything
-clean, corrupt = baselines(model, pairs, kind, cfg.memory_gb)
-test_clean, test_corrupt = baselines(model, test_pairs, kind, cfg.memory_gb)
+#%% Baselines and gates: patching nothing must change nothing, patching everything must give the clean run
+clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
+test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 restored = partial(normalised, clean=clean, corrupt=corrupt)
 test_restored = partial(normalised, clean=test_clean, corrupt=test_corrupt)
 restored(clean)  # refuses equal metrics
-gates = sweep_gates(model, few, kind, cfg.memory_gb)
+gates = sweep_gates(model, few, metric, cfg.memory_gb)
 worst_gate = max(gates.values())
 numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
 print(
-    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, {test_corrupt.mean():.3f}); gates: {', '.join(f'{title} {miss:.0e}' for title, miss in gates.items())}{endc}"
+    f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, "
+    f"{test_corrupt.mean():.3f}); gates: {in_words(gates)}{endc}"
 )
 missed = missed_gates(gates, model)
 if missed:
@@ -133,11 +140,11 @@ head_sites = [site for site in cfg.site if site in HEADS]
 
 #%% Where does the answer stand in one prompt? Clean activations into the corrupt run, by layer and token
 if stream_sites:
-    shown_clean, shown_corrupt = baselines(model, shown, kind)
-    positions = position_masks(shown, cfg.positions)
+    shown_clean, shown_corrupt = baselines(model, shown, metric)
+    each_position = position_masks(shown, cfg.positions)
     by_token = []
     for site in stream_sites:
-        values = sweep(model, shown, site, by="pos", kind=kind, places=positions)
+        values = sweep(model, shown, site, by="pos", metric=metric, places=each_position)
         by_token.append(normalised(values, shown_clean, shown_corrupt))
 
 #%% ... as a map of layers and tokens
@@ -147,7 +154,7 @@ if stream_sites:
         title=f"Clean activation into the corrupt run at one token (n = 1, {about}; 0 = corrupt, 1 = clean)",
         xlabel="token",
         ylabel="layer",
-        x=[token_labels[int(p)] for p in positions],
+        x=[token_labels[int(p)] for p in each_position],
         y=layer_names,
         panels=stream_sites,
         columns=2,
@@ -155,12 +162,12 @@ if stream_sites:
     )
     show(fig, "patching/tokens")
 
-#%% ... and in all prompts? By layer and place, clean into corrupt (what suffices) and corrupt into clean (what is needed)
+#%% ... and in all prompts? By place, clean into corrupt (what suffices) and corrupt into clean (what is needed)
 if stream_sites:
     by_place = {}
     for site in stream_sites:
         for direction in ("denoise", "noise"):
-            values = sweep(model, pairs, site, "pos", kind, direction, places=pairs.places, memory_gb=cfg.memory_gb)
+            values = sweep(model, pairs, site, "pos", metric, direction, places=pairs.places, memory_gb=cfg.memory_gb)
             by_place[f"{site}, {direction}"] = restored(values)
     numbers["by_place"] = {title: panel.tolist() for title, panel in by_place.items()}
     numbers["places"] = place_names
@@ -171,13 +178,19 @@ if stream_sites:
         layer_names[layer]: [place_names[best_place[layer]], best_restored[layer].item()] for layer in range(n_layers)
     }
     numbers["answer_stands_at"] = {first_site: stands_at}
-    where_it_stands = f"At {first_site} the answer stands at {' '.join(f'{layer} {place} {value:.0%}' for layer, (place, value) in stands_at.items())}"
+    where_it_stands = (
+        f"At {first_site} the answer stands at "
+        f"{' '.join(f'{layer} {place} {value:.0%}' for layer, (place, value) in stands_at.items())}"
+    )
 
 #%% ... as a map of layers and places
 if stream_sites:
     fig = imshow(
         t.stack(list(by_place.values())),
-        title=f"Clean into corrupt (denoise), corrupt into clean (noise) by place (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean)",
+        title=(
+            f"Clean into corrupt (denoise), corrupt into clean (noise) by place (n = {len(pairs)}, {about}; 0 = "
+            "corrupt, 1 = clean)"
+        ),
         xlabel="place",
         ylabel="layer",
         x=place_names,
@@ -193,12 +206,12 @@ if head_sites:
     by_head = {}
     for site in head_sites:
         for direction in ("denoise", "noise"):
-            values = sweep(model, pairs, site, "head", kind, direction, memory_gb=cfg.memory_gb)
+            values = sweep(model, pairs, site, "head", metric, direction, memory_gb=cfg.memory_gb)
             by_head[f"{site}, {direction}"] = restored(values)
     numbers["by_head"] = {title: panel.tolist() for title, panel in by_head.items()}
 
     site = head_sites[0]
-    values = sweep(model, pairs, site, "head pos", kind, places=pairs.places, memory_gb=cfg.memory_gb)
+    values = sweep(model, pairs, site, "head pos", metric, places=pairs.places, memory_gb=cfg.memory_gb)
     head_by_place = restored(values).flatten(0, 1)
 
 #%% ... as a map of layers and heads, and of the first site's heads and places
@@ -206,7 +219,10 @@ if head_sites:
     every_head = [panel.repeat_interleave(n_heads // panel.shape[1], 1) for panel in by_head.values()]
     fig = imshow(
         t.stack(every_head),
-        title=f"Patching by head (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean; heads that share keys show one value)",
+        title=(
+            f"Patching by head (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean; heads that share keys show one "
+            "value)"
+        ),
         xlabel="head",
         ylabel="layer",
         x=head_names,
@@ -235,30 +251,33 @@ if head_sites:
     strongest_heads = []
     for i in found.flatten().argsort(descending=True)[:3].tolist():
         layer, head = divmod(i, found.shape[1])
-        patch_this_head = partial(activation_patch, model, site=site, layer=layer, head=head, kind=kind)
+        patch_this_head = partial(activation_patch, model, site=site, layer=layer, head=head, metric=metric)
         values = t.cat(by_groups(patch_this_head, test_pairs, 16))
         on_test_pairs = test_restored(values).item()
         strongest_heads.append([f"L{layer}H{head}", found[layer, head].item(), on_test_pairs])
     numbers["strongest_heads"] = {site: strongest_heads}
-    the_strongest = f"those whose clean {site} restores most are {', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
+    the_strongest = (
+        f"those whose clean {site} restores most are "
+        f"{', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
+    )
 
 #%% Where the weights come block by block the story ends here: heads and MLPs are not hooked
 if streamed:
     save_results("patching", cfg, **numbers, worst_gate=worst_gate)
     print(
-        f"{green}{where_it_stands} (share of the metric that the clean stream there restores; the weights were streamed). Gates: the worst misses by {worst_gate:.0e}.{endc}"
+        f"{green}{where_it_stands} (share of the metric that the clean stream there restores; the weights were "
+        f"streamed). Gates: the worst misses by {worst_gate:.0e}.{endc}"
     )
     raise SystemExit
 
-#%% Facts: noise on the subject's embeddings, one clean activation restored by layer and place (causal tracing; Meng et al. 2022)
+#%% Facts: noise on the subject's embeddings, one clean activation restored (causal tracing; Meng et al. 2022)
 if task == "capitals":
-    sigma = 3 * model.W_E.float().std().item()
-    resid = inputs(model, pairs, "clean")
-    noise = sigma * t.randn_like(resid)
-    noised = replace(pairs, corrupt_resid=resid + noise * pairs.places["changed"][..., None])
+    subject = pairs.places["changed"]
+    sigma = 3 * embedding_std(model, pairs.clean, subject)
+    noised = noised_pairs(model, pairs, subject, sigma)
     noised_clean, noised_corrupt = baselines(model, noised, "log_prob")
     tracing = {}
-    for site in ("resid_post", "attn_out", "mlp_out"):
+    for site in ("resid_post", "attn_out", "mlp_out"):  # causal_trace at every layer and place
         values = sweep(model, noised, site, "pos", "log_prob", places=pairs.places, memory_gb=cfg.memory_gb)
         tracing[site] = normalised(values, noised_clean, noised_corrupt)
     numbers["places"] = place_names
@@ -268,7 +287,11 @@ if task == "capitals":
 if task == "capitals":
     fig = imshow(
         t.stack(list(tracing.values())),
-        title=f"Causal tracing: subject noised by {sigma:.2f}, one clean activation restored (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = noised {noised_corrupt.mean():.2f}, 1 = clean {noised_clean.mean():.2f} nats)",
+        title=(
+            f"Causal tracing: subject under noise of 3 standard deviations ({sigma:.2f}), one clean activation "
+            f"restored (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = noised "
+            f"{noised_corrupt.mean():.2f}, 1 = clean {noised_clean.mean():.2f} nats)"
+        ),
         xlabel="place",
         ylabel="layer",
         x=place_names,
@@ -279,7 +302,7 @@ if task == "capitals":
     )
     show(fig, "patching/tracing")
 
-#%% Facts: which places may the answer's position not stop looking at? Attention knocked out layer by layer, and in all layers
+#%% Facts: which places must the answer's position look at? Attention knocked out layer by layer, and in all layers
 if task == "capitals":
     layers_knocked_out = [[layer] for layer in range(n_layers)] + [list(range(n_layers))]
     metric_left = {}
@@ -291,16 +314,22 @@ if task == "capitals":
             values = knock_out(model, pairs, these_layers, mask, "log_prob", cfg.memory_gb)
             metric_left[place].append(normalised(values, noised_clean, noised_corrupt).item())
     numbers["knock_out"] = metric_left
-    subject = place_names.index("changed")
+    subject_column = place_names.index("changed")
     print(
-        f"{cyan}the clean subject after layer 0 restores {tracing['resid_post'][0, subject]:.0%}, one MLP output there at most {tracing['mlp_out'][:, subject].max():.0%}; without attention from the answer's position to the subject {metric_left['changed'][-1]:.2f} is left, to the words between {metric_left['between'][-1]:.2f} (1 = clean, 0 = subject noised){endc}"
+        f"{cyan}the clean subject after layer 0 restores {tracing['resid_post'][0, subject_column]:.0%}, one MLP "
+        f"output there at most {tracing['mlp_out'][:, subject_column].max():.0%}; without attention from the answer's "
+        f"position to the subject {metric_left['changed'][-1]:.2f} is left, to the words between "
+        f"{metric_left['between'][-1]:.2f} (1 = clean, 0 = subject noised){endc}"
     )
 
 #%% ... as a map of places and layers
 if task == "capitals":
     fig = imshow(
         t.tensor(list(metric_left.values())),
-        title=f"Attention from the answer's position knocked out (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = subject noised, 1 = clean)",
+        title=(
+            f"Attention from the answer's position knocked out (n = {len(pairs)}, {Path(cfg.model).name}, "
+            "log-probability: 0 = subject noised, 1 = clean)"
+        ),
         xlabel="layer",
         ylabel="to",
         x=[*layer_names, "all"],
@@ -322,7 +351,7 @@ for layer in range(n_layers):
 effects = {}  # {how: {part: (share of the metric lost, nats per token added)}}
 for how in ("zero", "mean", "resample", "noise"):
     ablations = [(part, how, 1.0) for part in parts.values()]
-    effects[how] = dict(zip(parts, ablation_effects(model, few, rows, ablations, kind, cfg.memory_gb)))
+    effects[how] = dict(zip(parts, ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)))
 numbers["ablation"] = effects
 hurts_most = sorted(parts, key=lambda name: -effects["mean"][name][0])
 strongest_head = next(name for name in hurts_most if parts[name].site == "z")
@@ -350,7 +379,7 @@ sigmas = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
 noise_curves = {}
 for name in (strongest_head, strongest_mlp):
     ablations = [(parts[name], "noise", sigma) for sigma in sigmas]
-    noised_effects = ablation_effects(model, few, rows, ablations, kind, cfg.memory_gb)
+    noised_effects = ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)
     noise_curves[name] = [metric_lost for metric_lost, _ in noised_effects]
 numbers["noise_curve"] = noise_curves
 
@@ -368,7 +397,7 @@ show(fig, "patching/noise")
 #%% How few neurons of the strongest MLP, or which direction before it, does the answer need?
 fine = fine_parts(model, few, parts[strongest_mlp].layer, cfg.memory_gb)
 ablations = [(part, "mean", 1.0) for part in fine.values()]
-fine_effects = dict(zip(fine, ablation_effects(model, few, rows, ablations, kind, cfg.memory_gb)))
+fine_effects = dict(zip(fine, ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)))
 numbers["fine_ablation"] = fine_effects
 table = []
 for name in hurts_most[:8]:
@@ -387,5 +416,6 @@ if stream_sites:
 if head_sites:
     print(f"{green}Of {n_layers * found.shape[1]} heads, {the_strongest}.{endc}")
 print(
-    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric, and {nats:+.2f} nats per token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
+    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric, and {nats:+.2f} nats per "
+    f"token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
 )

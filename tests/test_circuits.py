@@ -1,4 +1,7 @@
-"""The story of circuits.py on small runs: any bridge and any pairs, models whose writes do not add up, streamed weights, wrong command lines."""
+"""
+The story of circuits.py on small runs: any bridge and any pairs, models whose writes do not add up, streamed weights,
+wrong command lines.
+"""
 
 import json
 
@@ -30,7 +33,9 @@ def test_any_bridge_and_any_pairs(script, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     write_tokenizer(tmp_path / "gpt2", load_tokenizer(str(ROOT / "models/world")))
     (tmp_path / "pairs.csv").write_text(
-        "clean,corrupt,answer,wrong\nThen Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\nSoon Tom saw,Soon Paul saw, the, a\n"
+        "clean,corrupt,answer,wrong\n"
+        "Then Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\n"
+        "Soon Tom saw,Soon Paul saw, the, a\n"
     )
     given = ("--model", str(tmp_path / "gpt2"), "--pairs", str(tmp_path / "pairs.csv"))
     numbers = script(*given, "--metric", "log_prob")
@@ -58,8 +63,8 @@ def test_where_writes_do_not_add_up_paths_are_left_out(script, tmp_path):
     model.save_pretrained(tmp_path / "gemma")
     write_tokenizer(tmp_path / "gemma", load_tokenizer(str(ROOT / "models/world")))
     numbers = script("--model", str(tmp_path / "gemma"), "--n", "4", "--held-out", "4")
-    assert numbers["gates"]["writes along the edges add up"] > 1e-2
-    assert numbers["gates"]["everything patched"] < 1e-4
+    assert numbers["gates"]["writes_add_up"] > 1e-2
+    assert numbers["gates"]["everything_patched"] < 1e-4
     assert "circuit" not in numbers and "paths" not in numbers
 
 

@@ -1,4 +1,7 @@
-"""The engine of edges against plain forms written out by hand, against activation patching, against closed forms, and against hand-built models whose answer is known."""
+"""
+The engine of edges against plain forms written out by hand, against activation patching, against closed forms, and
+against hand-built models whose answer is known.
+"""
 
 import pytest
 import torch as t
@@ -44,8 +47,8 @@ def world() -> Llama:
 
 def single(graph: Graph) -> tuple[t.Tensor, t.Tensor]:
     """(edges (edge, 2), masks with one edge each)."""
-    edges = graph.upstream.nonzero()
-    masks = t.zeros(len(edges), *graph.upstream.shape, dtype=t.bool)
+    edges = graph.is_edge.nonzero()
+    masks = t.zeros(len(edges), *graph.is_edge.shape, dtype=t.bool)
     masks[range(len(edges)), edges[:, 0], edges[:, 1]] = True
     return edges, masks
 
@@ -62,17 +65,22 @@ def count_edges(layers: int, heads: int) -> int:
 
 def test_the_edges_are_counted_named_and_linked(models, world):
     graph = Graph(models["gpt2"])
-    assert int(graph.upstream.sum()) == count_edges(L, H)
+    assert int(graph.is_edge.sum()) == count_edges(L, H)
     assert graph.writers[:7] == ["embed", "L0H0", "L0H1", "L0H2", "L0H3", "L0 MLP", "L1H0"]
-    assert graph.receivers[3:5] == ["L0H3.q", "L0H0.k"] and graph.receivers[-2:] == [f"L{L - 1} MLP", "logits"]
-    assert graph.readers(["L1H2", "L2 MLP"], "k") == ["L1H2.k"]
-    assert graph.readers(["L1H2", "L2 MLP"], "MLP") == ["L2 MLP"]
+    assert graph.receiver_names[3:5] == ["L0H3.q", "L0H0.k"] and graph.receiver_names[-2:] == [
+        f"L{L - 1} MLP",
+        "logits",
+    ]
+    assert graph.receivers_of(["L1H2", "L2 MLP"], "k") == ["L1H2.k"]
+    assert graph.receivers_of(["L1H2", "L2 MLP"], "MLP") == ["L2 MLP"]
     grouped = Graph(models["ours"])  # four heads, two groups
-    assert grouped.readers(["L1H2", "L1H3"], "k") == ["L1H1.k"] and grouped.readers(["L1H1"], "q") == ["L1H1.q"]
+    assert grouped.receivers_of(["L1H2", "L1H3"], "k") == ["L1H1.k"] and grouped.receivers_of(["L1H1"], "q") == [
+        "L1H1.q"
+    ]
     assert graph.serial and not Graph(models["gpt_neox"]).serial
     assert graph.edges(["L1H0"], ["L1 MLP"]).any() and not graph.edges(["L1H0"], ["L1H1.q"]).any()
     assert not Graph(models["gpt_neox"]).edges(["L1H0"], ["L1 MLP"]).any()
-    assert int(Graph(world).upstream.sum()) == 479
+    assert int(Graph(world).is_edge.sum()) == 479
 
 
 # %% The engine gives what the plain forms give
@@ -87,7 +95,7 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
     clean, _ = baselines(model, pairs, "logit_diff")
     assert (values - clean).abs().max() > 0.1
     for value, i in zip(values, chosen):
-        writer, receiver = graph.writers[edges[i, 0]], graph.receivers[edges[i, 1]]
+        writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
         expected = path_patch(model, graph, pairs, writer, receiver)
         t.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4, msg=f"{writer} to {receiver}")
 
@@ -96,12 +104,12 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
 def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, name):
     model = models[name]
     graph = Graph(model)
-    for kind in ("logit_diff", "log_prob"):
-        plain = t.stack([plain_eap(model, graph, pairs, r, kind) for r in graph.receivers], 1)
-        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, kind, steps=3) for r in graph.receivers], 1)
+    for metric in ("logit_diff", "log_prob"):
+        plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in graph.receiver_names], 1)
+        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in graph.receiver_names], 1)
         assert plain.abs().max() > 0.1 and (plain - plain_ig).abs().max() > 0.01
-        t.testing.assert_close(eap(model, graph, pairs, kind, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
-        t.testing.assert_close(eap_ig(model, graph, pairs, kind, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(eap(model, graph, pairs, metric, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
 
 
 def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
@@ -111,11 +119,11 @@ def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
     chosen = range(0, len(edges), 9)
     values = edge_patch(world, graph, few, masks[chosen], memory_gb=0.05)
     for value, i in zip(values, chosen):
-        writer, receiver = graph.writers[edges[i, 0]], graph.receivers[edges[i, 1]]
+        writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
         expected = path_patch(world, graph, few, writer, receiver)
         t.testing.assert_close(value, expected, atol=1e-3, rtol=1e-4, msg=f"{writer} to {receiver}")
-    plain = t.stack([plain_eap(world, graph, few, receiver) for receiver in graph.receivers], 1)
-    plain_ig = t.stack([plain_eap_ig(world, graph, few, receiver, steps=2) for receiver in graph.receivers], 1)
+    plain = t.stack([plain_eap(world, graph, few, receiver) for receiver in graph.receiver_names], 1)
+    plain_ig = t.stack([plain_eap_ig(world, graph, few, receiver, steps=2) for receiver in graph.receiver_names], 1)
     for engine, form in (
         (eap(world, graph, few, memory_gb=0.05), plain),
         (eap_ig(world, graph, few, steps=2, memory_gb=0.05), plain_ig),
@@ -126,10 +134,13 @@ def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
 
 @t.no_grad()
 def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
-    """The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or MLP output."""
+    """
+    The receiver's input with the sender's corrupt write, through the real norm and weights, patched in as q, k, v or
+    MLP output.
+    """
     model, at = models["ours"], pairs.answer_pos
     graph = Graph(model)
-    metric = make_metric(pairs, "logit_diff")
+    metric_fn = make_metric(pairs, "logit_diff")
     names = [act_name(site, layer) for layer in range(L) for site in ("resid_pre", "resid_mid", "resid_post", "z")]
     _, clean = run_with_cache(model, pairs.clean, names)
     _, corrupt = run_with_cache(model, pairs.corrupt, names)
@@ -137,10 +148,10 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
     block = model.blocks[2]
 
     def value(logits: t.Tensor) -> t.Tensor:
-        return metric(logits[range(3), at], pairs.index)
+        return metric_fn(logits[range(3), at], pairs.index)
 
     expected = {}
-    for kind, W, b, head in (
+    for input, W, b, head in (
         ("q", block.attn.W_Q, block.attn.q.bias, 3),
         ("k", block.attn.W_K, block.attn.k.bias, 1),
         ("v", block.attn.W_V, block.attn.v.bias, 0),
@@ -150,7 +161,7 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
         def put_head(x, hook):
             return x.index_copy(2, t.tensor([head]), new[:, :, None])
 
-        expected[f"L2H{head}.{kind}"] = value(run_with_hooks(model, pairs.clean, [(act_name(kind, 2), put_head)]))
+        expected[f"L2H{head}.{input}"] = value(run_with_hooks(model, pairs.clean, [(act_name(input, 2), put_head)]))
     new_mlp = block.mlp(block.ln2(clean["resid_mid", 2] + change))
     put_mlp = [("blocks.2.hook_mlp_out", lambda x, hook: new_mlp)]
     expected["L2 MLP"] = value(run_with_hooks(model, pairs.clean, put_mlp))
@@ -172,7 +183,7 @@ def test_all_paths_are_activation_patching_of_the_sender_and_all_edges_the_corru
     model = models[name]
     graph = Graph(model)
     clean, corrupt = baselines(model, pairs, "logit_diff")
-    ends = edge_patch(model, graph, pairs, t.stack([~graph.upstream, graph.upstream]))
+    ends = edge_patch(model, graph, pairs, t.stack([~graph.is_edge, graph.is_edge]))
     t.testing.assert_close(ends, t.stack([clean, corrupt]), atol=1e-5, rtol=1e-5)
 
     everywhere = {"all": t.ones_like(pairs.clean, dtype=t.bool)}
@@ -182,7 +193,7 @@ def test_all_paths_are_activation_patching_of_the_sender_and_all_edges_the_corru
     swept_mlps = sweep(model, pairs, "mlp_out", direction="noise", places=everywhere)[:, 0]
     t.testing.assert_close(mlps, swept_mlps, atol=1e-4, rtol=0)
 
-    kept = graph.upstream & (t.rand(graph.upstream.shape, generator=t.Generator().manual_seed(1)) < 0.2)
+    kept = graph.is_edge & (t.rand(graph.is_edge.shape, generator=t.Generator().manual_seed(1)) < 0.2)
     pruned = graph.prune(kept)
     values = edge_patch(model, graph, pairs, t.stack([~kept, ~pruned]))
     assert 0 < pruned.sum() < kept.sum()
@@ -197,10 +208,10 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
     model, many = models[name], pairs.take(t.arange(3).repeat(16))
     graph = Graph(model)
 
-    def place(i: int) -> t.Tensor:
-        return t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([i]), True)
+    def mask_at(position: int) -> t.Tensor:
+        return t.zeros_like(many.clean, dtype=t.bool).index_fill(1, t.tensor([position]), True)
 
-    many.places = {"IO": place(0), "S1": place(1), "S1+1": place(2), "S2": place(3)}
+    many.places = {"IO": mask_at(0), "S1": mask_at(1), "S1+1": mask_at(2), "S2": mask_at(3)}
     many.places["end"] = t.arange(8) == many.answer_pos[:, None]
     swaps = t.stack([graph.edges([writer]) for writer in graph.writers[:3]])
     calls = {
@@ -247,7 +258,10 @@ class Saturating(nn.Module):
 
 
 def hand_built(mlp: type) -> Llama:
-    """No norms, attention uniform (so constant), the MLP given: the first token's embedding reaches the logits along paths that are known."""
+    """
+    No norms, attention uniform (so constant), the MLP given: the first token's embedding reaches the logits along
+    paths that are known.
+    """
     t.manual_seed(0)
     config = LlamaConfig(n_layers=2, n_heads=2, n_kv_heads=2, d_model=8, d_head=4, d_mlp=8, d_vocab=20)
     model = Llama(config).requires_grad_(False)
@@ -302,7 +316,7 @@ def test_where_the_model_saturates_eap_fails_and_eap_ig_does_not():
 def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(models, pairs):
     model = models["ours"]
     graph = Graph(model)
-    steps = trace_back(model, graph, pairs, "logit_diff", depth=2)
+    steps = trace_back(model, graph, pairs, "logit_diff", max_steps=8)
     assert steps[0][0] == ["logits"] and 1 < len(steps) < 12
     clean, corrupt = baselines(model, pairs, "logit_diff")
     alone = path_patch(model, graph, pairs, "L1H2", "logits")
@@ -310,7 +324,7 @@ def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(m
     assert steps[0][1][graph.writers.index("L1H2")] == pytest.approx(expected, abs=1e-4)
     strongest = steps[0][1].topk(3).indices.tolist()
     inputs_of = {
-        r for kind in ("q", "k", "v", "MLP") for r in graph.readers([graph.writers[i] for i in strongest], kind)
+        r for input in ("q", "k", "v", "MLP") for r in graph.receivers_of([graph.writers[i] for i in strongest], input)
     }
     assert set(steps[1][0]) <= inputs_of
 
@@ -343,7 +357,7 @@ def test_areas_and_top_edges_by_hand(models):
     assert value == pytest.approx(0.25 * 2 / 3 + 0.25 * (1 + 2 / 3))
     assert low <= value <= high and low < high
     graph = Graph(models["ours"])
-    score = graph.upstream * -t.arange(1.0, graph.upstream.numel() + 1).view(graph.upstream.shape)
+    score = graph.is_edge * -t.arange(1.0, graph.is_edge.numel() + 1).view(graph.is_edge.shape)
     masks = top_edges(graph, score, [0, 1, 1000])
-    assert masks.sum((1, 2)).tolist() == [0, 1, int(graph.upstream.sum())]
-    assert masks[1].flatten().nonzero().item() == graph.upstream.flatten().nonzero().max()
+    assert masks.sum((1, 2)).tolist() == [0, 1, int(graph.is_edge.sum())]
+    assert masks[1].flatten().nonzero().item() == graph.is_edge.flatten().nonzero().max()

@@ -1,4 +1,7 @@
-"""Interventions: the fast forms against the plain ones, against transformer_lens.patching, and against hooks written out by hand."""
+"""
+Interventions: the fast forms against the plain ones, against transformer_lens.patching, and against hooks written out
+by hand.
+"""
 
 from dataclasses import dataclass
 
@@ -18,13 +21,16 @@ from interventions import (
     ablation_effects,
     activation_patch,
     baselines,
+    causal_trace,
     draw_pairs,
+    embedding_std,
     fine_parts,
     knock_out,
     make_metric,
     make_pairs,
     mean_ablation,
     missed_gates,
+    noised_pairs,
     normalised,
     position_masks,
     read_task,
@@ -61,7 +67,7 @@ def test_a_gate_that_is_nan_is_missed_and_half_precision_is_allowed_more(world):
 
 # %% Activation patching
 def one_run_per_cell(
-    model: nn.Module, pairs: Pairs, site: str, by: str, direction: str, kind: str = "logit_diff"
+    model: nn.Module, pairs: Pairs, site: str, by: str, direction: str, metric: str = "logit_diff"
 ) -> t.Tensor:
     """What sweep gives, by the plain form."""
     n_heads = model.cfg.n_heads
@@ -77,7 +83,7 @@ def one_run_per_cell(
     values = []
     for layer in range(L):
         for cell in cells:
-            values.append(activation_patch(model, pairs, site, layer, **cell, kind=kind, direction=direction))
+            values.append(activation_patch(model, pairs, site, layer, **cell, metric=metric, direction=direction))
     shape = (n_heads, len(positions)) if by == "head pos" else (len(cells),)
     return t.stack(values).view(L, *shape, len(pairs))
 
@@ -93,9 +99,9 @@ def test_every_sweep_equals_activation_patch_on_our_llama(models, pairs, directi
         for memory_gb in (1.0, 1e-3):  # the second cuts the sweep into many runs
             found = sweep(model, pairs, site, by, direction=direction, memory_gb=memory_gb)
             t.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{site} {by}")
-    for kind in ("log_prob", "kl"):
-        found = sweep(model, pairs, "resid_mid", kind=kind, direction=direction)
-        expected = one_run_per_cell(model, pairs, "resid_mid", "pos", direction, kind)
+    for metric in ("log_prob", "kl"):
+        found = sweep(model, pairs, "resid_mid", metric=metric, direction=direction)
+        expected = one_run_per_cell(model, pairs, "resid_mid", "pos", direction, metric)
         t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -118,7 +124,7 @@ def test_activation_patch_equals_hooks_written_out(models, pairs):
     model = models["ours"]
     names = [act_name("z", 1), act_name("pattern", 1)]
     _, clean = run_with_cache(model, pairs.clean, names)
-    metric = make_metric(pairs, "logit_diff")
+    metric_fn = make_metric(pairs, "logit_diff")
 
     def patch_z(z, hook):
         z = z.clone()
@@ -133,7 +139,7 @@ def test_activation_patch_equals_hooks_written_out(models, pairs):
     for site, position, fn in (("z", 3, patch_z), ("pattern", 5, patch_pattern)):
         with t.no_grad():
             logits = run_with_hooks(model, pairs.corrupt, [(act_name(site, 1), fn)])
-        expected = metric(logits[range(3), pairs.answer_pos], pairs.index)
+        expected = metric_fn(logits[range(3), pairs.answer_pos], pairs.index)
         assert (expected - baselines(model, pairs, "logit_diff")[1]).abs().max() > 1e-4
         found = activation_patch(model, pairs, site, 1, position=position, head=2)
         t.testing.assert_close(found, expected)
@@ -190,7 +196,7 @@ def test_a_run_from_any_layer_equals_the_whole_run(models, pairs):
 @pytest.mark.parametrize("name", ["ours", "gpt2"])
 def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, name, monkeypatch):
     gates = sweep_gates(models[name], pairs, "log_prob")
-    assert list(gates) == ["answer alone unembedded", "nothing patched", "everything patched"]
+    assert list(gates) == ["answer_alone_unembedded", "nothing_patched", "everything_patched"]
     assert max(gates.values()) < 1e-4
     import interventions
 
@@ -199,13 +205,42 @@ def test_the_gates_hold_and_see_a_model_that_hears_its_listeners(models, pairs, 
 
     monkeypatch.setattr(interventions, "sweep", wrong_sweep)
     gates = sweep_gates(models[name], pairs, "log_prob")
-    assert gates["nothing patched"] > 0.01
-    assert gates["everything patched"] > 0.01
-    assert gates["answer alone unembedded"] < 1e-4
+    assert gates["nothing_patched"] > 0.01
+    assert gates["everything_patched"] > 0.01
+    assert gates["answer_alone_unembedded"] < 1e-4
+
+
+# %% Causal tracing
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gemma2"])
+def test_a_sweep_of_noised_pairs_equals_causal_trace(models, pairs, name):
+    model = models[name]
+    subject = pairs.places["changed"]
+    t.manual_seed(0)
+    noised = noised_pairs(model, pairs, subject, 3 * embedding_std(model, pairs.clean, subject))
+    for site in ("resid_pre", "resid_post", "attn_out", "mlp_out"):
+        found = sweep(model, noised, site, metric="log_prob", places=pairs.places)  # (layer, place, pair)
+        assert found.std(0).max() > 0.01
+        for layer in range(L):
+            for i, mask in enumerate(pairs.places.values()):
+                expected = causal_trace(model, noised, site, layer, mask)
+                t.testing.assert_close(found[layer, i], expected, atol=1e-4, rtol=0, msg=f"{site} {layer} {i}")
+
+
+def test_noise_is_measured_by_the_embeddings_that_enter_the_first_block(models, pairs):
+    """Scaled where the model scales them, without the positions that a model adds, and put on the subject alone."""
+    subject = pairs.places["changed"]
+    for name, scale in (("ours", 1), ("gpt2", 1), ("gemma2", 32**0.5)):
+        model = models[name]
+        embeddings = model.W_E[pairs.clean][subject].float()
+        sigma = embedding_std(model, pairs.clean, subject)
+        assert sigma == pytest.approx(scale * embeddings.std().item(), rel=1e-3), name
+        change = noised_pairs(model, pairs, subject, sigma).corrupt_resid - model(pairs.clean, stop_at_layer=0)
+        assert change[subject].std().item() == pytest.approx(sigma, rel=0.3), name
+        assert not change[~subject].any(), name
 
 
 # %% Memory
-def place(pairs: Pairs, position: int) -> t.Tensor:
+def mask_at(pairs: Pairs, position: int) -> t.Tensor:
     return t.zeros_like(pairs.clean, dtype=t.bool).index_fill(1, t.tensor([position]), True)
 
 
@@ -222,7 +257,7 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
         "heads": lambda gb: sweep(model, many, "z", "head pos", memory_gb=gb),
         "pattern": lambda gb: sweep(model, many, "pattern", "head", memory_gb=gb),
         "ablations": lambda gb: t.tensor(ablation_effects(model, many, rows, ablations, "logit_diff", gb)),
-        "knock-out": lambda gb: knock_out(model, many, [1], place(many, 2), "logit_diff", gb),
+        "knock-out": lambda gb: knock_out(model, many, [1], mask_at(many, 2), "logit_diff", gb),
         "neurons": lambda gb: t.zeros(len(fine_parts(model, many, 1, gb))),
     }
     cap = 2e-3
@@ -373,7 +408,7 @@ def test_knock_out_removes_the_attention_from_the_answer_and_no_other(models, pa
 
         logits = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_pattern", cut)])
         expected = make_metric(pairs, "logit_diff")(logits[range(3), pairs.answer_pos], pairs.index)
-        found = knock_out(model, pairs, [1], place(pairs, 2), "logit_diff")
+        found = knock_out(model, pairs, [1], mask_at(pairs, 2), "logit_diff")
         t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
