@@ -1,4 +1,6 @@
-"""Talk to a model in the terminal; /lens shows what it was about to say, layer by layer, at each token of its last answer."""
+"""
+Talk to a model in the terminal; /lens shows what it was about to say, layer by layer, at each token of its last answer.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from plots import show
 from hooks import device_of, is_streamed
 from weights import about_bos, begin, encode, open_model, token_text
 from launch import flags
-from lens import Lens, gate, grid_figure, grid_table, read, slug, token_texts
+from lens import Lens, grid_figure, grid_table, read, require_exact_lens, slug, token_texts
 from llama_block import Llama
 
 import torch as t
@@ -43,7 +45,10 @@ def ends_of(model: nn.Module) -> list[int]:
 
 @t.no_grad()
 def generate(model: nn.Module, ids: list[int], n: int) -> Iterator[int]:
-    """Up to n greedy tokens, until the model ends its text; transformers models keep their keys and values, ours read all again."""
+    """
+    Up to n greedy tokens, until the model ends its text; transformers models keep their keys and values, ours read all
+    again.
+    """
     keeps: dict = {}
     if not isinstance(model.tokenizer, Tokenizer):
         from transformers import DynamicCache
@@ -62,7 +67,9 @@ def generate(model: nn.Module, ids: list[int], n: int) -> Iterator[int]:
 
 #%% A conversation
 def prompt_tokens(model: nn.Module, messages: list[dict[str, str]]) -> list[int]:
-    """All messages in the tokenizer's chat template; without one, the last as plain text that the model goes on with."""
+    """
+    All messages in the tokenizer's chat template; without one, the last as plain text that the model goes on with.
+    """
     tokenizer = model.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         return encode(model, messages[-1]["content"])
@@ -133,7 +140,7 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     chat_tokens: int = 200  # the longest answer
-    norm: Literal["final", "raw"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
+    norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     seed: int = 0
@@ -152,7 +159,7 @@ if __name__ == "__main__":
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
     name = slug(find_model(cfg.model))
     print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
-    gate_error = gate(model, [encode(model, GATE_PROMPT)])
+    gate_error = require_exact_lens(model, [encode(model, GATE_PROMPT)])
     print(f"{cyan}gate: the last layer's lens misses the model's own logits by {gate_error:.1e}{endc}")
 
 #%% The conversation: what you write, what it answers, and at /lens what it was about to say at every layer

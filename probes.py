@@ -46,8 +46,8 @@ def draw_sentences(n: int, seed: int) -> list[Prompt]:
 
 def labelled_tokens(tokenizer, corpus: Corpus, n: int, seed: int) -> Labelled:
     """
-    Tokens of n sentences of each kind, and of 60 rows of text whose tokens have no label; at most 6000 without a label are
-    kept.
+    Tokens of n sentences of each kind, and of 60 rows of text whose tokens have no label; at most 6000 without a label
+    are kept.
     """
     natural = judging_rows(corpus, 60, 64, seed + 1)[:, 1:]
     return label_sentences(tokenizer, draw_sentences(n, seed), natural, 6000, seed)
@@ -76,8 +76,8 @@ def harvest_labelled(
 
 def random_twin(model: nn.Module, name: str, ours: tuple[type, ...], device: str, seed: int) -> nn.Module:
     """
-    The same shape with every matrix drawn anew at its own scale (Heap et al. 2025): its SAE shows what is in the text alone.
-    ours: see load_model.
+    The same shape with every matrix drawn anew at its own scale (Heap et al. 2025): its SAE shows what is in the text
+    alone. ours: see load_model.
     """
     generator = t.Generator().manual_seed(seed)
     twin = copy.deepcopy(model) if isinstance(model, ours) else load_model(find_folder(name), (), device)
@@ -113,8 +113,8 @@ TRAIN, VALIDATION, TEST = range(3)
 
 def split(concept: Concept, seed: int) -> np.ndarray:
     """
-    TRAIN (half), VALIDATION (a fifth) or TEST (the rest) of every token, by group; groups with and without positives are
-    dealt out apart.
+    TRAIN (half), VALIDATION (a fifth) or TEST (the rest) of every token, by group; groups with and without positives
+    are dealt out apart.
     """
     rng = np.random.default_rng(seed)
     with_positives = set(concept.group[concept.y])
@@ -190,8 +190,8 @@ def judged(
     units: list[int] | None = None,
 ) -> dict:
     """
-    'validation' and 'test': AUROC on those entities; 'boot': the test's by resample; 'units': the columns that were seen.
-    y: labels (token of the concept); scores are those of the tokens of their part.
+    'validation' and 'test': AUROC on those entities; 'boot': the test's by resample; 'units': the columns that were
+    seen. y: labels (token of the concept); scores are those of the tokens of their part.
     """
     y_test = y[trial.parts.test]
     return {
@@ -220,8 +220,8 @@ def by_difference(x: csr_matrix, y: np.ndarray, n: int) -> np.ndarray:
 
 def candidates(trial: Trial, codes: csr_matrix) -> tuple[list[int], np.ndarray]:
     """
-    The columns of codes (labelled token, feature) that differ most on the training entities, best first; and their values
-    (token of the concept, column).
+    The columns of codes (labelled token, feature) that differ most on the training entities, best first; and their
+    values (token of the concept, column).
     """
     concept = trial.concept
     train = trial.parts.train
@@ -241,8 +241,8 @@ def best_candidate(trial: Trial, chosen: list[int], x: np.ndarray) -> dict:
 
 def single_feature(trial: Trial, codes: csr_matrix) -> dict:
     """
-    The one column of codes (labelled token, feature) that stands for the concept: among those that differ most on training
-    entities, the one that tells best on validation entities. It is the one of 'units'; 'test' is its AUROC.
+    The one column of codes (labelled token, feature) that stands for the concept: among those that differ most on
+    training entities, the one that tells best on validation entities. It is the one of 'units'; 'test' is its AUROC.
     """
     return best_candidate(trial, *candidates(trial, codes))
 
@@ -319,8 +319,9 @@ def run_probes(
     concept: Concept, codes: dict[str, csr_matrix], dense: dict[str, np.ndarray], seed: int
 ) -> dict[str, dict]:
     """
-    {method: as `judged` says} on one split of the concept's entities. codes (labelled token, column) by source: probed by few
-    columns; dense activations (labelled token, d) by place: probed whole, the last of them also with shuffled labels.
+    {method: as `judged` says} on one split of the concept's entities. codes (labelled token, column) by source: probed
+    by few columns; dense activations (labelled token, d) by place: probed whole, the last of them also with shuffled
+    labels.
     """
     trial = make_trial(concept, seed)
     found: dict[str, dict] = {}

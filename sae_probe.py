@@ -1,4 +1,7 @@
-"""Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged, probed for known concepts, and read as a page."""
+"""
+Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged,
+probed for known concepts, and read as a page.
+"""
 
 import re
 from dataclasses import dataclass
@@ -23,12 +26,12 @@ from sae import (
     SAEConfig,
     firing_order,
     fit_sae,
-    gate,
     judge,
     label_of,
     neighbours,
     open_subject,
     read_features,
+    require_good_sae,
     sparse,
     variant,
     with_sparsity,
@@ -54,7 +57,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 
-#%% Settings: the shell sets them by flags, a notebook edits them here; those of the SAE itself are SAEConfig's, in sae.py
+#%% Settings: the shell sets them by flags, a notebook edits them here; those of the SAE are SAEConfig's, in sae.py
 @dataclass
 class Config(SAEConfig):
     # more SAEs for the Pareto figure, as architecture:sparsity:width:hook; finished ones are not trained again
@@ -87,7 +90,7 @@ if __name__ == "__main__":
         f"{purple}=== {subject.about}, as reopened from disk, on {judged['n_tokens']:,} held-out tokens ==={endc}{cyan}"
     )
     print(tabulate([[key.replace("_", " "), value] for key, value in judged.items()], floatfmt=".4f") + endc)
-    gate(judged, cfg, hook)
+    require_good_sae(judged, cfg, hook)
     density = codes.getnnz(0) / codes.shape[0]  # share of tokens, by feature
     nearest_cosines = {
         "decoder rows": array(neighbours(sae.W_dec).max(1).values),
@@ -125,7 +128,7 @@ if __name__ == "__main__":
     )
     show(fig, "sae_probe/decoder_cosine")
 
-#%% Labelled tokens of the world: the codes of this SAE and of a random-weight model's, neurons and the residual stream of every layer
+#%% Labelled tokens: the codes of this SAE and of a random-weight model's, neurons, every layer's residual stream
 if __name__ == "__main__":
     labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed)
     last_layer = model.cfg.n_layers - 1
@@ -193,7 +196,8 @@ if __name__ == "__main__":
         ]
         table.append(row)
     print(
-        f"{purple}=== Test AUROC [95% interval over {cfg.seeds} splits of the entities and resampled entities]; features, k and layer chosen on validation ==={endc}"
+        f"{purple}=== Test AUROC [95% interval over {cfg.seeds} splits of the entities and resampled entities]; "
+        f"features, k and layer chosen on validation ==={endc}"
     )
     headers = ["concept", "single feature", "features for 0.95", *columns, "best layer, dense"]
     print(cyan + tabulate(table, headers=headers) + endc)
@@ -275,7 +279,8 @@ if __name__ == "__main__" and not pretrained:
 if __name__ == "__main__" and not pretrained:
     fig = go.Figure()
     for label, point in variants.items():
-        hover = f"{label}<br>L0 %{{x:.1f}}<br>CE recovered %{{y:.4f}}<br>FVU {point['fvu']:.3f}, dead {point['dead_fraction']:.3f}<extra></extra>"
+        costs = f"FVU {point['fvu']:.3f}, dead {point['dead_fraction']:.3f}"
+        hover = f"{label}<br>L0 %{{x:.1f}}<br>CE recovered %{{y:.4f}}<br>{costs}<extra></extra>"
         fig.add_trace(
             go.Scatter(
                 x=[point["l0"]],
@@ -304,8 +309,10 @@ if __name__ == "__main__":
     best_single = max(auroc[name] for auroc in saes for name in continents)
     worst_dense = min(probes[name]["auroc"][f"dense {hook}"] for name in continents)
     print(
-        f"{green}L0 {judged['l0']:.1f}, {judged['ce_recovered']:.1%} of the cross-entropy recovered, {judged['dead_fraction']:.1%} dead. Features for AUROC 0.95 on new entities: {takes}."
+        f"{green}L0 {judged['l0']:.1f}, {judged['ce_recovered']:.1%} of the cross-entropy recovered, "
+        f"{judged['dead_fraction']:.1%} dead. Features for AUROC 0.95 on new entities: {takes}."
     )
     print(
-        f"Continents: the best single feature of any SAE here reaches {best_single:.2f}, a dense probe {worst_dense:.2f} or more. What happens when we push along them: steering.py.{endc}"
+        f"Continents: the best single feature of any SAE here reaches {best_single:.2f}, "
+        f"a dense probe {worst_dense:.2f} or more. What happens when we push along them: steering.py.{endc}"
     )

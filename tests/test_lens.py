@@ -1,4 +1,7 @@
-"""The lens on tiny random models of seven architectures against Hugging Face, the engine against the plain forms, and milestones on hand-made logits."""
+"""
+The lens on tiny random models of seven architectures against Hugging Face, the engine against the plain forms, and
+milestones on hand-made logits.
+"""
 
 from pathlib import Path
 
@@ -41,7 +44,9 @@ ANSWERS = [(37 * i) % 700 for i in range(len(PLACES))]
 
 
 def random_model(name: str):
-    """A transformers model whose weights are large enough that a wrong formula shows: default initialisation hides bugs."""
+    """
+    A transformers model whose weights are large enough that a wrong formula shows: default initialisation hides bugs.
+    """
     import transformers
 
     stem = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
@@ -76,7 +81,10 @@ def save_model(name: str, folder: Path):
 
 @t.no_grad()
 def logits_by_layer(name: str, hf) -> t.Tensor:
-    """Hugging Face's (layer, place, token) at PLACES, through its own final norm, head and soft cap; the last layer's are its own output."""
+    """
+    Hugging Face's (layer, place, token) at PLACES, through its own final norm, head and soft cap; the last layer's are
+    its own output.
+    """
     norm = getattr(hf.base_model, FINAL_NORMS.get(name, "norm"))
     runs = [hf(t.tensor([row]), output_hidden_states=True) for row in ROWS]
     layers = []
@@ -130,7 +138,7 @@ def assert_reading(found: dict[str, t.Tensor], logits: t.Tensor, answers: list[i
 def test_every_layer_equals_hugging_face_s_own_norm_and_head(made, name):
     folder, _, logits = made[name]
     model = load_model(folder, (Llama,), "cpu")
-    assert ls.gate(model, ROWS) < 1e-5
+    assert ls.require_exact_lens(model, ROWS) < 1e-5
     found = read(model, Lens(model), ROWS, PLACES, ANSWERS)
     assert set(found) == {"ids", "logp", "answer_logit", "answer_logp", "rank", "entropy", "kl", "cosine"}
     assert_reading(found, logits)
@@ -141,7 +149,10 @@ def test_every_layer_equals_hugging_face_s_own_norm_and_head(made, name):
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "Gemma2ForCausalLM"])
 def test_the_engine_equals_the_plain_logit_lens(made, name):
-    """logit_lens() is nostalgebraist's three lines; read() is its logits, probabilities, KL, rank and entropy, place by place."""
+    """
+    logit_lens() is nostalgebraist's three lines; read() is its logits, probabilities, KL, rank and entropy, place by
+    place.
+    """
     folder, _, logits = made[name]
     model = load_model(folder, (Llama,), "cpu")
     plain = t.cat([ls.logit_lens(model, t.tensor([row]))[:, 0] for row in ROWS], 1)
@@ -187,23 +198,23 @@ def test_the_gate_stops_a_wrong_way_out(made):
     model = load_model(made["Gemma2ForCausalLM"][0], device="cpu")
     model.cfg.output_logits_soft_cap = None
     with pytest.raises(SystemExit, match="no lens is read"):
-        ls.gate(model, ROWS[:1])
+        ls.require_exact_lens(model, ROWS[:1])
     model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu", "bfloat16")
-    assert 0 <= ls.gate(model, ROWS) <= 0.02
+    assert 0 <= ls.require_exact_lens(model, ROWS) <= 0.02
 
     def scaled(tokens: t.Tensor) -> t.Tensor:  # a scale after the unembedding, as some architectures have
         return 1.1 * Llama.forward(model, tokens)
 
     model.forward = scaled
     with pytest.raises(SystemExit, match="no lens is read"):
-        ls.gate(model, ROWS[:1])
+        ls.require_exact_lens(model, ROWS[:1])
 
 
 def test_the_gate_lets_no_nan_pass(made):
     model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu")
     model.forward = lambda tokens: Llama.forward(model, tokens) * t.nan
     with pytest.raises(SystemExit, match="no lens is read"):
-        ls.gate(model, ROWS[:1])
+        ls.require_exact_lens(model, ROWS[:1])
 
 
 def test_half_precision_must_keep_the_top_where_its_margin_is_clear():
@@ -263,7 +274,7 @@ def test_never_more_than_a_chunk_of_logits(made):
 def test_raw_norm_reads_the_last_layer_by_the_lens_too(made):
     """Without the final norm the last layer is not the model's own output, and its KL says so."""
     model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu")
-    found = read(model, Lens(model, "raw"), ROWS, PLACES, ANSWERS)
+    found = read(model, Lens(model, "none"), ROWS, PLACES, ANSWERS)
     assert (found["kl"][-1] > 1e-3).any()
     assert read(model, Lens(model), ROWS, PLACES, ANSWERS)["kl"][-1].abs().max() < 1e-5
 
@@ -348,7 +359,7 @@ def test_milestones_of_hand_made_logits():
     logits[1, 0, 7] = 1.5
     logits[1, 0, 0] = -3.0
     final = logits[-1].log_softmax(-1)
-    readings = [ls.read_logits(x.clone(), t.zeros(6, dtype=t.long), 2, final) for x in logits]
+    readings = [ls.consume_logits(x.clone(), t.zeros(6, dtype=t.long), 2, final) for x in logits]
     found = {name: t.stack([reading[name] for reading in readings]) for name in readings[0]}
     got = ls.milestones(found, VOCAB, ["the capital of Japan is"] * 6, [("capital", "city")] * 6, 0.5)
     nan = float("nan")

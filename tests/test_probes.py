@@ -134,7 +134,10 @@ def test_concepts_that_share_their_single_feature_are_listed_under_it(either):
 
 # %% What the splits say together
 def made_run(by_k: dict[int, float], layers: dict[str, float], **more: float) -> dict[str, dict]:
-    """What run_probes would give: AUROCs that are 0.1 lower on test than on validation, and two resamples around the test's."""
+    """
+    What run_probes would give: AUROCs that are 0.1 lower on test than on validation, and two resamples around the
+    test's.
+    """
     validation = {"single features": 0.8}
     validation |= {f"{k} features": x for k, x in by_k.items()}
     validation |= {f"dense {place}": x for place, x in layers.items()}

@@ -27,7 +27,6 @@ from sae import (
     change,
     check_fit,
     fit_sae,
-    gate,
     heldout_rows,
     judge,
     key_of,
@@ -35,9 +34,10 @@ from sae import (
     open_folder,
     open_release,
     read_features,
+    require_good_sae,
     sae_loss,
     stream,
-    train_lens,
+    train_by_saelens,
     train_own,
     training_sae,
     variant,
@@ -179,7 +179,7 @@ def test_true_features_are_recovered(lens, tmp_path, architecture):
         own, scale = train_own(batches(0), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
         sae = as_saelens(own, scale, {}, "cpu")
     else:
-        sae = train_lens(training_sae(cfg, 24, {}, "cpu"), batches, cfg, tmp_path, "cpu")
+        sae = train_by_saelens(training_sae(cfg, 24, {}, "cpu"), batches, cfg, tmp_path, "cpu")
     true_directions = F.normalize(truth.feature_dict.feature_vectors, dim=1)
     cosines = true_directions @ F.normalize(sae.W_dec.detach(), dim=1).T
     assert cosines.max(1).values.mean() >= 0.9
@@ -231,7 +231,9 @@ def test_the_key_of_a_finished_sae_stays_what_it_was():
 
 
 def test_the_stream_is_shuffled_and_complete(loaded):
-    """Every activation comes once, in another order, and never more than the buffer and a batch of rows stand in memory."""
+    """
+    Every activation comes once, in another order, and never more than the buffer and a batch of rows stand in memory.
+    """
     _, model, rows = loaded
     straight = harvest(model, rows, [HOOK])[HOOK][:, 1:].flatten(0, 1)
     batches = stream(model, HOOK, lambda i: rows[(4 * i) % 40 :][:4], 10, 200, 0)
@@ -379,9 +381,9 @@ def test_judge_knows_the_empty(lens, loaded):
 
 def test_the_gate_lets_only_saes_through_that_rebuild(capsys):
     cfg = SAEConfig()
-    gate({"fvu": 0.1, "ce_recovered": 0.9}, cfg, HOOK)
+    require_good_sae({"fvu": 0.1, "ce_recovered": 0.9}, cfg, HOOK)
     assert capsys.readouterr().out == ""
-    gate({"fvu": 0.1, "ce_recovered": float("nan")}, cfg, HOOK)
+    require_good_sae({"fvu": 0.1, "ce_recovered": float("nan")}, cfg, HOOK)
     assert "costs this model nothing" in capsys.readouterr().out
     for judged, words in (
         ({"fvu": 0.6, "ce_recovered": 0.9}, "0.60 of the variance unexplained"),
@@ -389,7 +391,7 @@ def test_the_gate_lets_only_saes_through_that_rebuild(capsys):
         ({"fvu": 0.1, "ce_recovered": 0.4}, "0.40 of the cross-entropy is recovered"),
     ):
         with pytest.raises(SystemExit, match=words):
-            gate(judged, cfg, HOOK)
+            require_good_sae(judged, cfg, HOOK)
 
 
 # %% Acting
@@ -416,7 +418,10 @@ def test_edits_do_what_they_say(loaded):
 
 
 def test_attribution_falls_as_a_direct_edit_does(lens, loaded):
-    """With the error held, removing a feature takes its decoder row, and nothing else, out of the stream; near the end the gradient is exact for small steps."""
+    """
+    With the error held, removing a feature takes its decoder row, and nothing else, out of the stream; near the end the
+    gradient is exact for small steps.
+    """
     _, model, rows = loaded
     t.manual_seed(0)
     config = lens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=lens.Metadata(hook_name=HOOK))
@@ -443,7 +448,10 @@ def test_attribution_falls_as_a_direct_edit_does(lens, loaded):
 
 
 def test_without_the_error_node_the_metric_is_that_of_the_reconstruction(lens, loaded):
-    """The error's part of the metric is what the SAE leaves out: at one position, ablating it puts the reconstruction there."""
+    """
+    The error's part of the metric is what the SAE leaves out: at one position, ablating it puts the reconstruction
+    there.
+    """
     _, model, rows = loaded
     t.manual_seed(0)
     config = lens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=lens.Metadata(hook_name=HOOK))
