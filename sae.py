@@ -261,7 +261,7 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
     A fresh TrainingSAE of SAELens. Activations are scaled to a mean norm of sqrt(d_in), so that a penalty means the
     same everywhere.
     """
-    import sae_lens as lens
+    import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
     common = {
@@ -273,21 +273,21 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
     }
     warm_up = cfg.steps // 5
     if cfg.architecture == "topk":
-        return lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(k=int(cfg.sparsity), **common))
+        return sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=int(cfg.sparsity), **common))
     if cfg.architecture == "batchtopk":
-        return lens.BatchTopKTrainingSAE(lens.BatchTopKTrainingSAEConfig(k=cfg.sparsity, **common))
+        return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=cfg.sparsity, **common))
     if cfg.architecture == "matryoshka":
         widths = [max(1, cfg.d_sae // 16), max(2, cfg.d_sae // 4), cfg.d_sae]
-        return lens.MatryoshkaBatchTopKTrainingSAE(
-            lens.MatryoshkaBatchTopKTrainingSAEConfig(k=cfg.sparsity, matryoshka_widths=widths, **common)
+        return sae_lens.MatryoshkaBatchTopKTrainingSAE(
+            sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(k=cfg.sparsity, matryoshka_widths=widths, **common)
         )
     if cfg.architecture == "standard":
-        return lens.StandardTrainingSAE(
-            lens.StandardTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
+        return sae_lens.StandardTrainingSAE(
+            sae_lens.StandardTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
         )
     if cfg.architecture == "gated":
-        return lens.GatedTrainingSAE(
-            lens.GatedTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
+        return sae_lens.GatedTrainingSAE(
+            sae_lens.GatedTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
         )
     if cfg.architecture == "jumprelu":
         anthropics_setup = {
@@ -297,8 +297,8 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
             "jumprelu_sparsity_loss_mode": "tanh",
             "pre_act_loss_coefficient": 3e-3,
         }
-        return lens.JumpReLUTrainingSAE(
-            lens.JumpReLUTrainingSAEConfig(
+        return sae_lens.JumpReLUTrainingSAE(
+            sae_lens.JumpReLUTrainingSAEConfig(
                 l0_coefficient=cfg.sparsity, l0_warm_up_steps=warm_up, **anthropics_setup, **common
             )
         )
@@ -802,7 +802,7 @@ class Attribution:
         features (pos, feature)   gradient x activation of each node: by how much the metric falls, to first order, when
         error (pos)               it is ablated
         value                     the metric
-        moved                     how far putting features + error in the place of the activation moves it; gate: nothing
+        moved                     how far putting features + error in the place of the activation moves it (gate: by 0)
     """
 
     def __init__(self, model: nn.Module, sae, tokens: Tensor, weights: Tensor):
