@@ -40,12 +40,12 @@ from tqdm import trange
 
 #%% The logit lens, in its plain form: the model's own final norm, unembedding and soft cap, on every layer's stream
 def soft_cap_of(model: nn.Module) -> float:
-    """What the model squeezes its logits into, -cap .. cap (Gemma 2); 0 where it does not."""
+    """What the model squeezes its logits into, -cap .. cap (Gemma 2); 0 or below (TransformerLens's -1) where it does not."""
     return getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
 
 
 def soft_capped(logits: Tensor, cap: float) -> Tensor:
-    if cap == 0:
+    if cap <= 0:
         return logits
     return cap * (logits / cap).tanh()
 
