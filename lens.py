@@ -40,7 +40,7 @@ from tqdm import trange
 
 #%% The logit lens, in its plain form: the model's own final norm, unembedding and soft cap, on every layer's stream
 def soft_cap_of(model: nn.Module) -> float:
-    """What the model squeezes its logits into, -cap .. cap (Gemma 2); 0 or below (TransformerLens's -1) where it does not."""
+    """The model squeezes its logits into -cap .. cap (Gemma 2); 0 or below (TransformerLens's -1) is no cap."""
     return getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
 
 
@@ -308,7 +308,7 @@ def read(
     The lens at places (row, position) of token lists, after 0 .. n_layers blocks. Tensors (layer, place, ...):
         'ids', 'logp'                           of the k likeliest tokens
         'answer_logit', 'answer_logp', 'rank'   of the place's answer; rank 0 is top
-        'entropy', 'kl', 'cosine'               where against_final: KL (nats) of the final distribution from the layer's,
+        'entropy', 'kl', 'cosine'               if against_final: KL (nats) of the final distribution from the layer's,
                                                 cosine of the stream with its last
     Equal to logit_lens, but read within the forward pass: `chunk` places at a time, about `batch` tokens per pass, the
     last layer from the model's own logits (require_exact_lens has shown that they are the lens's); against_final keeps

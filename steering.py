@@ -349,5 +349,6 @@ if __name__ == "__main__":
     save_results("steering", cfg, **numbers)
     print(
         f"{green}Steering by {best}: {rise_at_1[best]:+.1f} logits for the target continent, at random "
-        f"{by_chance:+.1f}. '{answer}' over '{rival}': gradient and ablation of its nodes agree at r = {agreement:.2f}.{endc}"
+        f"{by_chance:+.1f}. '{answer}' over '{rival}': gradient and ablation of its nodes agree "
+        f"at r = {agreement:.2f}.{endc}"
     )
