@@ -1,4 +1,6 @@
-"""Talk to a model in the terminal; /lens shows what it was about to say, layer by layer, at each token of its last answer."""
+"""
+Talk to a model in the terminal; /lens shows what it was about to say, layer by layer, at each token of its last answer.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from data import end_ids, text_of
 from hooks import device_of
 from weights import about_bos, encode, open_model, text_tokenizer, token_text
 from launch import flags
-from lens import Lens, gate, grid_figure, grid_table, read, slug, token_texts
+from lens import Lens, grid_figure, grid_table, read, require_exact_lens, slug, token_texts
 from llama_block import Llama
 
 import torch as t
@@ -146,7 +148,7 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     chat_tokens: int = 200  # the longest answer
-    norm: Literal["final", "raw"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
+    norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     seed: int = 0
@@ -165,7 +167,7 @@ if __name__ == "__main__":
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
     name = slug(find_model(cfg.model))
     print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
-    gate_error = gate(model, [encode(model, GATE_PROMPT)])
+    gate_error = require_exact_lens(model, [encode(model, GATE_PROMPT)])
     print(f"{cyan}gate: the last layer's lens misses the model's own logits by {gate_error:.1e}{endc}")
 
 #%% The conversation: what you write, what it answers, and at /lens what it was about to say at every layer

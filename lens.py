@@ -1,9 +1,11 @@
 """
-The logit lens and the tuned lens: what a model would say if it ended after any layer.
-First in their plain forms, to be held against the papers; then the engine that reads many places within one forward pass; milestones of a reading; the classic picture.
+The logit lens and the tuned lens: what a model would say if it ended after any layer. First in their plain forms, to be
+held against the papers; then the engine that reads many places within one forward pass; milestones of a reading;
+training and judging the tuned lens; the classic picture.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from utils import (
+from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
     ROOT,
     WORLD,
@@ -20,7 +22,7 @@ from utils import (
     fail,
     model_folder,
     write_aside,
-)  # first: sets OpenMP's variables before torch is loaded
+)
 from plots import imshow, label_tokens, visible
 from hooks import device_of, hooks, in_batches, run_with_cache
 from weights import token_text
@@ -36,24 +38,30 @@ from torch import Tensor
 from tqdm import trange
 
 
-#%% The logit lens, in its plain form: the model's own final norm, unembedding and soft cap, on the stream after every layer
-def soft_cap(model: nn.Module) -> float:
-    """Gemma 2 squeezes its logits into -cap .. cap; 0 is no cap."""
+#%% The logit lens, in its plain form: the model's own final norm, unembedding and soft cap, on every layer's stream
+def soft_cap_of(model: nn.Module) -> float:
+    """The model squeezes its logits into -cap .. cap (Gemma 2); 0 or below (TransformerLens's -1) is no cap."""
     return getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    if cap <= 0:
+        return logits
+    return cap * (logits / cap).tanh()
 
 
 @t.no_grad()
 def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (layer, row, pos, token) after 0 .. n_layers blocks, of tokens (row, pos); the last layer's are the model's own. nostalgebraist 2020."""
+    """
+    Logits (layer, row, pos, token) after 0 .. n_layers blocks, of tokens (row, pos); the last layer's are the model's
+    own. nostalgebraist 2020.
+    """
     streams = points(model)
     _, cache = run_with_cache(model, tokens, streams)
-    cap = soft_cap(model)
     by_layer = []
     for stream in streams:
         logits = model.unembed(model.ln_final(cache[stream]))
-        if cap > 0:
-            logits = cap * (logits / cap).tanh()
-        by_layer.append(logits)
+        by_layer.append(soft_capped(logits, soft_cap_of(model)))
     return t.stack(by_layer)
 
 
@@ -71,59 +79,57 @@ class Translator(nn.Linear):
 
 def tuned_lens_loss(model: nn.Module, translators: nn.ModuleList, tokens: Tensor) -> Tensor:
     """
-    What the translators are trained to make small: KL (layer, in nats) of the model's final distribution from the one that is read off the translated
-    stream, mean over the positions of tokens (row, pos). All layers but the last. Belrose et al. 2023, section 3.
+    What the translators are trained to make small: KL (layer, in nats) of the model's final distribution from the one
+    that is read off the translated stream, mean over the positions of tokens (row, pos). All layers but the last.
+    Belrose et al. 2023, section 3.
     """
     streams = points(model)[:-1]
     logits, cache = run_with_cache(model, tokens, streams)
     final = logits.float().log_softmax(-1)
-    cap = soft_cap(model)
     by_layer = []
     for translator, stream in zip(translators, streams):
         logits = model.unembed(model.ln_final(translator(cache[stream])))
-        if cap > 0:
-            logits = cap * (logits / cap).tanh()
+        logits = soft_capped(logits, soft_cap_of(model))
         by_layer.append(kl_from(final, logits).mean())
     return t.stack(by_layer)
 
 
 def kl_from(final: Tensor, logits: Tensor) -> Tensor:
-    """KL (...) in nats of the distribution with log-probabilities final (..., token) from that of logits (..., token)."""
+    """
+    KL (...), in nats, of a distribution with log-probabilities final (..., token) from that of logits (..., token).
+    """
     return (final.exp() * (final - logits.float().log_softmax(-1))).sum(-1)
 
 
 #%% Either lens on any stream, and the gate: on the last layer it must be the model's own output
 class Lens:
     """
-    Logits (..., token) from a stream (..., d_model) by the model's own modules. norm 'raw' leaves the final norm out, to compare;
-    translators (tuned lens), one for each layer but the last, come first.
+    Logits (..., token) from a stream (..., d_model) by the model's own modules. norm 'none' leaves the final norm out,
+    to compare; translators (tuned lens), one for each layer but the last, come first.
     """
 
     def __init__(self, model: nn.Module, norm: str = "final", translators: nn.ModuleList | None = None):
-        if norm not in ("final", "raw"):
-            raise ValueError(f"unknown norm {norm!r}: the lens knows final and raw")
+        if norm not in ("final", "none"):
+            raise ValueError(f"unknown norm {norm!r}: the lens knows final and none")
         self.exact = norm == "final"  # the last layer's lens is the model's own output
         self.norm = model.ln_final if self.exact else nn.Identity()
         self.unembed = model.unembed
-        self.cap = soft_cap(model)
+        self.cap = soft_cap_of(model)
         self.translators = translators
 
     def __call__(self, x: Tensor, layer: int = -1) -> Tensor:
         """layer: after how many blocks x was taken; -1 uses no translator."""
         if self.translators and 0 <= layer < len(self.translators):
             x = self.translators[layer](x)
-        logits = self.unembed(self.norm(x))
-        if self.cap > 0:
-            logits = self.cap * (logits / self.cap).tanh()
-        return logits
+        return soft_capped(self.unembed(self.norm(x)), self.cap)
 
 
 @t.no_grad()
-def gate(model: nn.Module, rows: list[list[int]]) -> float:
+def require_exact_lens(model: nn.Module, rows: list[list[int]]) -> float:
     """
-    How far the last layer's lens misses the model's own logits, at worst over the rows; too far ends the program. float32: at most 1e-4 (times their
-    standard deviation, if above 1). Half precision: root mean square at most 0.02 standard deviations, and the same top-1 wherever its margin exceeds the
-    largest miss.
+    The gate: how far the last layer's lens misses the model's own logits, at worst over the rows (token lists); too far
+    ends the program. float32: at most 1e-4 (times the logits' standard deviation, if above 1). Half precision: root
+    mean square at most 0.02 standard deviations, and the same top-1 wherever its margin exceeds the largest miss.
     """
     worst = 0.0
     last_stream = points(model)[-1]
@@ -143,7 +149,8 @@ def gate(model: nn.Module, rows: list[list[int]]) -> float:
             same_top = same_clear_top(own, seen)
         if not same_top or not error <= limit:  # an error of nan is no pass
             fail(
-                f"the last layer's lens misses the model's own logits by {error:.1e} (limit {limit:.0e}): they come from more than a final norm, an unembedding and a soft cap, and no lens is read"
+                f"the last layer's lens misses the model's own logits by {error:.1e} (limit {limit:.0e}): they come "
+                "from more than a final norm, an unembedding and a soft cap, and no lens is read"
             )
         worst = max(worst, error)
     return worst
@@ -159,8 +166,8 @@ def same_clear_top(own: Tensor, seen: Tensor) -> bool:
 #%% What is asked of logits
 def top_tokens(logits: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
     """
-    topk of logits (row, token), exactly and faster. The vocabulary is cut into stretches of `width` tokens: only the k stretches with the largest maxima,
-    and the tokens that are left over, can hold the k largest.
+    topk of logits (row, token), exactly and faster. The vocabulary is cut into stretches of `width` tokens: only the k
+    stretches with the largest maxima, and the tokens that are left over, can hold the k largest.
     """
     n_rows, d_vocab = logits.shape
     whole = d_vocab // width * width
@@ -183,25 +190,27 @@ def count_above(logits: Tensor, own: Tensor) -> Tensor:
     return t.cat(counts)
 
 
-def read_logits(logits: Tensor, answers: Tensor, k: int, final: Tensor | None = None) -> dict[str, Tensor]:
+def consume_logits(logits: Tensor, answers: Tensor, k: int, final: Tensor | None = None) -> dict[str, Tensor]:
     """
-    What read() tells of logits (place, token) and answers (place). final: the model's own log-probabilities (place, token), for entropy and KL.
-    The logits are used up: all that is computed of them is written over them, so that no second tensor of that size is made.
+    What read() tells of logits (place, token) and answers (place). final: the model's own log-probabilities (place,
+    token), for entropy and KL. Afterwards the logits are garbage: what is computed of them is written over them, so
+    that no second tensor of that size is made. Who still needs them hands over a clone.
     """
     values, ids = top_tokens(logits, k)
     own = logits.gather(1, answers[:, None])
-    rank = count_above(logits, own)
-    out = {"ids": ids, "answer_logit": own[:, 0], "rank": rank}
+    out = {"ids": ids, "answer_logit": own[:, 0], "rank": count_above(logits, own)}
+
     top = values[:, :1]
-    raised = logits.sub_(top)
-    exponentials = raised.exp_() if final is None else raised.exp()
-    total = top + exponentials.sum(-1, keepdim=True).log()  # log-sum-exp
+    raised = logits.sub_(top)  # in the memory of the logits, as is what follows
+    exponentials = raised.exp_() if final is None else raised.exp()  # without final, nothing but their sum is needed
+    log_total = top + exponentials.sum(-1, keepdim=True).log()  # log-sum-exp of the logits
     del exponentials
-    out["logp"] = values - total
-    out["answer_logp"] = (own - total)[:, 0]
+    out["logp"] = values - log_total
+    out["answer_logp"] = (own - log_total)[:, 0]
     if final is None:
         return out
-    logp = raised.sub_(total - top)
+
+    logp = raised.sub_(log_total - top)
     out["entropy"] = -(logp.exp() * logp).sum(-1)
     out["kl"] = (final.exp() * (final - logp)).sum(-1)
     return out
@@ -210,8 +219,9 @@ def read_logits(logits: Tensor, answers: Tensor, k: int, final: Tensor | None = 
 #%% The engine: the lens at many places of many rows, read within the forward pass
 class LensPass:
     """
-    One forward pass of a group of rows, in which the lens is read. Of each stream only the asked places are kept; without against_final they are read at
-    once and forgotten, else after the pass, when the final distribution is known. Never more than `chunk` places' logits at a time.
+    One forward pass of a group of rows, in which the lens is read. Of each stream only the asked places are kept;
+    without against_final they are read at once and forgotten, else after the pass, when the final distribution is
+    known. Never more than `chunk` places' logits at a time.
     """
 
     def __init__(
@@ -257,7 +267,10 @@ class LensPass:
         return self.found
 
     def listen(self, layer: int, stream: Tensor, hook: nn.Module) -> None:
-        """Keep the asked places of the stream (row, pos, d_model); without against_final read them now, but for the last layer."""
+        """
+        Keep the asked places of the stream (row, pos, d_model); without against_final read them now, but for the last
+        layer.
+        """
         self.kept[layer] = stream.flatten(0, 1)[self.flat]
         if self.against_final or layer == self.last:
             return
@@ -271,7 +284,7 @@ class LensPass:
             logits = self.logits[self.flat[places]]  # the gate has shown that they are the lens's
         else:
             logits = self.lens(self.kept[layer][places], layer)
-        reading = read_logits(logits.float(), self.answers[places], self.k, final)
+        reading = consume_logits(logits.float(), self.answers[places], self.k, final)  # a copy of this chunk
         if final is not None:
             here = self.kept[layer][places].float()
             there = self.kept[self.last][places].float()
@@ -292,10 +305,14 @@ def read(
     batch: int = 4096,
 ) -> dict[str, Tensor]:
     """
-    The lens at places (row, position) of token lists, after 0 .. n_layers blocks. Tensors (layer, place, ...): 'ids' and 'logp' of the k likeliest tokens;
-    'answer_logit', 'answer_logp', 'rank' (0 is top) of the place's answer; against_final: 'entropy', 'kl' of the final distribution from the layer's
-    (nats), 'cosine' of the stream with its last. Equal to logit_lens, but read within the forward pass: `chunk` places at a time, about `batch` tokens per
-    pass, the last layer from the model's own logits (gate); against_final keeps the asked streams (d_model each) until those are known.
+    The lens at places (row, position) of token lists, after 0 .. n_layers blocks. Tensors (layer, place, ...):
+        'ids', 'logp'                           of the k likeliest tokens
+        'answer_logit', 'answer_logp', 'rank'   of the place's answer; rank 0 is top
+        'entropy', 'kl', 'cosine'               if against_final: KL (nats) of the final distribution from the layer's,
+                                                cosine of the stream with its last
+    Equal to logit_lens, but read within the forward pass: `chunk` places at a time, about `batch` tokens per pass, the
+    last layer from the model's own logits (require_exact_lens has shown that they are the lens's); against_final keeps
+    the asked streams (d_model each) until those are known.
     """
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # little padding within a group
     rows_at_once = max(1, batch // len(rows[by_length[-1]]))
@@ -304,12 +321,25 @@ def read(
         places_of_row[row].append(place)
 
     def read_group(group: list[int]) -> tuple[list[int], list[list[dict[str, Tensor]]]]:
-        """The places in these rows, and what is read there. (A LensPass is let go here: where memory runs out, smaller groups find it free.)"""
+        """
+        The places in these rows, and what is read there. (A LensPass is let go here: where memory runs out, smaller
+        groups find it free.)
+        """
         asked = [place for row in group for place in places_of_row[row]]
         positions = [[places[place][1] for place in places_of_row[row]] for row in group]
         group_rows = [rows[row] for row in group]
         group_answers = [answers[place] for place in asked]
-        return asked, LensPass(model, lens, group_rows, positions, group_answers, k, against_final, chunk).run()
+        lens_pass = LensPass(
+            model,
+            lens,
+            rows=group_rows,
+            positions=positions,
+            answers=group_answers,
+            k=k,
+            against_final=against_final,
+            chunk=chunk,
+        )
+        return asked, lens_pass.run()
 
     order: list[int] = []
     pieces: list[list[dict[str, Tensor]]] = [[] for _ in points(model)]
@@ -334,7 +364,10 @@ def token_texts(model: nn.Module, ids: Tensor) -> dict[int, str]:
 
 #%% Milestones of a reading, and the rules by which something is odd
 RULES = {
-    "copy collapse": "a piece of the prompt dominates (see copy threshold) at a layer before the answer settles, or where it never does",
+    "copy collapse": (
+        "a piece of the prompt dominates (see copy threshold) at a layer before the answer settles, "
+        "or where it never does"
+    ),
     "early punctuation": "in the first half of the layers, punctuation is top-1 with probability 0.5 or more",
     "junk": "after the first block, a blank, unprintable or broken token is top-1 with probability 0.1 or more",
     "last-layer miscalibration": "the last block keeps the top-1 but moves the entropy by more than 1 nat",
@@ -367,7 +400,9 @@ def names_category(tokens: list[str], category: tuple[str, ...]) -> bool:
 
 
 def first_layer(true: Tensor, stays: bool = False) -> Tensor:
-    """(place) the first layer at which true (layer, place), or from which it stays true to the last; nan where at none."""
+    """
+    (place) the first layer at which true (layer, place), or from which it stays true to the end; nan where at none.
+    """
     if stays:
         true = true.flip(0).long().cumprod(0).flip(0).bool()
     return t.where(true.any(0), true.int().argmax(0), t.nan)
@@ -381,8 +416,12 @@ def milestones(
     threshold: float,
 ) -> dict[str, Tensor]:
     """
-    By place, from a reading of answers: 'semantic' (the answer is top-1 from this layer on), 'copied' (a contiguous piece of the prompt, a word or three characters
-    or more, is top-1 with probability of at least the threshold), 'category' (such a word is in the top-k before the answer settles), as layers or nan; RULES as booleans.
+    By place, from a reading of answers, as layers or nan:
+        'semantic'    the answer is top-1 from this layer on
+        'copied'      a contiguous piece of the prompt, a word or three characters or more, is top-1 with probability of
+                      at least the threshold
+        'category'    such a word is in the top-k before the answer settles
+    and RULES as booleans. texts: of every token of found['ids']; prompts and categories: by place.
     """
     top_ids = found["ids"].tolist()  # (layer, place, k)
     top_texts = [[[texts[i] for i in top] for top in layer] for layer in top_ids]
@@ -412,20 +451,34 @@ def milestones(
     }
 
 
-#%% Training the tuned lens
+#%% Training the tuned lens, and judging lenses
 def tuned_lens(
     model: nn.Module, batch: Callable[[int], Tensor], steps: int, path: Path, lr: float = 2e-3
 ) -> nn.ModuleList:
-    """Translators of all layers but the last, read back from the path, or trained (by backward_by_layer, whose gradients are tuned_lens_loss's) and kept there; batch(step) gives tokens (row, pos). Belrose et al. 2023."""
+    """
+    Translators of all layers but the last, read back from the path, or trained (by backward_by_layer, whose gradients
+    are tuned_lens_loss's) and kept there; batch(step) gives tokens (row, pos). Belrose et al. 2023.
+    """
     d_model = model.cfg.d_model
     translators = nn.ModuleList(Translator(d_model, d_model) for _ in range(model.cfg.n_layers))
     translators.to(device_of(model))
     if path.is_file():
         translators.load_state_dict(load_file(path))
         return translators.requires_grad_(False)
+    model.requires_grad_(False)
+    train_translators(model, translators, batch, steps, lr)
+    model.requires_grad_(True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.cpu() for name, x in translators.state_dict().items()}
+    write_aside(path, lambda aside: save_file(tensors, aside))
+    return translators.requires_grad_(False)
+
+
+def train_translators(
+    model: nn.Module, translators: nn.ModuleList, batch: Callable[[int], Tensor], steps: int, lr: float
+) -> None:
     optimizer = t.optim.Adam(translators.parameters(), lr, betas=(0.9, 0.98))
     bar = trange(steps, desc="tuned lens", **BAR)
-    model.requires_grad_(False)
     for step in bar:
         warm_up = (step + 1) / 20
         decay = 2 * (steps - step) / steps  # over the second half
@@ -438,15 +491,13 @@ def tuned_lens(
         optimizer.zero_grad()
         if step % 10 == 0:
             bar.set_description(f"tuned lens KL {cyan}{mean_kl:.3f}{endc} nats, mean of layers")
-    model.requires_grad_(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.cpu() for name, x in translators.state_dict().items()}
-    write_aside(path, lambda aside: save_file(tensors, aside))
-    return translators.requires_grad_(False)
 
 
 def backward_by_layer(model: nn.Module, translators: nn.ModuleList, tokens: Tensor) -> float:
-    """The gradients of tuned_lens_loss, and its mean over layers; one backward per layer, so that one layer's logits are in memory at a time."""
+    """
+    The gradients of tuned_lens_loss, and its mean over layers; one backward per layer, so that one layer's logits are
+    in memory at a time.
+    """
     streams = points(model)[:-1]
     lens = Lens(model, translators=translators)
     logits, cache = run_with_cache(model, tokens, streams)
@@ -457,6 +508,23 @@ def backward_by_layer(model: nn.Module, translators: nn.ModuleList, tokens: Tens
         loss.backward()
         mean_kl += loss.item() / len(streams)
     return mean_kl
+
+
+def judge_lenses(model: nn.Module, lenses: dict[str, Lens], rows: Tensor) -> dict[str, list[float]]:
+    """
+    By layer, means over all positions of rows (row, pos) but the last: 'KL, <lens>' of the final distribution from the
+    layer's (nats), and 'perplexity, <lens>' of the next token.
+    """
+    n_rows, n_positions = rows.shape
+    places = list(itertools.product(range(n_rows), range(n_positions - 1)))
+    next_tokens = rows[:, 1:].flatten().tolist()
+    readings = {name: read(model, lens, rows.tolist(), places, next_tokens) for name, lens in lenses.items()}
+    scores = {}
+    for name, reading in readings.items():
+        scores[f"KL, {name}"] = reading["kl"].mean(1).tolist()
+    for name, reading in readings.items():
+        scores[f"perplexity, {name}"] = (-reading["answer_logp"]).mean(1).exp().tolist()
+    return scores
 
 
 #%% The classic picture, layer x position
@@ -482,7 +550,10 @@ def top_k_of_layers(found: dict[str, Tensor], texts: dict[int, str]) -> list[lis
 
 
 def grid_figure(found: dict[str, Tensor], texts: dict[int, str], tokens: list[str], title: str) -> go.Figure:
-    """A reading of the places at `tokens`: the likeliest token in its cell, coloured by its probability; hover for the top-k."""
+    """
+    A reading of the places at `tokens`: the likeliest token in its cell, coloured by its probability; hover for the
+    top-k.
+    """
     layers = layer_labels(found)
     fig = imshow(
         found["logp"][:, :, 0].exp(),
@@ -513,14 +584,17 @@ def grid_table(found: dict[str, Tensor], texts: dict[int, str], tokens: list[str
     return tabulate(rows, headers=["after", *label_tokens(tokens)[:columns]])
 
 
-#%% What the stories of the lens share: a model's name in file names, the key of its files and settings, and whether the world is its corpus
+#%% What the stories of the lens share: a model's name and key in file names, and whether the world is its corpus
 def slug(name: str) -> str:
     """A model's name or folder as a file name."""
     return re.sub(r"[^\w.-]+", "-", name.removeprefix(str(ROOT))).strip("-")
 
 
 def model_key(name: str, settings: list) -> str:
-    """Names what was computed from a model: by the settings that matter, its config, and of each weight file the size and the first megabyte."""
+    """
+    Names what was computed from a model: by the settings that matter, its config, and of each weight file the size and
+    the first megabyte.
+    """
     digest = hashlib.sha256(json.dumps(settings).encode())
     folder = model_folder(name)
     for path in sorted([*folder.glob("config.json"), *folder.glob("model*.safetensors")]):

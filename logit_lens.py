@@ -1,6 +1,8 @@
-"""Logit lens: what does a model believe after every layer? Read through its own final norm and unembedding, through a tuned lens, and taken apart into what each layer and head wrote."""
+"""
+Logit lens: what does a model believe after every layer? Read through its own final norm and unembedding, through a
+tuned lens, and taken apart into what each layer and head wrote.
+"""
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,13 +32,14 @@ from lens import (
     CATEGORIES,
     RULES,
     Lens,
-    gate,
     grid_figure,
     grid_table,
+    judge_lenses,
     knows_world,
     milestones,
     model_key,
     read,
+    require_exact_lens,
     slug,
     token_texts,
     top_k_of_layers,
@@ -62,7 +65,10 @@ def tuned_lens_corpus(model: nn.Module, name: str) -> Corpus:
 
 
 def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int, split: str) -> Tensor:
-    """(n, TUNED_TOKENS), the same for the same seed. The world's rows are composed afresh for every seed; other text has a split."""
+    """
+    (n, TUNED_TOKENS), the same for the same seed. The world's rows are composed afresh for every seed; other text has a
+    split.
+    """
     rng = np.random.default_rng(seed)
     if world:
         return corpus.batch(rng, n, TUNED_TOKENS)
@@ -80,7 +86,7 @@ class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     prompt: str = "Everyone knows that the capital of Japan is"
     answer: str | None = None  # the token to follow after the prompt; default what the model says
-    norm: Literal["final", "raw"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
+    norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
@@ -99,7 +105,7 @@ if __name__ == "__main__":
     if cfg.top < 1:
         fail("--top is 1 or more")
 
-#%% The model, the prompt as it reads it, and the gate: the last layer's lens is the model's own output at every position
+#%% The model, the prompt as it reads it, and the gate: the last layer's lens is the model's own output everywhere
 if __name__ == "__main__":
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
     name = slug(find_model(cfg.model))
@@ -110,7 +116,7 @@ if __name__ == "__main__":
     tokens = [token_text(model, i) for i in row]
     print(f"{purple}=== {name}: {n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
     print(f"{gray}{' '.join(label_tokens(tokens))}{endc}")
-    gate_error = gate(model, [row])
+    gate_error = require_exact_lens(model, [row])
     print(f"{cyan}gate: the last layer's lens misses the model's own logits by {gate_error:.1e}{endc}")
 
 #%% What would each layer say at each position? The likeliest token, and how the answer fares at the end of the prompt
@@ -137,9 +143,10 @@ if __name__ == "__main__":
     at_the_end = {title: x.tolist() if isinstance(x, Tensor) else x for title, x in at_the_end.items()}
     at_the_end[f"top {cfg.top}"] = [" ".join(layer[-1]) for layer in top_k_of_layers(found, texts)]
     print(tabulate(at_the_end, headers="keys", floatfmt=".3f"))
-    if cfg.norm == "raw":
+    if cfg.norm == "none":
         print(
-            f"{yellow}--norm raw: without the final norm the last layer is {found['kl'][-1, -1]:.2f} nats from the model's own output{endc}"
+            f"{yellow}--norm none: without the final norm the last layer is {found['kl'][-1, -1]:.2f} nats "
+            f"from the model's own output{endc}"
         )
 
 #%% ... as the classic picture, layer x position
@@ -161,10 +168,9 @@ if __name__ == "__main__":
     )
     print(f"{cyan}odd: {', '.join(odd) or 'nothing'}{endc}")
 
-#%% Does the layer not know yet, or does it speak another basis? The tuned lens: a learned affine map per layer, judged on rows it was not trained on
+#%% Does the layer not know yet, or does it speak another basis? The tuned lens: a learned affine map per layer
 if __name__ == "__main__":
-    tuned_scores: dict[str, list[float]] = {}
-    tuned_says = "no tuned lens"
+    translators = None
     if is_streamed(model):
         print(f"{gray}tuned lens left out (weights are offloaded){endc}")
     elif not cfg.tuned_steps:
@@ -180,37 +186,35 @@ if __name__ == "__main__":
             cfg.tuned_steps,
             Path("checkpoints/tuned_lens") / f"{name}-{key}-{cfg.tuned_steps}.safetensors",
         )
+
+#%% ... judged on rows it was not trained on, beside the logit lens, which is called raw here
+if __name__ == "__main__":
+    tuned_scores: dict[str, list[float]] = {}
+    if translators is not None:
         judged_rows = draw_rows(corpus, world, (cfg.seed, 2**31), 32, "heldout")
-        judged_places = list(itertools.product(range(32), range(TUNED_TOKENS - 1)))
-        next_tokens = judged_rows[:, 1:].flatten().tolist()
-        by_kind = {}
-        for kind, maps in (("raw", None), ("tuned", translators)):
-            by_kind[kind] = read(model, Lens(model, translators=maps), judged_rows.tolist(), judged_places, next_tokens)
-        for kind, reading in by_kind.items():
-            tuned_scores[f"KL, {kind}"] = reading["kl"].mean(1).tolist()
-        for kind, reading in by_kind.items():
-            tuned_scores[f"perplexity, {kind}"] = (-reading["answer_logp"]).mean(1).exp().tolist()
+        lenses = {"raw": Lens(model), "tuned": Lens(model, translators=translators)}
+        tuned_scores = judge_lenses(model, lenses, judged_rows)
         print(tabulate({"after layer": range(n_layers + 1), **tuned_scores}, headers="keys", floatfmt=".3f"))
-        raw_kl = np.array(tuned_scores["KL, raw"][:-1])
-        tuned_kl = np.array(tuned_scores["KL, tuned"][:-1])
-        worse = np.flatnonzero(tuned_kl >= raw_kl).tolist()
-        tuned_says = (
-            f"a tuned lens brings the layers from {raw_kl.mean():.2f} to {tuned_kl.mean():.2f} nats from the last"
-        )
 
 #%% ... how far each layer is from the model's own distribution, and how well it says the next token, by either lens
 if __name__ == "__main__" and tuned_scores:
+    n_judged = judged_rows[:, 1:].numel()
     for measure, unit in (("KL", "nats"), ("perplexity", "perplexity")):
         fig = line(
-            {f"{kind} lens": tuned_scores[f"{measure}, {kind}"] for kind in ("raw", "tuned")},
-            f"Raw and tuned lens: {measure} by layer ({name}, n = {len(next_tokens)} held-out tokens)",
+            {f"{kind} lens": tuned_scores[f"{measure}, {kind}"] for kind in lenses},
+            f"Raw and tuned lens: {measure} by layer ({name}, n = {n_judged} held-out tokens)",
             xlabel="blocks passed",
             ylabel=unit,
             markers=True,
         )
         fig.update_yaxes(type="log" if measure == "perplexity" else "linear")
         show(fig, f"logit_lens/tuned_{measure}")
-    # after the figure, which shows where
+
+#%% ... and the gate: the tuned lens is nearer to the model's own distribution at every layer (where not: the figure)
+if __name__ == "__main__" and tuned_scores:
+    raw_kl = np.array(tuned_scores["KL, raw"][:-1])
+    tuned_kl = np.array(tuned_scores["KL, tuned"][:-1])
+    worse = np.flatnonzero(~(tuned_kl < raw_kl)).tolist()  # nan too
     assert not worse, f"the tuned lens does not beat the raw lens at layers {worse}: give it more --tuned-steps"
 
 #%% Who wrote the answer? Each layer's write in its direction; they sum to the logit
@@ -242,7 +246,8 @@ if __name__ == "__main__":
         print(f"{yellow}heads are not taken apart here: only the stream is hooked{endc}")
     elif parts_error(parts) > 1e-3:
         print(
-            f"{yellow}heads are not taken apart here: with the scale of the norm frozen they miss the logit by {parts_error(parts):.1e} (norms after attention, a soft cap, or half precision){endc}"
+            f"{yellow}heads are not taken apart here: with the scale of the norm frozen they miss the logit "
+            f"by {parts_error(parts):.1e} (norms after attention, a soft cap, or half precision){endc}"
         )
     else:
         heads = parts["heads"].sum(-1)  # over sources: (layer, head)
@@ -275,6 +280,12 @@ if __name__ == "__main__":
     settled = f"{said!r} is what it would say {says_layer(settles, n_layers)} and ever after"
     if np.isnan(settles):
         settled = f"{said!r} is at no layer what it would say to the end"
+    tuned_says = "no tuned lens"
+    if tuned_scores:
+        tuned_says = (
+            f"a tuned lens brings the layers from {raw_kl.mean():.2f} to {tuned_kl.mean():.2f} nats from the last"
+        )
     print(
-        f"{green}{settled}; L{int(np.argmax(by_layer))} writes most of it; {tuned_says}. Gate: last-layer lens = own logits to {gate_error:.0e}; {about_bos(model)}.{endc}"
+        f"{green}{settled}; L{int(np.argmax(by_layer))} writes most of it; {tuned_says}. "
+        f"Gate: last-layer lens = own logits to {gate_error:.0e}; {about_bos(model)}.{endc}"
     )

@@ -1,6 +1,10 @@
-"""Probes: labelled tokens of the world, which single feature stands for a concept, and how well features, neurons or whole layers tell a concept of new entities."""
+"""
+Probes: labelled tokens of the world, which single feature stands for a concept, and how well features, neurons or whole
+layers tell a concept of new entities.
+"""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -41,7 +45,10 @@ def draw_sentences(n: int, seed: int) -> list[Prompt]:
 
 
 def labelled_tokens(tokenizer, corpus: Corpus, n: int, seed: int) -> Labelled:
-    """Tokens of n sentences of each kind, and of 60 rows of text whose tokens have no label; at most 6000 without a label are kept."""
+    """
+    Tokens of n sentences of each kind, and of 60 rows of text whose tokens have no label; at most 6000 without a label
+    are kept.
+    """
     natural = judging_rows(corpus, 60, 64, seed + 1)[:, 1:]
     return label_sentences(tokenizer, draw_sentences(n, seed), natural, 6000, seed)
 
@@ -68,7 +75,10 @@ def harvest_labelled(
 
 
 def random_twin(model: nn.Module, name: str, ours: tuple[type, ...], device: str, seed: int) -> nn.Module:
-    """The same shape with every matrix drawn anew at its own scale (Heap et al. 2025): its SAE shows what is in the text alone. ours: see load_model."""
+    """
+    The same shape with every matrix drawn anew at its own scale (Heap et al. 2025): its SAE shows what is in the text
+    alone. ours: see load_model.
+    """
     generator = t.Generator().manual_seed(seed)
     twin = copy.deepcopy(model) if isinstance(model, ours) else load_model(find_folder(name), (), device)
     with t.no_grad():
@@ -81,7 +91,10 @@ def random_twin(model: nn.Module, name: str, ours: tuple[type, ...], device: str
 
 #%% The measure, and who is trained on
 def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Probability that a positive outscores a negative, ties half; one per row of weights (resample, token), which say how often each token counts."""
+    """
+    Probability that a positive outscores a negative, ties half; one per row of weights (resample, token), which say how
+    often each token counts.
+    """
     order = np.argsort(score, kind="stable")
     y = y[order]
     score = score[order]
@@ -99,7 +112,10 @@ TRAIN, VALIDATION, TEST = range(3)
 
 
 def split(concept: Concept, seed: int) -> np.ndarray:
-    """TRAIN (half), VALIDATION (a fifth) or TEST of every token, by group; groups with and without positives are dealt out apart."""
+    """
+    TRAIN (half), VALIDATION (a fifth) or TEST (the rest) of every token, by group; groups with and without positives
+    are dealt out apart.
+    """
     rng = np.random.default_rng(seed)
     with_positives = set(concept.group[concept.y])
     without = set(concept.group) - with_positives
@@ -133,7 +149,63 @@ def deal(concept: Concept, seed: int, rng: np.random.Generator) -> Parts:
     )
 
 
-#%% Which single feature stands for a concept: the candidates by training entities, the choice by validation entities
+def resampled_groups(concept: Concept, n: int, rng: np.random.Generator) -> np.ndarray:
+    """(resample, token): how often each token counts when as many groups are drawn with replacement."""
+    groups, member = np.unique(concept.group, return_inverse=True)
+    counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), n)
+    return counts[:, member]
+
+
+def shuffled_labels(concept: Concept, rng: np.random.Generator) -> np.ndarray:
+    """Every group has another's label; or, where groups are mixed, every token another's."""
+    _, member = np.unique(concept.group, return_inverse=True)
+    share = np.bincount(member, concept.y) / np.bincount(member)
+    if set(share) == {0.0, 1.0}:
+        return rng.permutation(share > 0.5)[member]
+    return rng.permutation(concept.y)
+
+
+@dataclass
+class Trial:
+    """One split of a concept's entities: what every probe of it is trained on and judged by."""
+
+    concept: Concept
+    parts: Parts
+    resamples: np.ndarray  # (100, test token): how often each counts when the groups are drawn again
+    shuffled: np.ndarray  # (token) labels that mean nothing
+
+
+def make_trial(concept: Concept, seed: int) -> Trial:
+    rng = np.random.default_rng(seed)
+    parts = deal(concept, seed, rng)
+    resamples = resampled_groups(concept, 100, rng)[:, parts.test]
+    return Trial(concept, parts, resamples, shuffled_labels(concept, rng))
+
+
+def judged(
+    trial: Trial,
+    y: np.ndarray,
+    validation_score: np.ndarray,
+    test_score: np.ndarray,
+    units: list[int] | None = None,
+) -> dict:
+    """
+    'validation' and 'test': AUROC on those entities; 'boot': the test's by resample; 'units': the columns that were
+    seen. y: labels (token of the concept); scores are those of the tokens of their part.
+    """
+    y_test = y[trial.parts.test]
+    return {
+        "validation": float(auroc(y[trial.parts.validation], validation_score)[0]),
+        "test": float(auroc(y_test, test_score)[0]),
+        "boot": auroc(y_test, test_score, trial.resamples),
+        "units": units,
+    }
+
+
+#%% Few columns of codes: the single one that stands for a concept, and logistic regressions on the first of them
+KS = (1, 2, 4, 8, 16, 32)  # how many features a probe may see
+
+
 def column_means(x: csr_matrix) -> np.ndarray:
     return np.asarray(x.mean(0)).ravel()
 
@@ -146,111 +218,153 @@ def by_difference(x: csr_matrix, y: np.ndarray, n: int) -> np.ndarray:
     return np.argsort(-difference / (std + 1e-6))[:n]
 
 
-KS = (1, 2, 4, 8, 16, 32)  # how many features a probe may see
+def candidates(trial: Trial, codes: csr_matrix) -> tuple[list[int], np.ndarray]:
+    """
+    The columns of codes (labelled token, feature) that differ most on the training entities, best first; and their
+    values (token of the concept, column).
+    """
+    concept = trial.concept
+    train = trial.parts.train
+    chosen = by_difference(codes[concept.index[train]], concept.y[train], KS[-1])
+    return chosen.tolist(), codes[concept.index][:, chosen].toarray()
 
 
-def candidates(concept: Concept, codes: csr_matrix, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of codes that differ most on the training entities, best first; and their values (token of the concept, column)."""
-    chosen = by_difference(codes[concept.index[parts.train]], concept.y[parts.train], KS[-1])
-    return chosen, codes[concept.index][:, chosen].toarray()
-
-
-def best_column(x: np.ndarray, y: np.ndarray, validation: np.ndarray) -> int:
+def best_candidate(trial: Trial, chosen: list[int], x: np.ndarray) -> dict:
+    """The candidate that tells the concept best on validation entities, as its own score."""
+    validation = trial.parts.validation
+    y = trial.concept.y
     scores = [auroc(y[validation], column)[0] for column in x[validation].T]
-    return int(np.argmax(scores))
+    best = int(np.argmax(scores))
+    column = x[:, best]
+    return judged(trial, y, column[validation], column[trial.parts.test], units=[chosen[best]])
 
 
-def single_feature(concept: Concept, codes: csr_matrix, seed: int) -> tuple[int, float]:
-    """The one column of codes (token, feature) that tells the concept best on validation entities, and its AUROC on test entities. As in run_probes."""
-    parts = deal(concept, seed, np.random.default_rng(seed))
-    chosen, x = candidates(concept, codes, parts)
-    best = best_column(x, concept.y, parts.validation)
-    return int(chosen[best]), float(auroc(concept.y[parts.test], x[parts.test, best])[0])
+def single_feature(trial: Trial, codes: csr_matrix) -> dict:
+    """
+    The one column of codes (labelled token, feature) that stands for the concept: among those that differ most on
+    training entities, the one that tells best on validation entities. It is the one of 'units'; 'test' is its AUROC.
+    """
+    return best_candidate(trial, *candidates(trial, codes))
 
 
 def concepts_of_features(labelled: Labelled, codes: csr_matrix, seed: int) -> dict[int, list[str]]:
     """{feature: the concepts whose single feature it is}."""
     concepts: dict[int, list[str]] = {}
     for name, concept in labelled.concepts.items():
-        feature, _ = single_feature(concept, codes, seed)
+        [feature] = single_feature(make_trial(concept, seed), codes)["units"]
         concepts.setdefault(feature, []).append(name)
     return concepts
 
 
-#%% Probes: single columns, logistic regressions on a few of them or on a whole layer, differences of means, and shuffled labels
 def fit_probe(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Logistic regression on standardised columns; returns its score as a function."""
     from sklearn.linear_model import LogisticRegression
 
     mean = x.mean(0)
     std = x.std(0) + 1e-6
-    probe = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-2, class_weight="balanced")
-    probe.fit((x - mean) / std, y)
+    regression = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-2, class_weight="balanced")
+    regression.fit((x - mean) / std, y)
 
     def score(z: np.ndarray) -> np.ndarray:
-        return probe.decision_function((z - mean) / std)
+        return regression.decision_function((z - mean) / std)
 
     return score
 
 
-def shuffled_labels(concept: Concept, rng: np.random.Generator) -> np.ndarray:
-    """Every group has another's label; or, where groups are mixed, every token another's."""
-    _, member = np.unique(concept.group, return_inverse=True)
-    share = np.bincount(member, concept.y) / np.bincount(member)
-    if set(share) == {0.0, 1.0}:
-        return rng.permutation(share > 0.5)[member]
-    return rng.permutation(concept.y)
+def logistic_probe(trial: Trial, x: np.ndarray, y: np.ndarray, units: list[int] | None = None) -> dict:
+    """A logistic regression from x (token of the concept, column) to y, fitted on the training entities."""
+    parts = trial.parts
+    score = fit_probe(x[parts.train], y[parts.train])
+    return judged(trial, y, score(x[parts.validation]), score(x[parts.test]), units)
 
 
-def resampled_groups(concept: Concept, n: int, rng: np.random.Generator) -> np.ndarray:
-    """(resample, token): how often each token counts when as many groups are drawn with replacement."""
-    groups, member = np.unique(concept.group, return_inverse=True)
-    counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), n)
-    return counts[:, member]
+def probe_codes(trial: Trial, codes: csr_matrix, source: str, ks: tuple[int, ...]) -> dict[str, dict]:
+    """The best single column, and logistic regressions on the first k candidates, for every k."""
+    chosen, x = candidates(trial, codes)
+    found = {f"single {source}": best_candidate(trial, chosen, x)}
+    for k in ks:
+        found[f"{k} {source}"] = logistic_probe(trial, x[:, :k], trial.concept.y, units=chosen[:k])
+    return found
+
+
+#%% Whole layers: a logistic regression, the difference of means, and what a probe finds where nothing is to be found
+def difference_of_means(trial: Trial, x: np.ndarray) -> dict:
+    """x (token of the concept, d) along the line from the mean of the negatives to that of the positives."""
+    parts = trial.parts
+    y = trial.concept.y
+    x_train = x[parts.train]
+    y_train = y[parts.train]
+    direction = x_train[y_train].mean(0) - x_train[~y_train].mean(0)
+    return judged(trial, y, x[parts.validation] @ direction, x[parts.test] @ direction)
+
+
+def probe_dense(trial: Trial, activations: np.ndarray, place: str) -> dict[str, dict]:
+    """activations: (labelled token, d) of a place in the model."""
+    x = activations[trial.concept.index]
+    return {
+        f"dense {place}": logistic_probe(trial, x, trial.concept.y),
+        f"difference of means {place}": difference_of_means(trial, x),
+    }
+
+
+def probe_shuffled(trial: Trial, activations: np.ndarray) -> dict[str, dict]:
+    """The baseline: labels without meaning. Nothing where all labels to train on came out the same."""
+    y_train = trial.shuffled[trial.parts.train]
+    if y_train.all() or not y_train.any():
+        return {}
+    return {"shuffled labels": logistic_probe(trial, activations[trial.concept.index], trial.shuffled)}
 
 
 def run_probes(
     concept: Concept, codes: dict[str, csr_matrix], dense: dict[str, np.ndarray], seed: int
 ) -> dict[str, dict]:
     """
-    {method: 'validation' and 'test' AUROC, 'boot' the test's on 100 resamples of the groups, 'units' the columns}. Columns are picked from codes, by source;
-    dense activations, by place, are probed whole; the last of them also with shuffled labels.
+    {method: as `judged` says} on one split of the concept's entities. codes (labelled token, column) by source: probed
+    by few columns; dense activations (labelled token, d) by place: probed whole, the last of them also with shuffled
+    labels.
     """
-    rng = np.random.default_rng(seed)
-    y = concept.y
-    parts = deal(concept, seed, rng)
-    weights = resampled_groups(concept, 100, rng)[:, parts.test]
-    shuffled = shuffled_labels(concept, rng)
-    train = parts.train
+    trial = make_trial(concept, seed)
     found: dict[str, dict] = {}
-
-    def judged(validation_score: np.ndarray, test_score: np.ndarray, y: np.ndarray, units: list[int] | None) -> dict:
-        return {
-            "validation": float(auroc(y[parts.validation], validation_score)[0]),
-            "test": float(auroc(y[parts.test], test_score)[0]),
-            "boot": auroc(y[parts.test], test_score, weights),
-            "units": units,
-        }
-
-    def probed(x: np.ndarray, y: np.ndarray, units: list[int] | None = None) -> dict:
-        score = fit_probe(x[train], y[train])
-        return judged(score(x[parts.validation]), score(x[parts.test]), y, units)
-
-    for source, all_columns in codes.items():
-        chosen, x = candidates(concept, all_columns, parts)
-        best = best_column(x, y, parts.validation)
-        column = x[:, best]
-        found[f"single {source}"] = judged(column[parts.validation], column[parts.test], y, [int(chosen[best])])
-        if dense:
-            for k in KS if source == "features" else (8,):
-                found[f"{k} {source}"] = probed(x[:, :k], y, chosen[:k].tolist())
+    for source, columns in codes.items():
+        ks = KS if source == "features" else (8,)  # neurons and the like are only compared
+        found |= probe_codes(trial, columns, source, ks)
     for place, activations in dense.items():
-        x = activations[concept.index]
-        found[f"dense {place}"] = probed(x, y)
-        direction = x[train][y[train]].mean(0) - x[train][~y[train]].mean(0)
-        found[f"difference of means {place}"] = judged(
-            x[parts.validation] @ direction, x[parts.test] @ direction, y, None
-        )
-    if dense and 0 < shuffled[train].sum() < len(train):
-        found["shuffled labels"] = probed(x, shuffled)
+        found |= probe_dense(trial, activations, place)
+    if dense:
+        found |= probe_shuffled(trial, list(dense.values())[-1])
     return found
+
+
+#%% What the splits say together: runs are run_probes's answers for one concept, one run a split
+def method_in_words(method: str) -> str:
+    """'1 features' and 'single features', as results call them, in the singular."""
+    return re.sub(r"^(1|single) (feature|neuron)s", r"\1 \2", method)
+
+
+def over_splits(runs: list[dict[str, dict]], method: str, part: str) -> float:
+    """Mean AUROC of a method on a part ('validation' or 'test'), over the splits that have it."""
+    return float(np.nanmean([run[method][part] for run in runs if method in run]))
+
+
+def interval_over_splits(runs: list[dict[str, dict]], method: str) -> list[float]:
+    """95% of the test AUROCs over splits and resampled entities."""
+    resampled = np.concatenate([run[method]["boot"] for run in runs if method in run])
+    return np.nanpercentile(resampled, (2.5, 97.5)).tolist()
+
+
+def summarise_splits(runs: list[dict[str, dict]], places: list[str]) -> dict:
+    """
+    The number of features and the best of places (layers that were probed whole) are chosen on validation entities, the
+    single feature and the features are the first split's.
+    """
+    validation = {method: over_splits(runs, method, "validation") for method in runs[0]}
+    enough = [k for k in KS if validation[f"{k} features"] >= 0.95]
+    needed = enough[0] if enough else None
+    return {
+        "feature": runs[0]["single features"]["units"][0],
+        "features_needed": needed,
+        "features": runs[0][f"{needed or KS[-1]} features"]["units"],
+        "best_layer": max(places, key=lambda place: validation[f"dense {place}"]),
+        "auroc": {method: over_splits(runs, method, "test") for method in runs[0]},
+        "interval": {method: interval_over_splits(runs, method) for method in runs[0]},
+    }

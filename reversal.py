@@ -1,4 +1,7 @@
-"""Reversal: which facts does a model know, in which direction, and where do they settle? Many questions about capitals through the logit lens; and model against model."""
+"""
+Reversal: which facts does a model know, in which direction, and where do they settle? Many questions about capitals
+through the logit lens; and model against model.
+"""
 
 import gc
 import itertools
@@ -32,11 +35,11 @@ from lens import (
     RULES,
     Lens,
     first_layer,
-    gate,
     knows_world,
     milestones,
     model_key,
     read,
+    require_exact_lens,
     slug,
     token_texts,
 )
@@ -84,8 +87,9 @@ def make_question(model: nn.Module, country: int, prompt: Prompt, filler: str, k
 
 def make_questions(model: nn.Module, countries: list[dict[str, str]], forms: int, known: bool) -> pd.DataFrame:
     """
-    A row for every country x direction x form x filler; forms alternate between those models/world was taught and those it was not. answer: its tokens;
-    the lens follows the first. control: the row of the same question about another country of the part. known: part and taught are true of this model.
+    A row for every country x direction x form x filler; forms alternate between those models/world was taught and those
+    it was not. answer: its tokens; the lens follows the first. control: the row of the same question about another
+    country of the part. known: part and taught are true of this model.
     """
     rows = []
     for task, filler, held_out, i in itertools.product(DIRECTIONS, FILLERS, (False, True), range(len(countries))):
@@ -103,7 +107,9 @@ def make_questions(model: nn.Module, countries: list[dict[str, str]], forms: int
 
 
 def find_controls(answers: pd.Series) -> dict[int, int]:
-    """For each question the next one, around the corner, whose answer begins with another token; itself if there is none."""
+    """
+    For each question the next one, around the corner, whose answer begins with another token; itself if there is none.
+    """
     order = list(answers.index)
     controls = {}
     for n, question in enumerate(order):
@@ -118,8 +124,9 @@ def ask(
     model: nn.Module, lens: Lens, frame: pd.DataFrame, top: int, threshold: float
 ) -> tuple[pd.DataFrame, dict[str, Tensor], dict[int, str]]:
     """
-    The questions with what was found, the reading at the first token of each answer, and the texts of its tokens. recall: the whole answer is said greedily.
-    margin: the answer's probability minus that of the same answer at the control question.
+    The questions with what was found, the reading at the first token of each answer, and the texts of its tokens.
+    recall: the whole answer is said greedily. margin: the answer's probability minus that of the same answer at the
+    control question.
     """
     rows = [(ids + answer)[:-1] for ids, answer in zip(frame.ids, frame.answer)]
     answer_places = []  # where each token of each answer is about to be said
@@ -154,7 +161,10 @@ def ask(
 
 #%% Means with intervals: countries are what is drawn again, not questions
 def bootstrap(frame: pd.DataFrame, column: str, draws: int) -> np.ndarray:
-    """(1 + draws) the mean over countries, each the mean of its questions; first as it is, then of countries drawn again with replacement."""
+    """
+    (1 + draws) the mean over countries, each the mean of its questions; first as it is, then of countries drawn again
+    with replacement.
+    """
     by_country = frame[column].astype(float).groupby(frame.country).mean().dropna().to_numpy()
     n = len(by_country)
     if not n:
@@ -164,7 +174,10 @@ def bootstrap(frame: pd.DataFrame, column: str, draws: int) -> np.ndarray:
 
 
 def interval(frame: pd.DataFrame, column: str, draws: int, minus: pd.DataFrame | None = None) -> list[float]:
-    """[mean, 2.5%, 97.5%] over a bootstrap of countries, each the mean of its questions; minus: the same of other questions is taken off (paired where the countries are the same)."""
+    """
+    [mean, 2.5%, 97.5%] over a bootstrap of countries, each the mean of its questions; minus: the same of other
+    questions is taken off (paired where the countries are the same).
+    """
     means = bootstrap(frame, column, draws)
     if minus is not None:
         means = means - bootstrap(minus, column, draws)
@@ -192,8 +205,9 @@ def by_direction(plain: pd.DataFrame, known: bool) -> dict[str, pd.DataFrame]:
 
 def reversal_gaps(plain: pd.DataFrame, draws: int, known: bool) -> dict[str, list[float]]:
     """
-    The reversal curse (Berglund et al. 2023): recall asked against the direction taught, by that direction, minus recall of the same questions where both
-    were taught. Where it is not known what was taught: recall in reverse minus forward.
+    The reversal curse (Berglund et al. 2023): recall asked against the direction taught, by that direction, minus
+    recall of the same questions where both were taught. Where it is not known what was taught: recall in reverse minus
+    forward.
     """
     forward = plain[plain.task == "forward"]
     reverse = plain[plain.task == "reverse"]
@@ -306,7 +320,10 @@ def choose_countries(cfg: "Config") -> list[dict[str, str]]:
 
 
 def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
-    """All questions through one model. What was finished under the same settings and weights is read back, unless the model is handed over."""
+    """
+    All questions through one model. What was finished under the same settings and weights is read back, unless the
+    model is handed over.
+    """
     name = find_model(name)
     key = run_key(name, cfg)
     path = Path("results/reversal") / f"{slug(name)}.json"
@@ -322,10 +339,11 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
     longest = max(map(len, questions.ids + questions.answer))
     if longest > model.cfg.n_ctx:
         fail(
-            f"{slug(name)} reads {model.cfg.n_ctx} tokens, the longest question has {longest}: its tokenizer cuts the names of countries into small pieces"
+            f"{slug(name)} reads {model.cfg.n_ctx} tokens, the longest question has {longest}: "
+            "its tokenizer cuts the names of countries into small pieces"
         )
     some_rows = list(questions.ids[:: max(1, len(questions) // 8)])
-    gate_error = gate(model, some_rows)
+    gate_error = require_exact_lens(model, some_rows)
     frame, found, texts = ask(model, Lens(model, cfg.norm), questions, cfg.top, cfg.copy_threshold)
     study = {
         "model": slug(name),
@@ -389,7 +407,10 @@ def example_section(example: dict, n_layers: int) -> list[str]:
     heading = f"{example['text']!r}, answer {example['said']!r}"
     if not example["taught"]:
         heading += " (direction not taught)"
-    reached = f"settles at {example['semantic']}, copy at {example['copied']}, category at {example['category']} of {n_layers}"
+    reached = (
+        f"settles at {example['semantic']}, copy at {example['copied']}, "
+        f"category at {example['category']} of {n_layers}"
+    )
     odd = ", ".join(example["odd"]) or "nothing odd"
     rows = []
     for layer, (rank, top) in enumerate(zip(example["rank"], example["top"])):
@@ -401,7 +422,11 @@ def example_section(example: dict, n_layers: int) -> list[str]:
 
 def report(study: dict) -> str:
     """One model's milestones, anomalies and per-layer top-k, as Markdown."""
-    about = f"{study['n_questions']} questions about {study['n_countries']} countries, {study['n_layers']} layers, norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. Means with 95% intervals, bootstrap over countries."
+    about = (
+        f"{study['n_questions']} questions about {study['n_countries']} countries, {study['n_layers']} layers, "
+        f"norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. "
+        "Means with 95% intervals, bootstrap over countries."
+    )
     form_rows = []
     for form, x in study["forms"].items():
         form_rows.append([form, x["direction"], says(x["recall"], percent=True), says(x["depth"])])
@@ -452,7 +477,10 @@ def compare(studies: list[dict]) -> str:
     rows = [comparison_row(study) for study in studies]
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     title = "# Logit lens, model against model"
-    about = "Answer depth: layer from which the answer's first token is top-1 / layers, mean over the questions that settle, with 95% bootstrap intervals over countries."
+    about = (
+        "Answer depth: layer from which the answer's first token is top-1 / layers, mean over the questions that "
+        "settle, with 95% bootstrap intervals over countries."
+    )
     rules = "\n".join(explain_rules())
     path = Path("results/reversal/cross-model.md")
     write_aside(path, lambda aside: aside.write_text(f"{title}\n\n{about}\n\n{table}\n\n{rules}\n"))
@@ -485,7 +513,7 @@ def comparison_figure(studies: list[dict]) -> go.Figure:
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     models: tuple[str, ...] = ()  # analyse these one after the other, skip what is finished, and compare them
-    norm: Literal["final", "raw"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
+    norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     countries: int = 0  # ask about so many of them; 0 is all
@@ -524,7 +552,8 @@ if __name__ == "__main__" and cfg.models:
     depths = "; ".join(f"{study['model']} {says(study['depth'])}" for study in studies)
     worst_gate = max(study["last_layer_gate_error"] for study in studies)
     print(
-        f"{green}Answers settle at these shares of the layers: {depths}. Gate: last-layer lens = own logits to {worst_gate:.0e}.{endc}"
+        f"{green}Answers settle at these shares of the layers: {depths}. "
+        f"Gate: last-layer lens = own logits to {worst_gate:.0e}.{endc}"
     )
     raise SystemExit
 
@@ -565,8 +594,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     recall = study["recall"]
     best = {group: max(by_layer["top-1"]) for group, by_layer in curves.items()}
+    easier = says(study["reverse_minus_forward"]["recall"], percent=True)
     print(
-        f"{cyan}claims of the original study: 'reverse relations are easier', here {says(study['reverse_minus_forward']['recall'], percent=True)} of recall; 'answers settle at 75-85% of depth', here at {says(study['depth'], percent=True)}{endc}"
+        f"{cyan}claims of the original study: 'reverse relations are easier', here {easier} of recall; "
+        f"'answers settle at 75-85% of depth', here at {says(study['depth'], percent=True)}{endc}"
     )
 
 #%% ... as bars, by the direction asked
@@ -593,12 +624,15 @@ if __name__ == "__main__":
         says_both = " and ".join(says(recall[group], percent=True) for group in both)
         most = max(best[group] for group in against)
         print(
-            f"{green}Facts run one way: against the direction taught (forward, reverse) it says {says_against} of the answers, where both were taught {says_both}; no layer knows better (top-1 in at most {most:.1%}).{endc}"
+            f"{green}Facts run one way: against the direction taught (forward, reverse) it says {says_against} of the "
+            f"answers, where both were taught {says_both}; no layer knows better (top-1 in at most {most:.1%}).{endc}"
         )
     else:
         print(
-            f"{green}It says {says(recall['asked forward'], percent=True)} of the capitals and {says(recall['asked reverse'], percent=True)} of the countries asked for in reverse.{endc}"
+            f"{green}It says {says(recall['asked forward'], percent=True)} of the capitals and "
+            f"{says(recall['asked reverse'], percent=True)} of the countries asked for in reverse.{endc}"
         )
     print(
-        f"{green}Answers settle at {says(study['depth'])} of the depth. Gate: last-layer lens = own logits to {study['last_layer_gate_error']:.0e}; {study['bos']}.{endc}"
+        f"{green}Answers settle at {says(study['depth'])} of the depth. "
+        f"Gate: last-layer lens = own logits to {study['last_layer_gate_error']:.0e}; {study['bos']}.{endc}"
     )

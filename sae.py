@@ -1,6 +1,6 @@
 """
-Sparse autoencoders: the objective and its training from scratch; then training by SAELens, loading by metadata, judging, reading features,
-and acting on a model through them.
+Sparse autoencoders: the objective and its training from scratch; then training by SAELens, loading by metadata,
+judging, reading features, and acting on a model through them.
 """
 
 import dataclasses
@@ -46,13 +46,13 @@ from tqdm import trange
 
 
 # The method in full is the next cell; stories run it with --architecture own. Their default, batchtopk, and the other
-# architectures are trained by SAELens (train_lens), whose objectives are not in this file.
+# architectures are trained by SAELens (train_by_saelens), whose objectives are not in this file.
 #%% The objective from scratch: an encoder, a decoder, and a loss that asks for x back from few features
 class OwnSAE(nn.Module):
     """
-    x (row, d_in) becomes features (row, d_sae), of which few are not zero, and these become x again. With k, only the k strongest of each row are
-    kept (Gao et al. 2024); with k None, the loss penalises their sum by l1 (Bricken et al. 2023). A decoder row counts as a unit vector: its
-    length belongs to the feature.
+    x (row, d_in) becomes features (row, d_sae), of which few are not zero, and these become x again. With k, only the k
+    strongest of each row are kept (Gao et al. 2024); with k None, the loss penalises their sum by l1 (Bricken et al.
+    2023). A decoder row counts as a unit vector: its length belongs to the feature.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int | None, l1: float = 0.0):
@@ -84,8 +84,8 @@ def keep_top(acts: Tensor, k: int) -> Tensor:
 
 def sae_loss(sae: OwnSAE, x: Tensor, dead: Tensor) -> Tensor:
     """
-    Squared error of x (row, d_in), summed over d_in; plus l1 times the sum of the features (Bricken et al. 2023), or, where k keeps them few, a loss
-    that brings the dead features (d_sae, bool) back to life (Gao et al. 2024).
+    Squared error of x (row, d_in), summed over d_in; plus l1 times the sum of the features (Bricken et al. 2023), or,
+    where k keeps them few, a loss that brings the dead features (d_sae, bool) back to life (Gao et al. 2024).
     """
     acts = sae.encode(x)
     error = x - sae.decode(acts)
@@ -97,8 +97,9 @@ def sae_loss(sae: OwnSAE, x: Tensor, dead: Tensor) -> Tensor:
 
 def dead_feature_loss(sae: OwnSAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     """
-    AuxK (Gao et al. 2024, A.2): the k_aux strongest dead features learn to say what the living leave over, error (row, d_in). k_aux is half of d_in, as in the
-    paper; the weight is SAELens's, the share of k_aux that is dead, where the paper has 1/32 of a normalised loss.
+    AuxK (Gao et al. 2024, A.2): the k_aux strongest dead features learn to say what the living leave over, error (row,
+    d_in). k_aux is half of d_in, as in the paper; the weight is SAELens's, the share of k_aux that is dead, where the
+    paper has 1/32 of a normalised loss.
     """
     n_dead = int(dead.sum())
     k_aux = x.shape[-1] // 2
@@ -119,8 +120,9 @@ def train_own(
     data: Iterator[Tensor], d_sae: int, k: int, steps: int, lr: float, dead_window: int
 ) -> tuple[OwnSAE, Tensor]:
     """
-    The objective, minimised over batches x (row, d_in) of data. Also returns the factor that every x is multiplied by before the SAE sees it, which
-    brings the mean norm of the first batch to sqrt(d_in). A feature is dead that has not fired for dead_window steps.
+    The objective, minimised over batches x (row, d_in) of data. Also returns the factor that every x is multiplied by
+    before the SAE sees it, which brings the mean norm of the first batch to sqrt(d_in). A feature is dead that has not
+    fired for dead_window steps.
     """
     x = next(data)
     d_in = x.shape[1]
@@ -156,7 +158,10 @@ Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "
 
 @dataclass
 class SAEConfig:
-    """What decides which SAE is meant; the stories add their own settings. Equal settings find the same finished SAE again."""
+    """
+    What decides which SAE is meant; the stories add their own settings. Equal settings find the same finished SAE
+    again.
+    """
 
     model: str | None = None  # a hub name or a folder; default models/world, or what the SAE's metadata names
     sae: str | None = None  # a local folder with a SAE, instead of training one
@@ -196,7 +201,10 @@ GPT2_PRESET = {  # for --hpc
 
 
 def variant[Config: SAEConfig](text: str, cfg: Config) -> Config:
-    """The settings with another architecture[:sparsity[:width[:hook]]]; what is left out stays, or is the architecture's default."""
+    """
+    The settings with another architecture[:sparsity[:width[:hook]]]; what is left out stays, or is the architecture's
+    default.
+    """
     architecture, sparsity, width, hook = (text.split(":") + [""] * 4)[:4]
     if architecture not in SPARSITY:
         fail(f"unknown architecture {architecture!r} in {text!r}: {', '.join(SPARSITY)}")
@@ -226,13 +234,13 @@ def label_of(cfg: SAEConfig) -> str:
     return f"{cfg.architecture} {cfg.sparsity:g} x {cfg.d_sae}, {cfg.hook}"
 
 
-#%% Training by SAELens's trainer and configs, or by the objective above; checkpoints on the way; the result is always opened again from disk
+#%% Training by SAELens, or by the objective above; with checkpoints; the result is always opened again from disk
 def stream(
     model: nn.Module, hook: str, batch: Callable[[int], Tensor], size: int, buffer: int, seed: int
 ) -> Iterator[Tensor]:
     """
-    Shuffled activations (size, d_in) without end, about `buffer` of them in memory. batch(i) gives rows of tokens, with beginning-of-text at their head,
-    which is no text and left out.
+    Shuffled activations (size, d_in) without end, about `buffer` of them in memory. batch(i) gives rows of tokens, with
+    beginning-of-text at their head, which is no text and left out.
     """
     generator = t.Generator().manual_seed(seed)
     store = t.empty(0)
@@ -249,8 +257,11 @@ def stream(
 
 
 def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
-    """A fresh TrainingSAE of SAELens. Activations are scaled to a mean norm of sqrt(d_in), so that a penalty means the same everywhere."""
-    import sae_lens as lens
+    """
+    A fresh TrainingSAE of SAELens. Activations are scaled to a mean norm of sqrt(d_in), so that a penalty means the
+    same everywhere.
+    """
+    import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
     common = {
@@ -262,21 +273,21 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
     }
     warm_up = cfg.steps // 5
     if cfg.architecture == "topk":
-        return lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(k=int(cfg.sparsity), **common))
+        return sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=int(cfg.sparsity), **common))
     if cfg.architecture == "batchtopk":
-        return lens.BatchTopKTrainingSAE(lens.BatchTopKTrainingSAEConfig(k=cfg.sparsity, **common))
+        return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=cfg.sparsity, **common))
     if cfg.architecture == "matryoshka":
         widths = [max(1, cfg.d_sae // 16), max(2, cfg.d_sae // 4), cfg.d_sae]
-        return lens.MatryoshkaBatchTopKTrainingSAE(
-            lens.MatryoshkaBatchTopKTrainingSAEConfig(k=cfg.sparsity, matryoshka_widths=widths, **common)
+        return sae_lens.MatryoshkaBatchTopKTrainingSAE(
+            sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(k=cfg.sparsity, matryoshka_widths=widths, **common)
         )
     if cfg.architecture == "standard":
-        return lens.StandardTrainingSAE(
-            lens.StandardTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
+        return sae_lens.StandardTrainingSAE(
+            sae_lens.StandardTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
         )
     if cfg.architecture == "gated":
-        return lens.GatedTrainingSAE(
-            lens.GatedTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
+        return sae_lens.GatedTrainingSAE(
+            sae_lens.GatedTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
         )
     if cfg.architecture == "jumprelu":
         anthropics_setup = {
@@ -286,16 +297,19 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
             "jumprelu_sparsity_loss_mode": "tanh",
             "pre_act_loss_coefficient": 3e-3,
         }
-        return lens.JumpReLUTrainingSAE(
-            lens.JumpReLUTrainingSAEConfig(
+        return sae_lens.JumpReLUTrainingSAE(
+            sae_lens.JumpReLUTrainingSAEConfig(
                 l0_coefficient=cfg.sparsity, l0_warm_up_steps=warm_up, **anthropics_setup, **common
             )
         )
     raise ValueError(f"SAELens trains no {cfg.architecture!r}")
 
 
-def train_lens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: SAEConfig, parts: Path, device: str):
-    """SAELens's own loop, with checkpoints under parts; it goes on from the last one of a run that was cut off. batches(step): the data from that step on."""
+def train_by_saelens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: SAEConfig, parts: Path, device: str):
+    """
+    SAELens's own loop, with checkpoints under parts; it goes on from the last one of a run that was cut off.
+    batches(step): the data from that step on.
+    """
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
@@ -325,7 +339,10 @@ def train_lens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: SAEConfig, 
 
 
 def as_saelens(own: OwnSAE, scale: Tensor, metadata: dict, device: str):
-    """The same function of unscaled activations, as an inference SAE of SAELens: scale and the decoder's lengths go into the weights."""
+    """
+    The same function of unscaled activations, as an inference SAE of SAELens: scale and the decoder's lengths go into
+    the weights.
+    """
     from sae_lens import TopKSAE, TopKSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
@@ -356,7 +373,10 @@ def key_of(cfg: SAEConfig, identity: dict) -> str:
 
 
 def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device: str):
-    """The SAE of these settings, trained or found finished under checkpoints/sae_probe/<key>; either way as SAE.load_from_disk opens it."""
+    """
+    The SAE of these settings, trained or found finished under checkpoints/sae_probe/<key>; either way as
+    SAE.load_from_disk opens it.
+    """
     check_hook(model, cfg.hook)
     metadata = {
         "model_name": name,
@@ -395,7 +415,7 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
             start_wandb("sae_probe", identity)
         d_in = harvest(model, token_rows(0, 0)[:1], [cfg.hook])[cfg.hook].shape[-1]
         sae = training_sae(cfg, d_in, metadata, device)
-        train_lens(sae, batches, cfg, parts, device).save_inference_model(aside)
+        train_by_saelens(sae, batches, cfg, parts, device).save_inference_model(aside)
     sae = open_folder(aside, device)
     if not all(p.isfinite().all() for p in sae.parameters()):
         fail(f"training {label_of(cfg)} diverged: lower --lr")
@@ -404,7 +424,7 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
     return sae
 
 
-#%% Loading: a folder or SAELens's registry; the SAE's own metadata decides the model, its processing, the hook and the rows
+#%% Loading: a folder or SAELens's registry; the SAE's metadata decides the model, its processing, the hook and the rows
 def open_folder(folder: str | Path, device: str):
     from sae_lens import SAE
 
@@ -419,7 +439,10 @@ def open_folder(folder: str | Path, device: str):
 
 
 def known_releases() -> dict[str, list[str]]:
-    """{release: ids of its SAEs} of SAELens's registry, read without importing the package (15 s): a typo is answered at once."""
+    """
+    {release: ids of its SAEs} of SAELens's registry, read without importing the package (15 s): a typo is answered at
+    once.
+    """
     import yaml
 
     path = Path(importlib.util.find_spec("sae_lens").origin).parent / "pretrained_saes.yaml"
@@ -452,7 +475,8 @@ def ready(sae):
         fail(f"a {sae.cfg.architecture()} maps one place to another: not an autoencoder")
     if sae.cfg.normalize_activations == "expected_average_only_in":
         print(
-            f"{yellow}this SAE wants scaled activations, and its file does not say by how much: its reconstruction will show it{endc}"
+            f"{yellow}this SAE wants scaled activations, and its file does not say by how much: "
+            f"its reconstruction will show it{endc}"
         )
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.requires_grad_(False).eval()
@@ -468,7 +492,9 @@ PROCESSING = (
 
 
 def model_for(sae, asked: str | None, ours: tuple[type, ...], device: str) -> tuple[nn.Module, str]:
-    """The model an SAE was trained on, its weights processed as the metadata states; and its name. ours: see load_model."""
+    """
+    The model an SAE was trained on, its weights processed as the metadata states; and its name. ours: see load_model.
+    """
     meta = sae.cfg.metadata
     name = asked or meta.model_name
     if name is None:
@@ -488,7 +514,8 @@ def model_for(sae, asked: str | None, ours: tuple[type, ...], device: str) -> tu
         model = load_model(find_folder(name), ours, device)
     if meta.weights and meta.weights != fingerprint(model):
         fail(
-            f"this SAE was trained on other weights of {name} ({meta.weights}, here {fingerprint(model)}): train it again"
+            f"this SAE was trained on other weights of {name} ({meta.weights}, here {fingerprint(model)}): "
+            "train it again"
         )
     return model, name
 
@@ -530,7 +557,10 @@ class Subject:
 
 
 def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject:
-    """--sae or --release decide the model, else the SAE of these settings is trained, or found finished. ours: see load_model."""
+    """
+    --sae or --release decide the model, else the SAE of these settings is trained, or found finished. ours: see
+    load_model.
+    """
     if cfg.sae or cfg.release:
         sae = open_folder(cfg.sae, device) if cfg.sae else open_release(cfg.release, cfg.sae_id, device)
         model, name = model_for(sae, cfg.model, ours, device)
@@ -554,7 +584,8 @@ def text_for(model: nn.Module, name: str, data: str | None) -> Corpus:
     _, corpus = corpus_for(data, name)
     if corpus.d_vocab > model.W_U.shape[1]:
         fail(
-            f"the text has {corpus.d_vocab} kinds of tokens, the model {model.W_U.shape[1]}: --data world is for models/world"
+            f"the text has {corpus.d_vocab} kinds of tokens, the model {model.W_U.shape[1]}: "
+            "--data world is for models/world"
         )
     return corpus
 
@@ -568,7 +599,7 @@ def heldout_rows(corpus: Corpus, tokens: int, context: int, with_bos: bool, seed
     return judging_rows(corpus, n_rows, context + 1, seed)[:, 1:]
 
 
-#%% Judging: what the codes of held-out text are, how much of the variance they miss, and what it costs the model to live on them
+#%% Judging: the codes of held-out text, how much of the variance they miss, what it costs the model to live on them
 def sparse(acts: Tensor) -> csr_matrix:
     row, feature = (acts != 0).nonzero(as_tuple=True)
     places = (row.cpu().numpy(), feature.cpu().numpy())
@@ -577,7 +608,10 @@ def sparse(acts: Tensor) -> csr_matrix:
 
 @t.no_grad()
 def encode_rows(model: nn.Module, sae, rows: Tensor, first: int) -> tuple[csr_matrix, float, Tensor]:
-    """Codes (token, feature) of rows from position `first` on; the fraction of variance unexplained; the mean activation (d_in)."""
+    """
+    Codes (token, feature) of rows from position `first` on; the fraction of variance unexplained; the mean activation
+    (d_in).
+    """
     hook = sae.cfg.metadata.hook_name
 
     def rebuild(part: Tensor) -> tuple[csr_matrix, float, float, Tensor]:
@@ -595,7 +629,10 @@ def encode_rows(model: nn.Module, sae, rows: Tensor, first: int) -> tuple[csr_ma
 
 
 def recovered(clean: float, spliced: float, removed: float) -> float:
-    """The share of the cross-entropy lost with the activation that the SAE gives back; nan where removing it costs nothing."""
+    """
+    The share of the cross-entropy lost with the activation that the SAE gives back; nan where removing it costs
+    nothing.
+    """
     if removed - clean <= 0.02:
         return math.nan
     return (removed - spliced) / (removed - clean)
@@ -604,8 +641,9 @@ def recovered(clean: float, spliced: float, removed: float) -> float:
 @t.no_grad()
 def judge(model: nn.Module, sae, rows: Tensor, first: int, ce_rows: int = 256) -> tuple[dict[str, float], csr_matrix]:
     """
-    Numbers for rows it was not trained on, from position `first` on, and their codes (token, feature). Cross-entropies, in nats, are of the first ce_rows:
-    of the model as it is, with the SAE's reconstruction in the place of the activation, and with its mean or zero there.
+    Numbers for rows it was not trained on, from position `first` on, and their codes (token, feature). Cross-entropies,
+    in nats, are of the first ce_rows: of the model as it is, with the SAE's reconstruction in the place of the
+    activation, and with its mean or zero there.
     """
     hook = sae.cfg.metadata.hook_name
     codes, fvu, mean = encode_rows(model, sae, rows, first)
@@ -635,7 +673,7 @@ def judge(model: nn.Module, sae, rows: Tensor, first: int, ce_rows: int = 256) -
     return numbers, codes
 
 
-def gate(judged: dict[str, float], cfg: SAEConfig, hook: str) -> None:
+def require_good_sae(judged: dict[str, float], cfg: SAEConfig, hook: str) -> None:
     """No feature is read of an SAE that does not rebuild what the model lives on."""
     reasons = "wrong model, hook or processing, or too little training"
     fvu = judged["fvu"]
@@ -644,7 +682,8 @@ def gate(judged: dict[str, float], cfg: SAEConfig, hook: str) -> None:
         fail(f"gate: the SAE leaves {fvu:.2f} of the variance unexplained (at most --max-fvu {cfg.max_fvu}): {reasons}")
     if share < cfg.min_recovered:
         fail(
-            f"gate: {share:.2f} of the cross-entropy is recovered (at least --min-recovered {cfg.min_recovered}): {reasons}"
+            f"gate: {share:.2f} of the cross-entropy is recovered (at least --min-recovered {cfg.min_recovered}): "
+            f"{reasons}"
         )
     if math.isnan(share):
         print(f"{yellow}removing {hook} costs this model nothing: cross-entropy recovered has no meaning here{endc}")
@@ -662,7 +701,7 @@ def neighbours(directions: Tensor) -> Tensor:
     return (unit @ unit.T).fill_diagonal_(-1.0)
 
 
-#%% Reading: for each feature its strongest contexts, the tokens it promotes, what fires with it and what points its way, as one page
+#%% Reading: each feature's strongest contexts, the tokens it promotes, what fires with it, what points its way
 def words_of(tokenizer, ids: Tensor) -> list[str]:
     return [visible(word) for word in str_tokens(tokenizer, ids)]
 
@@ -681,8 +720,9 @@ def strongest_places(column: csc_matrix, width: int, n: int = 8) -> list[tuple[i
 
 def read_features(model: nn.Module, sae, codes: csr_matrix, rows: Tensor, tokenizer, chosen: list[int]) -> list[dict]:
     """
-    One entry of the page for each chosen feature of codes (token, feature), which are of the last tokens of each of rows. Contexts are from different rows,
-    with shades in per cent of the feature's largest code; 'with' is the share of tokens with either feature that have both.
+    One entry of the page for each chosen feature of codes (token, feature), which are of the last tokens of each of
+    rows. Contexts are from different rows, with shades in per cent of the feature's largest code; 'with' is the share
+    of tokens with either feature that have both.
     """
     n_tokens, n_features = codes.shape
     width = n_tokens // len(rows)  # tokens of a row that have codes
@@ -726,15 +766,21 @@ def read_features(model: nn.Module, sae, codes: csr_matrix, rows: Tensor, tokeni
 
 
 def logit_effects(model: nn.Module, sae, chosen: list[int]) -> Tensor:
-    """(feature, token): what a unit step along each decoder row adds to the logits directly; no tokens where the hook is not the residual stream."""
+    """
+    (feature, token): what a unit step along each decoder row adds to the logits directly; no tokens where the hook is
+    not the residual stream.
+    """
     if sae.cfg.d_in != len(model.W_U):
         return t.zeros(len(chosen), 0)
     return F.normalize(sae.W_dec[chosen].float(), dim=1) @ folded_W_U(model)
 
 
-#%% Acting: a feature added, clamped, ablated or projected out; and an answer traced to features, with what the SAE misses as a node
+#%% Acting: a feature added, clamped, ablated or projected out; an answer traced to features and to what the SAE misses
 def change(sae, feature: int, how: str, x: Tensor, amount: float) -> Tensor:
-    """What to add to x (..., d_in). add: amount times the unit direction; clamp: the feature becomes amount; ablate: zero; project: nothing of x is left along it."""
+    """
+    What to add to x (..., d_in). add: amount times the unit direction; clamp: the feature becomes amount; ablate: zero;
+    project: nothing of x is left along it.
+    """
     row = sae.W_dec[feature].float()
     unit = F.normalize(row, dim=0)
     if how == "add":
@@ -751,11 +797,12 @@ def change(sae, feature: int, how: str, x: Tensor, amount: float) -> Tensor:
 
 class Attribution:
     """
-    Why this answer: the metric, weights (d_vocab) . last logits of tokens (1, pos), as a function of the SAE's features and of its error at every
-    position (Marks et al. 2024).
-        features (pos, feature), error (pos)   gradient x activation of each node: by how much the metric falls, to first order, when it is ablated
-        value                                  the metric
-        moved                                  how far putting features + error in the place of the activation moves it; the gate: nothing
+    Why this answer: the metric, weights (d_vocab) . last logits of tokens (1, pos), as a function of the SAE's features
+    and of its error at every position (Marks et al. 2024).
+        features (pos, feature)   gradient x activation of each node: by how much the metric falls, to first order, when
+        error (pos)               it is ablated
+        value                     the metric
+        moved                     how far putting features + error in the place of the activation moves it (gate: by 0)
     """
 
     def __init__(self, model: nn.Module, sae, tokens: Tensor, weights: Tensor):
@@ -781,7 +828,9 @@ class Attribution:
         return logits[0, -1].float() @ self.weights
 
     def run(self, acts: Tensor, missed: Tensor) -> Tensor:
-        """The metric when the SAE's output for these features, plus what it misses, is in the place of the activation."""
+        """
+        The metric when the SAE's output for these features, plus what it misses, is in the place of the activation.
+        """
 
         def rebuild(x: Tensor) -> Tensor:
             self.sae.encode(x)  # some SAEs keep the norms here that decode puts back

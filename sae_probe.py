@@ -1,4 +1,7 @@
-"""Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged, probed for known concepts, and read as a page."""
+"""
+Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged,
+probed for known concepts, and read as a page.
+"""
 
 import re
 from dataclasses import dataclass
@@ -23,17 +26,27 @@ from sae import (
     SAEConfig,
     firing_order,
     fit_sae,
-    gate,
     judge,
     label_of,
     neighbours,
     open_subject,
     read_features,
+    require_good_sae,
     sparse,
     variant,
     with_sparsity,
 )
-from probes import KS, harvest_labelled, labelled_tokens, random_twin, run_probes, single_feature
+from probes import (
+    KS,
+    harvest_labelled,
+    labelled_tokens,
+    make_trial,
+    method_in_words,
+    random_twin,
+    run_probes,
+    single_feature,
+    summarise_splits,
+)
 from llama_block import Llama
 
 import numpy as np
@@ -44,7 +57,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 
-#%% Settings: the shell sets them by flags, a notebook edits them here; those of the SAE itself are SAEConfig's, in sae.py
+#%% Settings: the shell sets them by flags, a notebook edits them here; those of the SAE are SAEConfig's, in sae.py
 @dataclass
 class Config(SAEConfig):
     # more SAEs for the Pareto figure, as architecture:sparsity:width:hook; finished ones are not trained again
@@ -77,7 +90,7 @@ if __name__ == "__main__":
         f"{purple}=== {subject.about}, as reopened from disk, on {judged['n_tokens']:,} held-out tokens ==={endc}{cyan}"
     )
     print(tabulate([[key.replace("_", " "), value] for key, value in judged.items()], floatfmt=".4f") + endc)
-    gate(judged, cfg, hook)
+    require_good_sae(judged, cfg, hook)
     density = codes.getnnz(0) / codes.shape[0]  # share of tokens, by feature
     nearest_cosines = {
         "decoder rows": array(neighbours(sae.W_dec).max(1).values),
@@ -115,7 +128,7 @@ if __name__ == "__main__":
     )
     show(fig, "sae_probe/decoder_cosine")
 
-#%% Labelled tokens of the world: the codes of this SAE and of a random-weight model's, neurons and the residual stream of every layer
+#%% Labelled tokens: the codes of this SAE and of a random-weight model's, neurons, every layer's residual stream
 if __name__ == "__main__":
     labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed)
     last_layer = model.cfg.n_layers - 1
@@ -139,44 +152,17 @@ if __name__ == "__main__":
     roles = [f"{role or 'none'} {(labelled.role == role).sum()}" for role in np.unique(labelled.role)]
     print(f"{gray}{len(labelled.role)} labelled tokens: {', '.join(roles)}{endc}")
 
-
-#%% Which concept has a feature of its own, how many features it takes, and what a whole layer or nothing at all would say
-def over_splits(runs: list[dict[str, dict]], method: str, part: str) -> float:
-    """Mean AUROC of a method on a part, over the splits that have it."""
-    return float(np.nanmean([run[method][part] for run in runs if method in run]))
-
-
-def interval(runs: list[dict[str, dict]], method: str) -> list[float]:
-    """95% of the test AUROCs over splits and resampled entities."""
-    resampled = np.concatenate([run[method]["boot"] for run in runs if method in run])
-    return np.nanpercentile(resampled, (2.5, 97.5)).tolist()
-
-
-def summarise(runs: list[dict[str, dict]], residual: list[str]) -> dict:
-    """What the splits say together; the number of features and the layer are chosen on validation entities, the single feature is the first split's."""
-    validation = {method: over_splits(runs, method, "validation") for method in runs[0]}
-    enough = [k for k in KS if validation[f"{k} features"] >= 0.95]
-    needed = enough[0] if enough else None
-    return {
-        "feature": runs[0]["single features"]["units"][0],
-        "features_needed": needed,
-        "features": runs[0][f"{needed or KS[-1]} features"]["units"],
-        "best_layer": max(residual, key=lambda place: validation[f"dense {place}"]),
-        "auroc": {method: over_splits(runs, method, "test") for method in runs[0]},
-        "interval": {method: interval(runs, method) for method in runs[0]},
-    }
-
-
+#%% Which concept has a feature of its own, how many features it takes, and what a whole layer or nothing would say
 if __name__ == "__main__":
     dense = {place: array(found[place]) for place in residual if place != hook}
     dense[hook] = array(found[hook])
     probes = {}
     for name, concept in tqdm(labelled.concepts.items(), desc="probes", **BAR):
         runs = [run_probes(concept, sources, dense, cfg.seed + s) for s in range(cfg.seeds)]
-        probes[name] = summarise(runs, residual)
+        probes[name] = summarise_splits(runs, residual)
         probes[name]["entities"] = len(set(concept.group[concept.y]))
     best_auroc = {name: probe["auroc"]["single features"] for name, probe in probes.items()}
-    methods = list(probes[name]["auroc"])  # of the last concept
+    methods = list(dict.fromkeys(method for probe in probes.values() for method in probe["auroc"]))
     numbers |= {"best_auroc": best_auroc, "probes": probes}
 
 #%% ... as a table
@@ -210,9 +196,10 @@ if __name__ == "__main__":
         ]
         table.append(row)
     print(
-        f"{purple}=== Test AUROC [95% interval over {cfg.seeds} splits of the entities and resampled entities]; features, k and layer chosen on validation ==={endc}"
+        f"{purple}=== Test AUROC [95% interval over {cfg.seeds} splits of the entities and resampled entities]; "
+        f"features, k and layer chosen on validation ==={endc}"
     )
-    headers = ["concept", "one feature", "features for 0.95", *columns, "best layer, dense"]
+    headers = ["concept", "single feature", "features for 0.95", *columns, "best layer, dense"]
     print(cyan + tabulate(table, headers=headers) + endc)
 
 #%% ... and as maps, by method and by layer
@@ -232,7 +219,7 @@ if __name__ == "__main__":
         return fig.update_layout(height=700).update_yaxes(dtick=1)
 
     of_hook = [m for m in methods if not m.startswith(("dense", "difference")) or m.endswith(hook)]
-    show(concept_map(of_hook, of_hook, "method"), "sae_probe/probes")
+    show(concept_map(of_hook, [method_in_words(m) for m in of_hook], "method"), "sae_probe/probes")
     of_layers = [f"dense {place}" for place in residual]
     show(concept_map(of_layers, residual, "layer of a dense probe"), "sae_probe/layers")
 
@@ -275,7 +262,8 @@ if __name__ == "__main__" and not pretrained:
         other_codes = labelled_codes(other_sae, other.hook)
         other_auroc = {}
         for name, concept in labelled.concepts.items():
-            by_split = [single_feature(concept, other_codes, cfg.seed + s)[1] for s in range(cfg.seeds)]
+            trials = [make_trial(concept, cfg.seed + s) for s in range(cfg.seeds)]
+            by_split = [single_feature(trial, other_codes)["test"] for trial in trials]
             other_auroc[name] = float(np.mean(by_split))
         variants[label_of(other)] = other_judged | {"single_feature_auroc": other_auroc}
     table = []
@@ -291,7 +279,8 @@ if __name__ == "__main__" and not pretrained:
 if __name__ == "__main__" and not pretrained:
     fig = go.Figure()
     for label, point in variants.items():
-        hover = f"{label}<br>L0 %{{x:.1f}}<br>CE recovered %{{y:.4f}}<br>FVU {point['fvu']:.3f}, dead {point['dead_fraction']:.3f}<extra></extra>"
+        costs = f"FVU {point['fvu']:.3f}, dead {point['dead_fraction']:.3f}"
+        hover = f"{label}<br>L0 %{{x:.1f}}<br>CE recovered %{{y:.4f}}<br>{costs}<extra></extra>"
         fig.add_trace(
             go.Scatter(
                 x=[point["l0"]],
@@ -320,8 +309,10 @@ if __name__ == "__main__":
     best_single = max(auroc[name] for auroc in saes for name in continents)
     worst_dense = min(probes[name]["auroc"][f"dense {hook}"] for name in continents)
     print(
-        f"{green}L0 {judged['l0']:.1f}, {judged['ce_recovered']:.1%} of the cross-entropy recovered, {judged['dead_fraction']:.1%} dead. Features for AUROC 0.95 on new entities: {takes}."
+        f"{green}L0 {judged['l0']:.1f}, {judged['ce_recovered']:.1%} of the cross-entropy recovered, "
+        f"{judged['dead_fraction']:.1%} dead. Features for AUROC 0.95 on new entities: {takes}."
     )
     print(
-        f"Continents: the best single feature of any SAE here reaches {best_single:.2f}, a dense probe {worst_dense:.2f} or more. What happens when we push along them: steering.py.{endc}"
+        f"Continents: the best single feature of any SAE here reaches {best_single:.2f}, "
+        f"a dense probe {worst_dense:.2f} or more. What happens when we push along them: steering.py.{endc}"
     )

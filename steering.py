@@ -1,4 +1,7 @@
-"""What happens when we push along a model's directions? Countries are moved to other continents, features are edited, and an answer is traced to the features behind it."""
+"""
+What happens when we push along a model's directions? Countries are moved to other continents, features are edited, and
+an answer is traced to the features behind it.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +30,9 @@ from sae import (
     Subject,
     change,
     firing_order,
-    gate,
     judge,
     open_subject,
+    require_good_sae,
     sparse,
     with_sparsity,
 )
@@ -45,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-#%% Settings: the shell sets them by flags, a notebook edits them here; those of the SAE itself are SAEConfig's, in sae.py: with equal ones it is sae_probe.py's
+#%% Settings: the shell sets them by flags, a notebook edits them here; with equal SAEConfig's it is sae_probe.py's SAE
 @dataclass
 class Config(SAEConfig):
     sentences: int = 150  # labelled sentences of each kind, by which features are chosen
@@ -59,7 +62,7 @@ if __name__ == "__main__":
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
 
-#%% The model, its text and the SAE, judged again, with the gate: nobody pushes along features that do not rebuild what the model lives on
+#%% The model, its text and the SAE, and the gate: nobody pushes along features that do not rebuild the activation
 if __name__ == "__main__":
     if not (cfg.sae or cfg.release):
         cfg = with_sparsity(cfg)
@@ -69,9 +72,10 @@ if __name__ == "__main__":
     hook = subject.hook
     judged, codes = judge(model, sae, subject.rows, subject.first)
     print(
-        f"{purple}=== {subject.about}: {cyan}L0 {judged['l0']:.1f}, {judged['ce_recovered']:.1%} of the cross-entropy recovered{purple} ==={endc}"
+        f"{purple}=== {subject.about}: {cyan}L0 {judged['l0']:.1f}, "
+        f"{judged['ce_recovered']:.1%} of the cross-entropy recovered{purple} ==={endc}"
     )
-    gate(judged, cfg, hook)
+    require_good_sae(judged, cfg, hook)
 
 #%% Which feature stands for which concept: chosen on validation entities as in sae_probe.py, without its probes
 if __name__ == "__main__":
@@ -86,7 +90,10 @@ if __name__ == "__main__":
 
 #%% Steering: the prompts about test countries, and the directions from where a country is to each other continent
 def country_prompts(tokenizer, prompts: list[Prompt], bos: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (prompt, pos), padded on the right; each prompt's last position; and 1.0 (prompt, pos, 1) from its country's last token on."""
+    """
+    Tokens (prompt, pos), padded on the right; each prompt's last position; and 1.0 (prompt, pos, 1) from its country's
+    last token on.
+    """
     encodings = [tokenizer.encode(prompt.text, add_special_tokens=False) for prompt in prompts]
     starts = []
     for prompt, encoding in zip(prompts, encodings):
@@ -102,7 +109,9 @@ def country_prompts(tokenizer, prompts: list[Prompt], bos: list[int]) -> tuple[T
 
 
 class ContinentQuestions:
-    """Prompts that ask for a country's continent; what the model answers when its stream is edited from the country on."""
+    """
+    Prompts that ask for a country's continent; what the model answers when its stream is edited from the country on.
+    """
 
     def __init__(self, subject: Subject, prompts: list[Prompt], continents: list[str], device: str):
         self.model = subject.model
@@ -121,7 +130,10 @@ class ContinentQuestions:
 
     @t.no_grad()
     def answers(self, delta: Callable[[Tensor], Tensor] = t.zeros_like) -> Tensor:
-        """(prompt, continent) logits less the right continent's, after delta(x) is added to the stream x from the country on."""
+        """
+        (prompt, continent) logits less the right continent's, after delta(x) is added to the stream x from the country
+        on.
+        """
         edit = put(lambda x: x + delta(x) * self.places)
         logits = run_with_hooks(self.model, self.tokens, [(self.hook, edit)])
         of_continents = logits[t.arange(len(self)), self.last][:, self.ids].float()
@@ -144,8 +156,9 @@ def steering_directions(
     sae, means: Tensor, right: Tensor, alive: list[int], seed: int
 ) -> tuple[dict[str, list[Tensor]], list[int]]:
     """
-    By kind, directions (prompt or 1, 1, d_in): of the first two kinds one for each target continent, of the random ones ten that serve for every target.
-    And the feature closest to each continent's mean. right (prompt): where each prompt's country is.
+    By kind, directions (prompt or 1, 1, d_in): of the first two kinds one for each target continent, of the random ones
+    ten that serve for every target. And the feature closest to each continent's mean. right (prompt): where each
+    prompt's country is.
     """
     generator = t.Generator().manual_seed(seed)
     decoder = F.normalize(sae.W_dec.float(), dim=1)
@@ -182,8 +195,9 @@ def steering_effect(
     questions: ContinentQuestions, plain: Tensor, directions: list[Tensor], length: Tensor, any_target: bool
 ) -> tuple[float, float]:
     """
-    Mean rise of logit(target) - logit(right), and the share of answers that become the target, over prompts about other continents. Direction i moves to continent
-    i; with any_target, each direction is tried for every target. plain: the answers without a push.
+    Mean rise of logit(target) - logit(right), and the share of answers that become the target, over prompts about other
+    continents. Direction i moves to continent i; with any_target, each direction is tried for every target. plain: the
+    answers without a push.
     """
     rises = []
     turned = []
@@ -221,7 +235,8 @@ if __name__ == "__main__":
         turned = [share for _, share in effects.values()]
         table.append([kind, *rises, *turned])
     print(
-        f"{purple}=== {len(questions)} prompts about test countries, moved towards each other continent from the country on; strength 1 is the mean distance of two continents ({distance:.1f}) ==={endc}"
+        f"{purple}=== {len(questions)} prompts about test countries, moved towards each other continent from the "
+        f"country on; strength 1 is the mean distance of two continents ({distance:.1f}) ==={endc}"
     )
     headers = ["", *(f"logits at {s:g}" for s in strengths), *(f"turned at {s:g}" for s in strengths)]
     print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
@@ -230,7 +245,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     fig = line(
         {kind: [rise for rise, _ in effects.values()] for kind, effects in steered.items()},
-        title=f"Steering continents at {hook} (n = {len(questions)} prompts x {len(continents) - 1} targets; {subject.name})",
+        title=(
+            f"Steering continents at {hook} "
+            f"(n = {len(questions)} prompts x {len(continents) - 1} targets; {subject.name})"
+        ),
         xlabel="strength (mean distances of two continents)",
         ylabel="rise of logit(target) - logit(right)",
         x=strengths,
@@ -240,7 +258,7 @@ if __name__ == "__main__":
     show(fig, "steering/steering")
 
 
-#%% Concept features added, clamped, ablated and projected out: what it does to the loss and to the right continent, against the same lengths elsewhere
+#%% Concept features added, clamped, ablated, projected out: the loss and the right continent, against other directions
 def same_length(edit: Callable[[Tensor], Tensor], direction: Tensor, x: Tensor) -> Tensor:
     """As far from x as the edit goes, but along another direction."""
     return edit(x).norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
@@ -272,7 +290,7 @@ if __name__ == "__main__":
     headers = ["feature", "edit", "loss", "loss, random", "log p(right of the continents)", "random"]
     print(cyan + tabulate(edits, headers=headers, floatfmt="+.4f") + endc)
 
-#%% One answer traced to features by gradient x activation, the error a node of its own; checked by ablating each node for real
+#%% One answer traced to features and to the SAE's error by gradient x activation, and by ablating each node for real
 if __name__ == "__main__":
     tokens = t.tensor([subject.bos + subject.tokenizer.encode(cfg.prompt, add_special_tokens=False).ids], device=device)
     with t.no_grad():
@@ -304,7 +322,9 @@ if __name__ == "__main__":
         "ablation_correlation": agreement,
     }
     print(
-        f"{purple}=== Why '{answer}' ({top.values[0]:.2f}) and not '{rival}' after {cfg.prompt!r}: {traced.value:.2f} logits; by gradient {traced.features.sum():.2f} from features, {traced.error.sum():.2f} from errors ==={endc}"
+        f"{purple}=== Why '{answer}' ({top.values[0]:.2f}) and not '{rival}' after {cfg.prompt!r}: "
+        f"{traced.value:.2f} logits; by gradient {traced.features.sum():.2f} from features, "
+        f"{traced.error.sum():.2f} from errors ==={endc}"
     )
     strongest = sorted(nodes, key=lambda node: -abs(node[3]))[:15]
     headers = ["node", "concept", "gradient x activation", "falls when ablated"]
@@ -314,7 +334,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     fig = bar(
         {"gradient x activation": by_gradient, "ablated": when_ablated},
-        title=f"Nodes at {hook} behind '{answer}' over '{rival}' after {cfg.prompt!r} (r = {agreement:.2f}; {subject.name})",
+        title=(
+            f"Nodes at {hook} behind '{answer}' over '{rival}' after {cfg.prompt!r} "
+            f"(r = {agreement:.2f}; {subject.name})"
+        ),
         xlabel="feature or error at token",
         ylabel="logit difference",
         x=[node[0] for node in nodes],
@@ -325,5 +348,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     save_results("steering", cfg, **numbers)
     print(
-        f"{green}Steering by {best}: {rise_at_1[best]:+.1f} logits for the target continent, at random {by_chance:+.1f}. '{answer}' over '{rival}': gradient and ablation of its nodes agree at r = {agreement:.2f}.{endc}"
+        f"{green}Steering by {best}: {rise_at_1[best]:+.1f} logits for the target continent, at random "
+        f"{by_chance:+.1f}. '{answer}' over '{rival}': gradient and ablation of its nodes agree "
+        f"at r = {agreement:.2f}.{endc}"
     )

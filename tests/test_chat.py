@@ -1,4 +1,6 @@
-"""Talking to models/world and to transformers models: greedy tokens, the chat template, and the lens of the last answer."""
+"""
+Talking to models/world and to transformers models: greedy tokens, the chat template, and the lens of the last answer.
+"""
 
 import json
 from pathlib import Path

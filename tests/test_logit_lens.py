@@ -69,13 +69,13 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     assert json.loads((workdir / "results/logit_lens.json").read_text())["tuned_lens"] == tuned
 
 
-def test_raw_norm_is_warned_of_and_an_answer_can_be_given(run):
-    done = run("logit_lens.py", "--norm", "raw", "--answer", "Kyoto", "--tuned-steps", "0", "--device", "cpu")
+def test_a_lens_without_norm_is_warned_of_and_an_answer_can_be_given(run):
+    done = run("logit_lens.py", "--norm", "none", "--answer", "Kyoto", "--tuned-steps", "0", "--device", "cpu")
     if done.returncode:
         one_line_error(done, "several tokens")
-        done = run("logit_lens.py", "--norm", "raw", "--answer", "Paris", "--tuned-steps", "0", "--device", "cpu")
+        done = run("logit_lens.py", "--norm", "none", "--answer", "Paris", "--tuned-steps", "0", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "--norm raw: without the final norm the last layer is" in done.stdout
+    assert "--norm none: without the final norm the last layer is" in done.stdout
     assert "tuned lens left out (--tuned-steps 0)" in done.stdout
 
 

@@ -20,10 +20,15 @@ from probes import (
     concepts_of_features,
     draw_sentences,
     harvest_labelled,
+    interval_over_splits,
+    make_trial,
+    method_in_words,
+    over_splits,
     random_twin,
     run_probes,
     single_feature,
     split,
+    summarise_splits,
 )
 from sae import sparse
 from world import DRAW, Concept, Labelled, fact_prompts, label_sentences, read_countries
@@ -75,15 +80,29 @@ def test_entities_never_stand_in_two_parts(either):
 
 # %% Probes
 def test_probes_find_what_is_there_for_new_entities(either):
-    """A concept written in columns 3 and 5 (either) is found by two columns."""
+    """A concept written in columns 3 and 5 (either) is found by two columns; one alone misses half of its entities."""
     concept, x = either
     found = run_probes(concept, {"features": sparse(t.from_numpy(x))}, {"here": x}, 1)
     assert set(found["2 features"]["units"]) == {3, 5}
     assert found["2 features"]["test"] > 0.99
-    assert 0.6 < found["single features"]["test"] < 0.9
+    # half of the positives stand out, the others are as good as drawn: 0.5 * 1 + 0.5 * 0.5 = 0.75
+    single = found["single features"]
+    assert 0.6 < single["test"] < 0.9
     assert found["dense here"]["test"] > 0.98
-    low, high = np.nanpercentile(found["single features"]["boot"], (2.5, 97.5))
-    assert low < found["single features"]["test"] < high
+    assert found["difference of means here"]["test"] > 0.98
+    low, high = np.nanpercentile(single["boot"], (2.5, 97.5))
+    assert low < single["test"] < high
+
+
+def test_a_difference_of_means_is_the_projection_on_it(either):
+    concept, x = either
+    found = run_probes(concept, {}, {"here": x}, 1)["difference of means here"]
+    parts = make_trial(concept, 1).parts
+    positives = parts.train[concept.y[parts.train]]
+    negatives = parts.train[~concept.y[parts.train]]
+    score = x @ (x[positives].mean(0) - x[negatives].mean(0))
+    for name, tokens in (("validation", parts.validation), ("test", parts.test)):
+        assert found[name] == pytest.approx(roc_auc_score(concept.y[tokens], score[tokens]))
 
 
 def test_probes_find_nothing_in_shuffled_labels(either):
@@ -98,13 +117,74 @@ def test_the_single_feature_is_the_one_that_the_probes_report(either):
     codes = sparse(t.from_numpy(x))
     for seed in range(4):
         probed = run_probes(concept, {"features": codes}, {}, seed)["single features"]
-        feature, test = single_feature(concept, codes, seed)
-        assert [feature] == probed["units"]
-        assert test == probed["test"]
-        assert feature in (3, 5)
-    none = np.zeros(0, int)
-    labelled = Labelled([], none, none, none, {"this": concept, "the same": concept})
+        alone = single_feature(make_trial(concept, seed), codes)
+        assert alone["units"] == probed["units"]
+        assert alone["test"] == probed["test"]
+        assert alone["units"] in ([3], [5])  # the columns in which the concept is written
+
+
+def test_concepts_that_share_their_single_feature_are_listed_under_it(either):
+    concept, x = either
+    codes = sparse(t.from_numpy(x))
+    no_tokens = np.zeros(0, int)
+    labelled = Labelled([], no_tokens, no_tokens, no_tokens, {"this": concept, "the same": concept})
+    [feature] = single_feature(make_trial(concept, 3), codes)["units"]
     assert concepts_of_features(labelled, codes, 3) == {feature: ["this", "the same"]}
+
+
+# %% What the splits say together
+def made_run(by_k: dict[int, float], layers: dict[str, float], **more: float) -> dict[str, dict]:
+    """
+    What run_probes would give: AUROCs that are 0.1 lower on test than on validation, and two resamples around the
+    test's.
+    """
+    validation = {"single features": 0.8}
+    validation |= {f"{k} features": x for k, x in by_k.items()}
+    validation |= {f"dense {place}": x for place, x in layers.items()}
+    validation |= more
+    run = {}
+    for method, x in validation.items():
+        run[method] = {"validation": x, "test": x - 0.1, "boot": np.array([x - 0.2, x]), "units": [3, 5]}
+    return run
+
+
+def test_the_summary_chooses_on_validation_and_reports_test():
+    by_k = {1: 0.8, 2: 0.94, 4: 0.96, 8: 0.97, 16: 0.98, 32: 0.99}
+    runs = [
+        made_run(by_k, {"first": 0.9, "second": 0.95}),
+        made_run(by_k, {"first": 0.97, "second": 0.95}),
+    ]
+    probe = summarise_splits(runs, ["first", "second"])
+    assert probe["feature"] == 3  # the first of the single feature's units
+    assert probe["features_needed"] == 4  # the fewest with 0.95 on validation
+    assert probe["features"] == [3, 5]
+    assert probe["best_layer"] == "second"  # 0.95 over the splits against (0.9 + 0.97) / 2
+    assert probe["auroc"]["4 features"] == pytest.approx(0.96 - 0.1)
+    resamples = [0.96 - 0.2, 0.96] * 2  # two of each split
+    assert probe["interval"]["4 features"] == pytest.approx(np.percentile(resamples, (2.5, 97.5)).tolist())
+
+
+def test_a_method_is_summed_up_over_the_splits_that_have_it():
+    by_k = dict.fromkeys((1, 2, 4, 8, 16, 32), 0.7)
+    runs = [made_run(by_k, {"first": 0.9}), made_run(by_k, {"first": 0.9}, shuffled=0.5)]
+    assert over_splits(runs, "shuffled", "test") == pytest.approx(0.5 - 0.1)
+    assert interval_over_splits(runs, "shuffled") == pytest.approx(np.percentile([0.3, 0.5], (2.5, 97.5)).tolist())
+
+
+def test_where_no_number_of_features_is_enough_the_most_are_reported():
+    run = made_run({1: 0.7, 2: 0.7, 4: 0.7, 8: 0.7, 16: 0.7, 32: 0.7}, {"first": 0.9})
+    run["32 features"]["units"] = [1, 2, 3]
+    probe = summarise_splits([run], ["first"])
+    assert probe["features_needed"] is None
+    assert probe["features"] == [1, 2, 3]
+
+
+def test_one_feature_is_said_in_the_singular():
+    assert method_in_words("1 features") == "1 feature"
+    assert method_in_words("single features of random weights") == "single feature of random weights"
+    assert method_in_words("16 features") == "16 features"
+    assert method_in_words("8 neurons") == "8 neurons"
+    assert method_in_words("shuffled labels") == "shuffled labels"
 
 
 # %% Labelled tokens

@@ -1,4 +1,7 @@
-"""The study of many questions: intervals over countries, controls, models one after the other, and the script on models/world."""
+"""
+The study of many questions: intervals over countries, controls, models one after the other, and the script on
+models/world.
+"""
 
 import json
 import re

@@ -27,7 +27,6 @@ from sae import (
     change,
     check_fit,
     fit_sae,
-    gate,
     heldout_rows,
     judge,
     key_of,
@@ -35,9 +34,10 @@ from sae import (
     open_folder,
     open_release,
     read_features,
+    require_good_sae,
     sae_loss,
     stream,
-    train_lens,
+    train_by_saelens,
     train_own,
     training_sae,
     variant,
@@ -48,7 +48,7 @@ HOOK = "blocks.1.hook_resid_pre"
 
 
 @pytest.fixture(scope="module")
-def lens():
+def saelens():
     import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
@@ -71,9 +71,11 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
-def identity_sae(lens, d_in: int, **metadata):
+def identity_sae(saelens, d_in: int, **metadata):
     """Every dimension and its negative is a feature: reconstructs exactly."""
-    sae = lens.StandardSAE(lens.StandardSAEConfig(d_in=d_in, d_sae=2 * d_in, metadata=lens.Metadata(**metadata)))
+    sae = saelens.StandardSAE(
+        saelens.StandardSAEConfig(d_in=d_in, d_sae=2 * d_in, metadata=saelens.Metadata(**metadata))
+    )
     eye = t.eye(d_in)
     weights = {
         "W_enc": t.cat([eye, -eye], 1),
@@ -86,7 +88,7 @@ def identity_sae(lens, d_in: int, **metadata):
 
 
 @pytest.fixture(scope="module")
-def loaded(lens, folder, tmp_path_factory):
+def loaded(saelens, folder, tmp_path_factory):
     """(SAE, model, rows): the identity SAE, saved, and the model that its metadata asks for."""
     path = tmp_path_factory.mktemp("sae")
     metadata = {
@@ -96,7 +98,7 @@ def loaded(lens, folder, tmp_path_factory):
         "context_size": 24,
         "model_from_pretrained_kwargs": {"center_writing_weights": True},
     }
-    identity_sae(lens, 16, **metadata).save_model(path)
+    identity_sae(saelens, 16, **metadata).save_model(path)
     sae = open_folder(path, "cpu")
     model, _ = model_for(sae, None, (Llama,), "cpu")
     rows = t.zeros(40, 2, dtype=t.long)
@@ -109,7 +111,7 @@ def loaded(lens, folder, tmp_path_factory):
 # %% The objective
 @pytest.mark.parametrize("k, l1", [(5, 0.0), (None, 0.7)])
 @pytest.mark.parametrize("some_are_dead", [True, False])
-def test_the_objective_is_that_of_saelens(lens, k, l1, some_are_dead):
+def test_the_objective_is_that_of_saelens(saelens, k, l1, some_are_dead):
     from sae_lens.saes.sae import TrainStepInput
 
     t.manual_seed(0)
@@ -119,9 +121,9 @@ def test_the_objective_is_that_of_saelens(lens, k, l1, some_are_dead):
     for p in own.parameters():
         p.data += 0.2 * t.randn_like(p)
     if k:
-        theirs = lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(d_in=12, d_sae=40, k=k))
+        theirs = saelens.TopKTrainingSAE(saelens.TopKTrainingSAEConfig(d_in=12, d_sae=40, k=k))
     else:
-        theirs = lens.StandardTrainingSAE(lens.StandardTrainingSAEConfig(d_in=12, d_sae=40, l1_coefficient=l1))
+        theirs = saelens.StandardTrainingSAE(saelens.StandardTrainingSAEConfig(d_in=12, d_sae=40, l1_coefficient=l1))
     theirs.load_state_dict({name: p.detach().clone() for name, p in own.named_parameters()})
     loss = sae_loss(own, x, dead)
     expected = theirs.training_forward_pass(TrainStepInput(x, {"l1": l1}, dead, 0, False)).loss
@@ -145,7 +147,7 @@ def test_without_a_k_the_loss_is_squared_error_and_the_l1_norm_of_the_features()
     assert sae_loss(own, x, t.ones(40, dtype=t.bool)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_as_saelens_is_the_same_function_of_unscaled_activations(lens):
+def test_as_saelens_is_the_same_function_of_unscaled_activations(saelens):
     t.manual_seed(0)
     own = OwnSAE(12, 40, 5)
     for p in own.parameters():
@@ -160,7 +162,7 @@ def test_as_saelens_is_the_same_function_of_unscaled_activations(lens):
 
 
 @pytest.mark.parametrize("architecture", ["topk", "own"])
-def test_true_features_are_recovered(lens, tmp_path, architecture):
+def test_true_features_are_recovered(saelens, tmp_path, architecture):
     from sae_lens.synthetic import ConstantFiringProbabilityConfig, SyntheticModel, SyntheticModelConfig
 
     often = ConstantFiringProbabilityConfig(0.1)
@@ -179,7 +181,7 @@ def test_true_features_are_recovered(lens, tmp_path, architecture):
         own, scale = train_own(batches(0), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
         sae = as_saelens(own, scale, {}, "cpu")
     else:
-        sae = train_lens(training_sae(cfg, 24, {}, "cpu"), batches, cfg, tmp_path, "cpu")
+        sae = train_by_saelens(training_sae(cfg, 24, {}, "cpu"), batches, cfg, tmp_path, "cpu")
     true_directions = F.normalize(truth.feature_dict.feature_vectors, dim=1)
     cosines = true_directions @ F.normalize(sae.W_dec.detach(), dim=1).T
     assert cosines.max(1).values.mean() >= 0.9
@@ -187,7 +189,9 @@ def test_true_features_are_recovered(lens, tmp_path, architecture):
 
 # %% Training and finding again
 @pytest.mark.parametrize("architecture", list(SPARSITY))
-def test_every_kind_trains_saves_and_is_found_again(lens, loaded, folder, tmp_path, monkeypatch, capsys, architecture):
+def test_every_kind_trains_saves_and_is_found_again(
+    saelens, loaded, folder, tmp_path, monkeypatch, capsys, architecture
+):
     _, model, _ = loaded
     monkeypatch.chdir(tmp_path)
 
@@ -202,7 +206,7 @@ def test_every_kind_trains_saves_and_is_found_again(lens, loaded, folder, tmp_pa
     )
     sae = fit_sae(model, cfg, corpus, folder, "cpu")
     [path] = Path("checkpoints/sae_probe").iterdir()
-    again = lens.SAE.load_from_disk(path)
+    again = saelens.SAE.load_from_disk(path)
     shapes = {name: p.shape for name, p in again.named_parameters()}
     assert shapes == {name: p.shape for name, p in sae.named_parameters()}
     x = harvest(model, corpus.batch(np.random.default_rng(5), 4, 24), [HOOK])[HOOK]
@@ -231,7 +235,9 @@ def test_the_key_of_a_finished_sae_stays_what_it_was():
 
 
 def test_the_stream_is_shuffled_and_complete(loaded):
-    """Every activation comes once, in another order, and never more than the buffer and a batch of rows stand in memory."""
+    """
+    Every activation comes once, in another order, and never more than the buffer and a batch of rows stand in memory.
+    """
     _, model, rows = loaded
     straight = harvest(model, rows, [HOOK])[HOOK][:, 1:].flatten(0, 1)
     batches = stream(model, HOOK, lambda i: rows[(4 * i) % 40 :][:4], 10, 200, 0)
@@ -287,9 +293,9 @@ def test_a_sae_that_does_not_fit_is_refused(loaded, hook, d_in, words):
         check_fit(model, hook, d_in, rows[:1])
 
 
-def test_a_model_that_does_not_belong_to_the_sae_is_refused_in_one_line(lens, folder):
+def test_a_model_that_does_not_belong_to_the_sae_is_refused_in_one_line(saelens, folder):
     def ask(asked: str | None = None, **metadata):
-        model_for(identity_sae(lens, 16, **metadata), asked, (Llama,), "cpu")
+        model_for(identity_sae(saelens, 16, **metadata), asked, (Llama,), "cpu")
 
     with pytest.raises(SystemExit, match="trained on .*tiny.*not on gpt2"):
         ask("gpt2", model_name=folder)
@@ -341,31 +347,40 @@ def test_broken_weights_are_said_to_be_broken():
 
 
 # %% Judging
-def test_judge_knows_the_perfect(loaded, capsys):
+def test_a_sae_that_rebuilds_exactly_is_judged_perfect(loaded):
     sae, model, rows = loaded
     numbers, codes = judge(model, sae, rows, 1)
-    with memory_for(model, 9):
-        again, same_codes = judge(model, sae, rows, 1)
-    assert again == pytest.approx(numbers, abs=1e-4)
-    assert abs(same_codes - codes).max() < 1e-4
-    assert "out of memory: going on with 5 rows" in capsys.readouterr().out
     assert numbers["ce_recovered"] == pytest.approx(1, abs=1e-4)
     assert numbers["fvu"] < 1e-9
-    assert numbers["l0"] == pytest.approx(16, abs=0.01)
-    assert numbers["n_tokens"] == 40 * 23 == codes.shape[0]
+    assert numbers["l0"] == pytest.approx(16, abs=0.01)  # of each dimension, it or its negative
+    n_tokens = 40 * 23  # rows of 24 tokens, of which the first is no text
+    assert numbers["n_tokens"] == n_tokens
+    assert codes.shape == (n_tokens, 32)
     x = harvest(model, rows, [HOOK])[HOOK][:, 1:].flatten(0, 1)
     never_positive = (~(x > 0).any(0)).sum()
     never_negative = (~(x < 0).any(0)).sum()
     assert numbers["dead_fraction"] == (never_positive + never_negative).item() / 32
 
 
-def test_judge_knows_the_empty(lens, loaded):
+def test_judging_with_little_memory_gives_the_same_numbers_and_codes(loaded, capsys):
+    sae, model, rows = loaded
+    numbers, codes = judge(model, sae, rows, 1)
+    with memory_for(model, 9):
+        again, same_codes = judge(model, sae, rows, 1)
+    assert again == pytest.approx(numbers, abs=1e-4)
+    assert abs(same_codes - codes).max() < 1e-4
+    # 40 rows are halved until at most 9 fit
+    assert "out of memory: going on with 5 rows" in capsys.readouterr().out
+
+
+def test_a_sae_without_features_is_judged_as_the_ablation_it_is(saelens, loaded):
     _, model, rows = loaded
     x = harvest(model, rows, [HOOK])[HOOK][:, 1:].flatten(0, 1)
-    empty = identity_sae(lens, 16, hook_name=HOOK)
+    empty = identity_sae(saelens, 16, hook_name=HOOK)
     zeros = {name: p * 0 for name, p in empty.state_dict().items()}
     empty.load_state_dict(zeros | {"b_dec": x.mean(0)})
     numbers, _ = judge(model, empty.requires_grad_(False), rows, 1)
+    # it puts the mean in the place of the activation: what mean ablation loses, and no variance is explained
     assert numbers["ce_recovered"] == pytest.approx(0, abs=1e-3)
     assert numbers["fvu"] == pytest.approx(1, abs=1e-4)
     assert numbers["dead_fraction"] == 1
@@ -379,9 +394,9 @@ def test_judge_knows_the_empty(lens, loaded):
 
 def test_the_gate_lets_only_saes_through_that_rebuild(capsys):
     cfg = SAEConfig()
-    gate({"fvu": 0.1, "ce_recovered": 0.9}, cfg, HOOK)
+    require_good_sae({"fvu": 0.1, "ce_recovered": 0.9}, cfg, HOOK)
     assert capsys.readouterr().out == ""
-    gate({"fvu": 0.1, "ce_recovered": float("nan")}, cfg, HOOK)
+    require_good_sae({"fvu": 0.1, "ce_recovered": float("nan")}, cfg, HOOK)
     assert "costs this model nothing" in capsys.readouterr().out
     for judged, words in (
         ({"fvu": 0.6, "ce_recovered": 0.9}, "0.60 of the variance unexplained"),
@@ -389,7 +404,7 @@ def test_the_gate_lets_only_saes_through_that_rebuild(capsys):
         ({"fvu": 0.1, "ce_recovered": 0.4}, "0.40 of the cross-entropy is recovered"),
     ):
         with pytest.raises(SystemExit, match=words):
-            gate(judged, cfg, HOOK)
+            require_good_sae(judged, cfg, HOOK)
 
 
 # %% Acting
@@ -401,7 +416,7 @@ def test_edits_do_what_they_say(loaded):
     def feature(y):
         return sae.encode(y)[..., f]
 
-    fires = feature(x) > 0
+    fires = feature(x) > 0  # elsewhere its input is below zero, and a clamp falls short
     assert fires.any()
     assert feature(x + change(sae, f, "ablate", x, 9.0)).abs().max() < 1e-5
     assert (x + change(sae, f, "project", x, 9.0))[..., f].abs().max() < 1e-5
@@ -410,17 +425,24 @@ def test_edits_do_what_they_say(loaded):
     t.testing.assert_close(change(sae, f, "add", x, 2.5).norm(dim=-1), t.full(x.shape[:2], 2.5))
     with pytest.raises(ValueError, match="unknown edit 'remove'"):
         change(sae, f, "remove", x, 1.0)
+
+
+def test_an_edit_is_put_from_its_first_position_on():
+    x = t.randn(2, 5, 16)
     y = put(lambda x: x * 0, 1)(x, hook=None)
     assert (y[:, 1:] == 0).all()
     assert (y[:, 0] == x[:, 0]).all()
 
 
-def test_attribution_falls_as_a_direct_edit_does(lens, loaded):
-    """With the error held, removing a feature takes its decoder row, and nothing else, out of the stream; near the end the gradient is exact for small steps."""
+def test_attribution_falls_as_a_direct_edit_does(saelens, loaded):
+    """
+    With the error held, removing a feature takes its decoder row, and nothing else, out of the stream; near the end the
+    gradient is exact for small steps.
+    """
     _, model, rows = loaded
     t.manual_seed(0)
-    config = lens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=lens.Metadata(hook_name=HOOK))
-    sae = lens.TopKSAE(config).requires_grad_(False)
+    config = saelens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=saelens.Metadata(hook_name=HOOK))
+    sae = saelens.TopKSAE(config).requires_grad_(False)
     tokens = rows[:1, :9]
     weights = F.one_hot(t.tensor(7), 3072).float()
     traced = Attribution(model, sae, tokens, weights)
@@ -442,12 +464,15 @@ def test_attribution_falls_as_a_direct_edit_does(lens, loaded):
         assert traced.features[pos, f].item() == pytest.approx(small_step, rel=0.1, abs=0.05)
 
 
-def test_without_the_error_node_the_metric_is_that_of_the_reconstruction(lens, loaded):
-    """The error's part of the metric is what the SAE leaves out: at one position, ablating it puts the reconstruction there."""
+def test_without_the_error_node_the_metric_is_that_of_the_reconstruction(saelens, loaded):
+    """
+    The error's part of the metric is what the SAE leaves out: at one position, ablating it puts the reconstruction
+    there.
+    """
     _, model, rows = loaded
     t.manual_seed(0)
-    config = lens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=lens.Metadata(hook_name=HOOK))
-    sae = lens.TopKSAE(config).requires_grad_(False)
+    config = saelens.TopKSAEConfig(d_in=16, d_sae=64, k=4, metadata=saelens.Metadata(hook_name=HOOK))
+    sae = saelens.TopKSAE(config).requires_grad_(False)
     tokens = rows[:1, :9]
     traced = Attribution(model, sae, tokens, F.one_hot(t.tensor(7), 3072).float())
 

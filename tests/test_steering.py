@@ -75,7 +75,9 @@ def test_answers_are_the_plain_models_less_the_right_ones(questions):
 
 
 def test_a_push_that_puts_another_countrys_stream_there_gives_its_answers(questions):
-    """Everything from the country on is another prompt's of the same tokens: the same run, as nothing before it differs."""
+    """
+    Everything from the country on is another prompt's of the same tokens: the same run, as nothing before it differs.
+    """
     same_shape = [
         (i, j)
         for i in range(len(questions))
