@@ -1,7 +1,7 @@
 """
-A mixture of experts with every router and expert open to hooks and edits: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, equal
-to Hugging Face's; and which expert takes which token. The method is SparseMoE.route and .forward, its plain form
-dense_moe; the story begins at Settings.
+A mixture of experts with every router and expert open to hooks and edits, and which expert takes which token.
+Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, equal to Hugging Face's.
+The method is SparseMoE.route and .forward, its plain form dense_moe; the story begins at Settings.
 """
 
 import dataclasses
@@ -97,14 +97,28 @@ class MoEConfig(LlamaConfig):
 
 
 #%% The layer: router logits -> top k -> each expert runs on its own tokens -> weighted sum
-# its hooks hold (token, d_expert): the tokens routed to it, in the order of batch and position; no row where none comes
+# An expert's hooks hold (token, d_expert): the tokens routed to it, in the order of batch and position, no row where
+# none comes.
 ExpertFFN = SwiGLU
+
+
+def router_probs(router_logits: Tensor) -> Tensor:
+    """(..., expert) probabilities of router logits (..., expert), in float32 whatever the model's dtype."""
+    return router_logits.softmax(-1, dtype=t.float32)
+
+
+def choose_experts(probs: Tensor, top_k: int) -> Tensor:
+    """(..., k) the most probable experts of probs (..., expert), best first."""
+    return probs.topk(top_k).indices
 
 
 class SparseMoE(nn.Module):
     """
-    hook_router_logits (batch, pos, expert), hook_expert_indices and _weights (batch, pos, k). Edited logits are ranked
-    anew; edited indices take the router's probabilities of the new choice (k may change); edited weights stand.
+    What the hooks hold, and what an edit of each does:
+    hook_router_logits (batch, pos, expert): the experts are ranked anew;
+    hook_expert_indices (batch, pos, k): the new choice is weighted by the router's probabilities of it (k may change);
+    hook_expert_weights (batch, pos, k): they stand as they are given;
+    hook_shared_gate (batch, pos, 1), of Qwen2-MoE alone: the shared expert's output is multiplied with it.
     """
 
     def __init__(self, cfg: MoEConfig):
@@ -123,18 +137,22 @@ class SparseMoE(nn.Module):
             self.hook_shared_gate = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, pos, d_model), as below: B batch, P pos, N = B * P tokens, D d_model, E experts, K choices a token."""
+        """
+        What the layer adds to the stream, (batch, pos, d_model) as x.
+        Shapes below: B batch, P pos, N = B * P tokens, D d_model, E experts, K choices of a token.
+        """
         indices, weights = self.route(x)  # (B, P, K) both
         k = indices.shape[-1]
         tokens = x.flatten(0, 1)  # (N, D)
         choices = indices.flatten()  # (N * K): choice c is one of the k of token c // k
         load = choices.bincount(minlength=len(self.experts)).tolist()  # (E): choices that fall on each expert
         by_expert = choices.argsort(stable=True).split(load)  # E groups of choices, in the order of the tokens
-        out = t.zeros_like(x).flatten(0, 1)  # (N, D)
-        for expert, mine in zip(self.experts, by_expert, strict=True):
-            here = mine // k  # the tokens of this expert
-            written = expert(tokens[here]) * weights.flatten()[mine, None]  # (tokens here, D)
-            out.index_add_(0, here, written.to(out.dtype))
+        out = t.zeros_like(tokens)  # (N, D)
+        for expert, its_choices in zip(self.experts, by_expert, strict=True):
+            its_tokens = its_choices // k
+            its_weights = weights.flatten()[its_choices, None]  # (its tokens, 1)
+            written = expert(tokens[its_tokens]) * its_weights  # (its tokens, D)
+            out.index_add_(0, its_tokens, written.to(out.dtype))
         out = out.view_as(x)  # (B, P, D)
         if self.has_shared:
             gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())  # (B, P, 1)
@@ -144,8 +162,8 @@ class SparseMoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each token and their weights, (batch, pos, k) both."""
         router_logits = self.hook_router_logits(self.router(x))  # (batch, pos, expert)
-        probs = router_logits.softmax(-1, dtype=t.float32)
-        indices = self.hook_expert_indices(probs.topk(self.top_k).indices)
+        probs = router_probs(router_logits)
+        indices = self.hook_expert_indices(choose_experts(probs, self.top_k))
         weights = probs.gather(-1, indices)
         if self.norm_topk:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -154,8 +172,8 @@ class SparseMoE(nn.Module):
 
 def dense_moe(layer: SparseMoE, x: Tensor) -> Tensor:
     """
-    The plain form of SparseMoE.forward, x (batch, pos, d_model): every expert runs on every token, and the sum is
-    weighted by zero where an expert was not chosen (Shazeer et al. 2017, eq. 2).
+    The plain form of SparseMoE.forward: (batch, pos, d_model) of x (batch, pos, d_model).
+    Every expert runs on every token, weighted by zero where it was not chosen (Shazeer et al. 2017, eq. 2).
     """
     indices, chosen_weights = layer.route(x)
     weights = x.new_zeros(*x.shape[:-1], len(layer.experts))  # (batch, pos, expert)
@@ -169,24 +187,27 @@ def dense_moe(layer: SparseMoE, x: Tensor) -> Tensor:
 
 def load_balancing_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
     """
-    n_experts * sum over experts of (choices per token) * (mean probability), layers (batch, pos, expert) pooled; top_k
-    where balanced (Switch Transformer, eq. 4-6).
+    n_experts * sum over experts of (choices per token) * (mean probability): top_k where the experts are used evenly
+    (Switch Transformer, eq. 4-6).
+    router_logits: one (batch, pos, expert) a layer; the tokens of all layers are pooled.
     """
     pooled = t.cat([logits.flatten(0, -2) for logits in router_logits])  # (token, expert)
     n_experts = pooled.shape[-1]
-    probs = pooled.softmax(-1, dtype=t.float32)
-    choices = F.one_hot(probs.topk(top_k).indices, n_experts).sum(1).float()  # (token, expert)
+    probs = router_probs(pooled)
+    chosen = choose_experts(probs, top_k)  # (token, k)
+    choices = F.one_hot(chosen, n_experts).sum(1).float()  # (token, expert): 1 where chosen
     return n_experts * (choices.mean(0) * probs.mean(0)).sum()
 
 
 def moe_loss(model: nn.Module, tokens: Tensor, cfg: MoEConfig) -> Tensor:
     """
-    Next-token loss in nats + aux_coef * load-balancing loss, layer by layer: pooled as in transformers, an expert idle
-    in one layer is made up for by its namesake in another.
+    () next-token loss in nats + aux_coef * the mean over layers of the load-balancing loss.
+    Each layer is balanced by itself: where layers are pooled, as in transformers, an expert idle in one is made up for
+    by its namesake in another.
     """
     logits, cache = run_with_cache(model, tokens, "*.hook_router_logits", detach=False)
-    balance = t.stack([load_balancing_loss([router_logits], cfg.top_k) for router_logits in cache.values()]).mean()
-    return next_token_loss(logits, tokens) + cfg.aux_coef * balance
+    by_layer = [load_balancing_loss([router_logits], cfg.top_k) for router_logits in cache.values()]
+    return next_token_loss(logits, tokens) + cfg.aux_coef * t.stack(by_layer).mean()
 
 
 #%% The model: Llama with experts
@@ -228,9 +249,9 @@ class MoE(Llama):
             fail(f"tensor {name} of shape {tuple(x.shape)} has no place in {self.cfg.architecture}")
         parts = STACKED[kind]
         placed = {}
-        for i, expert in enumerate(x):
-            for part, piece in zip(parts, expert.chunk(len(parts))):
-                placed |= super().place(f"{room}.{i}.{part}.weight", piece)
+        for expert, its_weights in enumerate(x):
+            for part, piece in zip(parts, its_weights.chunk(len(parts))):
+                placed |= super().place(f"{room}.{expert}.{part}.weight", piece)
         return placed
 
 
@@ -775,7 +796,7 @@ if __name__ == "__main__":
         """(layer, pos, expert or k)"""
         return t.stack([cache[f"blocks.{layer}.mlp.hook_{part}"][0].float().cpu() for layer in model.sparse])
 
-    router_probs = of_prompt("router_logits").softmax(-1)
+    prompt_probs = router_probs(of_prompt("router_logits"))
     prompt_experts = of_prompt("expert_indices")
     prompt_weights = of_prompt("expert_weights")
     said = str_tokens(corpus.tokenizer, prompt[0])
@@ -795,7 +816,7 @@ if __name__ == "__main__":
         for i in range(len(said)):
             hover[panel, prompt_experts[layer, i].int().tolist(), i] = "chosen"
     fig = imshow(
-        router_probs[panels].transpose(1, 2),
+        prompt_probs[panels].transpose(1, 2),
         f"Router probabilities on {cfg.prompt[:60]!r} ({about})",
         xlabel="token",
         ylabel="expert",
