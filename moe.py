@@ -5,6 +5,7 @@ The method is SparseMoE.route and .forward, its plain form dense_moe; the story 
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,9 +338,10 @@ def specialisation(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    I(expert; label [| given]) in bits: observed, and of shuffled labels (of whole rows by_row, for labels that rows
-    have in common) the mean, which a finite sample gives by itself, and the 99th percentile.
-    choices (row, pos, k), labels and given (row, pos).
+    How many bits the choice of expert tells about a label, I(expert; label [| given]), beside what chance gives:
+    {'observed', 'mean' and 'bar' of shuffled labels: what a finite sample gives by itself, and its 99th percentile}.
+    choices (row, pos, k); labels and given (row, pos).
+    by_row: whole rows are shuffled, for labels that all tokens of a row share.
     """
     rng = np.random.default_rng(seed)
     flat = choices.reshape(-1, choices.shape[-1])
@@ -347,16 +349,22 @@ def specialisation(
     condition = np.zeros_like(labels) if given is None else given
     base = bits(flat, condition.ravel(), n_experts)
 
-    def measure(x: np.ndarray) -> float:
-        return bits(flat, (condition * n_labels + x).ravel(), n_experts) - base
+    def measure(label: np.ndarray) -> float:
+        """I(expert; label | condition) = I(expert; condition and label) - I(expert; condition)."""
+        both = condition * n_labels + label
+        return bits(flat, both.ravel(), n_experts) - base
 
     def shuffled() -> np.ndarray:
         if by_row:
             return rng.permutation(labels)
         return rng.permutation(labels.ravel()).reshape(labels.shape)
 
-    null = [measure(shuffled()) for _ in range(shuffles)]
-    return {"observed": measure(labels), "mean": float(np.mean(null)), "bar": float(np.quantile(null, 0.99))}
+    by_chance = [measure(shuffled()) for draw in range(shuffles)]
+    return {
+        "observed": measure(labels),
+        "mean": float(np.mean(by_chance)),
+        "bar": float(np.quantile(by_chance, 0.99)),
+    }
 
 
 @t.no_grad()
@@ -472,8 +480,8 @@ def starred(name: str) -> str:
 
 def name_table(model: MoE, name: str) -> list[list]:
     """
-    For each kind of tensor: its name and ours with * for numbers, shape, dtype, how many, least and greatest norm.
-    Every tensor must have its place.
+    A row for each kind of tensor: [its name, ours (both with * for numbers), shape, dtype, how many, least norm,
+    greatest norm]. Every tensor must have its place.
     """
     norms_by_kind: dict[tuple, list[float]] = {}
     found = {"unembed.weight"} if model.cfg.tied else set()
@@ -513,8 +521,8 @@ if __name__ == "__main__" and cfg.model:
     if need > 0.8 * memory:
         save_results("moe", cfg, **numbers)
         print(
-            f"{yellow}{need / 1e9:.0f} GB of weights do not fit into {memory / 1e9:.0f} GB of memory: names, shapes and "
-            f"norms only{endc}"
+            f"{yellow}{need / 1e9:.0f} GB of weights do not fit into {memory / 1e9:.0f} GB of memory: "
+            f"names, shapes and norms only{endc}"
         )
         raise SystemExit
     corpus = load_corpus(cfg.data, tokenizer=folder)
@@ -552,18 +560,19 @@ if __name__ == "__main__":
     sources = list(corpus.heldout)
     rng = np.random.default_rng(10**6)
     by_source = []
-    for one in sources:
-        only = {part: float(part == one) for part in sources}
+    for source_name in sources:
+        only = {part: float(part == source_name) for part in sources}
         by_source.append(corpus.rows(rng, cfg.rows, context, "heldout", only))
     rows = t.from_numpy(np.concatenate(by_source)).to(device)
     row_source = np.repeat(np.arange(len(sources)), cfg.rows)
     untrained = routing(model, rows)
-    experts = [f"E{e}" for e in range(shape.n_experts)]
+    experts = [f"E{expert}" for expert in range(shape.n_experts)]
     layers = [f"L{layer}" for layer in model.sparse]
     about = f"{shape.n_layers}-layer {shape.family}, {shape.n_experts} experts, top {shape.top_k}"
-    # where there are many layers: those that figures show, and those that tables show and that are worked on
+    # Of the sparse layers, as indices into model.sparse and layers: the 8 at most that figures show, and the 4 at most
+    # of them that tables show and whose experts are changed
     panels = sorted({int(i) for i in np.linspace(0, len(layers) - 1, 8)})
-    few = panels[:: -(-len(panels) // 4)]
+    few = panels[:: math.ceil(len(panels) / 4)]
 
 #%% Training, its load watched
 if __name__ == "__main__" and not cfg.model:
@@ -575,7 +584,7 @@ if __name__ == "__main__" and not cfg.model:
 
     def watch_load(step: int) -> dict[str, float]:
         load = load_of(routing(model, rows[::4]), shape.n_experts)
-        return {layers[i] + experts[e]: float(share) for (i, e), share in np.ndenumerate(load)}
+        return {layers[i] + experts[expert]: float(share) for (i, expert), share in np.ndenumerate(load)}
 
     def loss(forward: nn.Module, tokens: Tensor) -> Tensor:
         return moe_loss(forward, tokens, shape)
@@ -600,7 +609,7 @@ if __name__ == "__main__" and not cfg.model:
         f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder} for transformers{endc}"
     )
 
-#%% Gates: the output is the weighted sum of all experts with zeros for those not chosen (whatever the rule that chose them)
+#%% Gates: the output is the weighted sum of all experts, zero for those not chosen, whatever the rule that chose them
 if __name__ == "__main__":
     some = rows[:: max(1, len(rows) // 4)][:4]
     with t.no_grad():
@@ -758,11 +767,11 @@ if __name__ == "__main__":
     seen = np.bincount(ids.ravel(), minlength=len(names))
     preferred = []
     for i in sorted({few[0], few[-1]}):
-        for e in load[i].argsort()[::-1][:8]:
-            share = first_choice_share(chosen[i, ..., 0], ids, e, len(names))
+        for expert in load[i].argsort()[::-1][:8]:
+            share = first_choice_share(chosen[i, ..., 0], ids, expert, len(names))
             best = np.lexsort((-seen, -share))[:10]
-            words = "  ".join(f"{visible(names[j])} {share[j]:.2f}" for j in best)
-            preferred.append([layers[i], experts[e], load[i, e], words])
+            words = "  ".join(f"{visible(names[token])} {share[token]:.2f}" for token in best)
+            preferred.append([layers[i], experts[expert], load[i, expert], words])
     first_choices = "tokens with this first choice: share of their occurrences (seen 20 times or more)"
     headers = ["layer", "expert", "load", first_choices]
     print(tabulate(preferred, headers=headers, floatfmt=".2f"))
@@ -794,17 +803,18 @@ if __name__ == "__main__":
 
     def of_prompt(part: str) -> Tensor:
         """(layer, pos, expert or k)"""
-        return t.stack([cache[f"blocks.{layer}.mlp.hook_{part}"][0].float().cpu() for layer in model.sparse])
+        by_layer = [cache[f"blocks.{layer}.mlp.hook_{part}"][0] for layer in model.sparse]
+        return t.stack(by_layer).float().cpu()
 
     prompt_probs = router_probs(of_prompt("router_logits"))
     prompt_experts = of_prompt("expert_indices")
     prompt_weights = of_prompt("expert_weights")
     said = str_tokens(corpus.tokenizer, prompt[0])
     table = []
-    for i, token in enumerate(said[:24]):
-        row = [f"{i} {visible(token)}"]
-        for layer in few:
-            choices = zip(prompt_experts[layer, i].tolist(), prompt_weights[layer, i].tolist())
+    for position, token in enumerate(said[:24]):
+        row = [f"{position} {visible(token)}"]
+        for i in few:
+            choices = zip(prompt_experts[i, position].tolist(), prompt_weights[i, position].tolist())
             row.append(" ".join(f"E{expert:.0f}:{weight:.2f}" for expert, weight in choices))
         table.append(row)
     print(tabulate(table, headers=["token", *(f"{layers[i]}: experts and weights" for i in few)]))
@@ -812,9 +822,9 @@ if __name__ == "__main__":
 #%% ... as maps of experts and tokens
 if __name__ == "__main__":
     hover = np.full((len(panels), shape.n_experts, len(said)), "", dtype=object)
-    for panel, layer in enumerate(panels):
-        for i in range(len(said)):
-            hover[panel, prompt_experts[layer, i].int().tolist(), i] = "chosen"
+    for panel, i in enumerate(panels):
+        for position in range(len(said)):
+            hover[panel, prompt_experts[i, position].int().tolist(), position] = "chosen"
     fig = imshow(
         prompt_probs[panels].transpose(1, 2),
         f"Router probabilities on {cfg.prompt[:60]!r} ({about})",
@@ -855,13 +865,13 @@ if __name__ == "__main__":
             enter = {"start_at_layer": layer, "resid": model(rows, stop_at_layer=layer)}
         at_random = token_losses(model, rows, [scatter(layer, shape.n_experts)], **enter)
         scattered[layers[i]] = (at_random - clean).mean().item()
-        for e in sorted(load[i].argsort()[::-1][:8].tolist()):
-            own = t.from_numpy((picked[i] == e).any(-1)[:, :-1]).to(device)
-            effects[layers[i] + experts[e]] = {}
-            for name, change in CHANGES.items():
-                added = token_losses(model, rows, [change(layer, e)], **enter) - clean
-                row = [*mean_by_source(added, row_source), added[own].mean().item(), added.mean().item()]
-                effects[layers[i] + experts[e]][name] = row
+        for expert in sorted(load[i].argsort()[::-1][:8].tolist()):
+            name = layers[i] + experts[expert]
+            own = t.from_numpy((picked[i] == expert).any(-1)[:, :-1]).to(device)
+            effects[name] = {}
+            for way, change in CHANGES.items():
+                added = token_losses(model, rows, [change(layer, expert)], **enter) - clean
+                effects[name][way] = [*mean_by_source(added, row_source), added[own].mean().item(), added.mean().item()]
     table = []
     for name, effect in effects.items():
         table.append([name, *(f"{nats:+.3f}" for way in WAYS for nats in effect[way])])
@@ -906,8 +916,8 @@ if __name__ == "__main__":
     )
     most = np.log2(shape.n_experts / shape.top_k)
     conclusion = (
-        f"of {most:.2f} bits at most, the choice of expert tells {told['token'][0]:.2f} about the token in {layers[0]}, "
-        f"{told['token'][-1]:.2f} in {layers[-1]}"
+        f"of {most:.2f} bits at most, the choice of expert tells {told['token'][0]:.2f} about the token "
+        f"in {layers[0]}, {told['token'][-1]:.2f} in {layers[-1]}"
     )
     if "source" in found:
         by_layer = zip(layers, found["source given token"])
