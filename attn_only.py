@@ -186,7 +186,7 @@ def loss_by_position(model: nn.Module, rows: Tensor, batch: int = 64) -> Tensor:
 
 def icl_score(losses: Tensor) -> tuple[float, float]:
     """
-    In-context-learning score (Olsson et al. 2022): loss on the last 16 positions minus that on positions 42-58, in nats.
+    In-context-learning score (Olsson et al. 2022), in nats: loss on the last 16 positions minus that on positions 42-58.
     losses (row, pos - 1) as of loss_by_position; (mean, 95% half-width) over the rows.
     """
     late = losses[:, -16:].mean(1)
@@ -409,7 +409,7 @@ def attribution_error(parts: dict[str, Tensor]) -> float:
     return (parts["direct"] + parts["heads"].sum() - parts["logit"]).abs().item()
 
 
-#%% Norm-based analysis (Kobayashi et al. 2020, 2021): attention alone misleads, a head may attend to what it hardly moves
+#%% Norm-based analysis (Kobayashi et al. 2020, 2021): a head may attend to what it hardly moves
 @t.no_grad()
 def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]:
     """
