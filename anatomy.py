@@ -147,7 +147,7 @@ def per_head(x: Tensor, n_heads: int) -> Tensor:
     return x.repeat_interleave(n_heads // x.shape[2], 2)
 
 
-#%% Direct logit attribution (Elhage et al. 2021): the final norm's scale frozen, the logit is linear in what was written
+#%% Direct logit attribution (Elhage et al. 2021): with the final norm's scale frozen, the logit is linear in each write
 @t.no_grad()
 def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, float]:
     """
@@ -437,13 +437,13 @@ def catalogue(
     # roles by attention: first as they are, then with keys shuffled (one run serves all looks), then with tokens
     # shuffled (a run each)
     looks = {role: [mask] for role, mask in targets.items()}
-    for shuffle in range(shuffles):
+    for _ in range(shuffles):
         order = shuffled_keys(tokens, generator)
         for role in BY_POSITION:
             looks[role].append(targets[role].gather(-1, order))
     found = attention_scores(model, tokens, looks)  # role: (real and then its shuffles, layer, head)
     content = {role: [targets[role]] for role in BY_CONTENT}
-    for shuffle in range(shuffles):
+    for _ in range(shuffles):
         null = attention_scores(model, shuffled_tokens(tokens, generator), content)
         for role in BY_CONTENT:
             found[role] = t.cat([found[role], null[role]])
@@ -451,7 +451,7 @@ def catalogue(
     # copying: the tokens' own names, then shuffled names
     ids, own = tokens.flatten()[places].unique(return_inverse=True)
     namings = [own]
-    for shuffle in range(shuffles):
+    for _ in range(shuffles):
         order = t.randperm(len(own), generator=generator).to(own.device)
         namings.append(own[order])
     found["copying"] = copying_scores(copying_ranks(model, tokens, places, ids), namings)
