@@ -186,7 +186,7 @@ def loss_by_position(model: nn.Module, rows: Tensor, batch: int = 64) -> Tensor:
 
 def icl_score(losses: Tensor) -> tuple[float, float]:
     """
-    In-context-learning score (Olsson et al. 2022), in nats: loss on the last 16 positions minus that on positions 42-58.
+    In-context-learning score (Olsson et al. 2022): loss on the last 16 positions minus that on positions 42-58, nats.
     losses (row, pos - 1) as of loss_by_position; (mean, 95% half-width) over the rows.
     """
     late = losses[:, -16:].mean(1)
