@@ -1,4 +1,7 @@
-"""What reads a hooked model without changing it: head scores, a logit taken apart exactly, catalogues of heads and neurons, norm-based maps, activations, and bits of information."""
+"""
+What reads a hooked model without changing it: head scores, a logit taken apart exactly, catalogues of heads and
+neurons, norm-based maps, activations, and bits of information.
+"""
 
 import copy
 import math
@@ -40,8 +43,9 @@ def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None 
 
 def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: int = 100) -> Tensor:
     """
-    Fresh repeated random tokens, drawn from those seen at least 100 times in training (an untrained embedding tells nothing), or from the 50 most
-    frequent where the text is small.
+    (rows, 1 + 2 * half): beginning-of-text and random tokens said twice, drawn from those that training has seen.
+    Seen is `at_least` times, since an untrained embedding tells nothing; where the text is small, the 50 most frequent.
+    corpus: a data.Corpus.
     """
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
     if corpus.bos is not None:
@@ -51,7 +55,7 @@ def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: in
     return repeated_tokens(rows, half, t.from_numpy(known), corpus.bos, seed)
 
 
-#%% Head scores on repeated random tokens, one function per kind of head; pattern is (batch, head, query, key), a score (head) in 0..1
+#%% Head scores on repeated random tokens, one function per kind: pattern (batch, head, query, key) -> (head) in 0..1
 def stripe(pattern: Tensor, offset: int, start: int = 0) -> Tensor:
     """Mean attention (head) that queries from position start on pay to the key `offset` places back."""
     paid = pattern.diagonal(-offset, dim1=-2, dim2=-1)  # batch head (query - offset)
@@ -81,7 +85,10 @@ def first_token_score(pattern: Tensor) -> Tensor:
 
 
 def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> dict[str, Tensor]:
-    """{'prefix_matching', 'previous_token', 'duplicate_token', 'first_token': (layer, head) in 0..1}, on tokens from repeated_tokens."""
+    """
+    {'prefix_matching', 'previous_token', 'duplicate_token', 'first_token': (layer, head) in 0..1}, on the CPU.
+    tokens (batch, pos) as repeated_tokens makes them, half as it was given.
+    """
     with t.no_grad():
         _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
     patterns = [cache["pattern", layer].float() for layer in range(n_layers)]
@@ -101,7 +108,10 @@ def centres(model: nn.Module) -> bool:
 
 
 def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
-    """(d_model, token): the unembedding with the final norm's weight folded in and, for LayerNorm, centred; all tokens or those of ids."""
+    """
+    (d_model, token) in float32: the unembedding with the final norm's weight folded in and, for LayerNorm, centred.
+    ids: the tokens wanted; None is all of them.
+    """
     W_U = model.W_U if ids is None else model.W_U[:, ids]
     W = model.ln_final.weight[:, None] * W_U
     if centres(model):
@@ -110,7 +120,10 @@ def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
 
 
 def logit_direction(model: nn.Module, token: int, scale: Tensor) -> Tensor:
-    """(d_model): what a write to the final stream is multiplied with to give its part of the token's logit; scale is the final norm's, frozen."""
+    """
+    (d_model): a write to the final stream, times this, summed, is its part of the token's logit.
+    scale (1): the final norm's, frozen at the position that is asked about.
+    """
     column = folded_W_U(model, t.tensor([token], device=scale.device))[:, 0]
     return column / scale
 
@@ -135,12 +148,13 @@ def per_head(x: Tensor, n_heads: int) -> Tensor:
     return x.repeat_interleave(n_heads // x.shape[2], 2)
 
 
-#%% Direct logit attribution (Elhage et al. 2021): with the final norm's scale frozen the logit is linear in what each part wrote to the stream
+#%% Direct logit attribution (Elhage et al. 2021): with the final norm's scale frozen, the logit is linear in each write
 @t.no_grad()
 def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, float]:
     """
-    {'embed' (positions included), 'L0 attn', 'L0 mlp', 'L1 attn' ..., 'constant' (the final norm's bias)}: what each write to the stream gives the logit of
-    `token` at one position of tokens (1, pos). They sum to the logit. The plain form; logit_parts takes the writes further apart.
+    What each write to the stream gives the logit of `token` at one position of tokens (1, pos); they sum to the logit.
+    {'embed' (positions included), 'L0 attn', 'L0 mlp', 'L1 attn' ..., 'constant' (the final norm's bias)}.
+    The plain form; logit_parts takes the writes further apart.
     """
     layers = range(model.cfg.n_layers)
     names = {"embed": act_name("resid_pre", 0)}
@@ -153,7 +167,7 @@ def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, posit
     parts = {}
     for part, name in names.items():
         write = cache[name][0, position].float()
-        parts[part] = (write @ direction).item()
+        parts[part] = einsum(write, direction, "d_model, d_model ->").item()
     parts["constant"] = norm_bias_logit(model, token).item()
     return parts
 
@@ -161,9 +175,16 @@ def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, posit
 @t.no_grad()
 def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
     """
-    Parts of the logit of `token` at one position of tokens (1, pos): 'embed', 'pos_embed' (), 'heads' (layer, head, source), 'attn_bias' (layer),
-    'mlp' (layer), 'constant' () (the final norm's bias), and 'logit', which they sum to; 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
-    The final norm's scale is frozen at its value there. Ours or a TransformerBridge, grouped queries too. Weights: unprocessed, folded_W_U's fold apart.
+    The logit of `token` at one position of tokens (1, pos), and the parts that sum to it:
+    'embed', 'pos_embed' (): the token's and the position's embedding (pos_embed is 0 where none enters the stream);
+    'heads' (layer, head, source): what each head writes from each source position;
+    'attn_bias' (layer): the output maps' biases;
+    'mlp' (layer): the MLPs;
+    'constant' (): the final norm's bias;
+    'logit' (): the model's own.
+    Where the MLPs have neurons, 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
+    The final norm's scale is frozen at its value there. The weights are the model's own; its final norm alone is folded
+    (folded_W_U). Ours or a TransformerBridge, grouped queries too.
     """
     blocks = model.blocks
     layers = range(model.cfg.n_layers)
@@ -222,7 +243,7 @@ def parts_error(parts: dict[str, Tensor]) -> float:
     return miss / max(1.0, abs(parts["logit"].item()))
 
 
-#%% Logit attribution by layer alone, for any model whose stream can be read: what each layer writes in the direction of the answer
+#%% Logit attribution by layer alone, for any model whose stream can be read: each layer's write towards the answer
 def points(model: nn.Module) -> list[str]:
     """The stream after 0, 1, ... n_layers blocks."""
     return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
@@ -231,8 +252,11 @@ def points(model: nn.Module) -> list[str]:
 @t.no_grad()
 def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str, float], float]:
     """
-    ({'embed', 'L0' .., 'constant'}, the logit of token after the row that they sum to, before a soft cap). The final norm's scale is frozen there; its weight,
-    and whether it centres, are found by asking the module: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ..., and LayerNorm does not see v + 1.
+    What each layer gives the logit of `token` after the row of token ids, and the logit itself, before a soft cap:
+    ({'embed', 'L0' .., 'constant'}, their sum).
+    The final norm's scale is frozen there. Its weight, and whether it centres, are found by asking the module, since
+    its attributes are named differently in each architecture: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ...,
+    and LayerNorm does not see v + 1.
     """
     _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
     stream = t.stack([cache[name][0, -1] for name in points(model)])  # point d_model
@@ -316,13 +340,16 @@ def role_targets(tokens: Tensor) -> dict[str, Tensor]:
 
 #%% Head catalogue: how much each head looks there, and the same with the role's structure shuffled away
 def attention_on(pattern: Tensor, targets: Tensor) -> Tensor:
-    """(head) attention (row, head, query, key) paid to targets (row, query, key), averaged over the queries that have one."""
+    """(head): attention (row, head, query, key) on targets (row, query, key), mean over queries that have a target."""
     asked = targets.any(-1)
     return einsum(pattern, targets.to(pattern.dtype), "row head query key, row query key -> head") / asked.sum()
 
 
 def attention_scores(model: nn.Module, rows: Tensor, looks: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """{role: (look, layer, head)}: attention paid to each of a role's looks, which are targets (row, query, key); one layer's patterns in memory at a time."""
+    """
+    {role: (look, layer, head)}: attention paid to each of a role's looks, which are targets (row, query, key).
+    One layer's patterns are in memory at a time.
+    """
     by_layer: dict[str, list[Tensor]] = {role: [] for role in looks}
 
     def score(pattern: Tensor, hook: nn.Module) -> None:
@@ -351,8 +378,9 @@ def shuffled_tokens(tokens: Tensor, generator: t.Generator) -> Tensor:
 
 def copying_ranks(model: nn.Module, tokens: Tensor, places: Tensor, ids: Tensor) -> list[Tensor]:
     """
-    Per layer (place, head, token of ids) in 0..1: the rank of the token among ids by how much the head's value-output map raises its logit when it is fed
-    what stands at that place of tokens.flatten() (the direct path from real values, through folded_W_U's weights).
+    How much a head raises each token when it is fed what stands at a place: per layer (place, head, token of ids), the
+    token's rank among ids in 0..1, by the logit that the head's value-output map writes.
+    places: indices into tokens.flatten(). The direct path from the values of a real run, through folded_W_U's weights.
     """
     layers = range(model.cfg.n_layers)
     _, cache = run_with_cache(model, tokens, [act_name("v", layer) for layer in layers])
@@ -371,7 +399,10 @@ def copying_ranks(model: nn.Module, tokens: Tensor, places: Tensor, ids: Tensor)
 
 
 def copying_scores(ranks: list[Tensor], namings: list[Tensor]) -> Tensor:
-    """(naming, layer, head): mean rank of the token that each place is said to hold; a naming (place) gives its index in copying_ranks's ids."""
+    """
+    (naming, layer, head): mean rank of the token that each place is said to hold.
+    A naming (place) says which: indices into copying_ranks's ids. ranks as copying_ranks gives them.
+    """
     by_layer = []
     for rank in ranks:
         n_heads = rank.shape[1]
@@ -388,11 +419,15 @@ def catalogue(
     model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
-    Scores {role: (layer, head)}, bars {role: float} and names {head: its roles}, for rows (batch, pos) that start with beginning-of-text and repeat
-    (repeated_tokens). Ours or a TransformerBridge. 'copying' is by OV score: of the other tokens in the rows, the share whose logit the head's
-    value-output map, fed a token, raises less than that token's own (0.5 is chance; the direct path from real values, through folded_W_U's weights).
-    The bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads: shuffled are each query's keys
-    (previous token, sink), the tokens behind the first (duplicate, induction) or the tokens' names (copying).
+    Which head plays which role: (scores {role: (layer, head)}, bars {role: float}, names {head: its roles}).
+    tokens (batch, pos): rows that start with beginning-of-text and repeat (repeated_tokens). Ours or a
+    TransformerBridge.
+    Scores of the roles by attention: attention to where the role looks (role_targets). 'copying' is by OV score: of the
+    other tokens in the rows, the share whose logit the head's value-output map, fed a token, raises less than that
+    token's own; 0.5 is chance (copying_ranks).
+    A bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads.
+    Shuffled are each query's keys (previous token, sink), the tokens behind the first (duplicate, induction) or the
+    tokens' names (copying).
     """
     generator = t.Generator().manual_seed(seed)
     targets = role_targets(tokens)
@@ -400,7 +435,8 @@ def catalogue(
         fail("the head catalogue needs rows that repeat tokens: repeated_tokens")
     places = t.randperm(tokens.numel(), generator=generator)[:COPIED].to(tokens.device)
 
-    # roles by attention: first as they are, then with keys shuffled (one run serves all looks), then with tokens shuffled (a run each)
+    # roles by attention: first as they are, then with keys shuffled (one run serves all looks), then with tokens
+    # shuffled (a run each)
     looks = {role: [mask] for role, mask in targets.items()}
     for _ in range(shuffles):
         order = shuffled_keys(tokens, generator)
@@ -427,7 +463,10 @@ def catalogue(
 
 
 def role_bar(role: str, null: Tensor) -> float:
-    """The larger of the role's floor and the 99th percentile, over shuffles, of the best of all heads; null is (shuffle, layer, head)."""
+    """
+    The larger of the role's floor and the 99th percentile, over shuffles, of the best of all heads.
+    null (shuffle, layer, head): the scores with the role's structure shuffled away.
+    """
     best_of_heads = null.flatten(1).amax(1)
     return max(FLOORS[role], best_of_heads.quantile(0.99).item())
 
@@ -446,8 +485,10 @@ def roles_above(scores: dict[str, Tensor], bars: dict[str, float]) -> dict[str, 
 @t.no_grad()
 def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, contexts: int = 5) -> list[dict]:
     """
-    The n neurons of a layer with the largest peak activation x ||W_out||: 'neuron', 'peaks' [(activation, row, position)] in the `contexts` rows where it is
-    strongest, 'effect' (d_vocab) on the logits by the direct path (folded_W_U's weights, scale of the final norm left out).
+    The n neurons of a layer with the largest peak activation x ||W_out||, each as
+    'neuron': its index;
+    'peaks': [(activation, row, position)] in the `contexts` rows where it is strongest;
+    'effect' (d_vocab): on the logits, by the direct path (folded_W_U's weights, scale of the final norm left out).
     """
     _, cache = run_with_cache(model, rows, act_name("post", layer))
     W_out = model.blocks[layer].mlp.W_out.float()
@@ -464,9 +505,12 @@ def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, con
     return found
 
 
-#%% Folding: norm weights go into the matrices that read after them, and what the norm removes is taken out of the matrices that write
+#%% Folding: norm weights go into the matrices that read, and what the norm removes is taken out of those that write
 def fold_into_readers(norm: nn.Module, readers: list[nn.Linear], with_mean: bool) -> None:
-    """The norm's weight (and bias) go into the linear maps that read it; where it centres, they no longer see the mean."""
+    """
+    The norm's weight (and bias) go into the linear maps that read it, in place.
+    with_mean: the norm centres, so that the maps need no longer see the mean.
+    """
     for linear in readers:
         if with_mean:
             linear.bias += linear.weight @ norm.bias
@@ -487,7 +531,10 @@ def centre_writes(linear: nn.Linear) -> None:
 
 @t.no_grad()
 def fold_norm[Model: nn.Module](model: Model) -> Model:
-    """A float32 copy with the same log-probabilities, whose norms have weight 1 and bias 0 (fp32, since bf16 would round the products)."""
+    """
+    A copy with the same log-probabilities, whose norms have weight 1 and bias 0.
+    In float32, since bf16 would round the products.
+    """
     folded = copy.deepcopy(model).float()
     with_mean = centres(model)
     folded.unembed.weight = nn.Parameter(folded.unembed.weight.clone())  # unties
@@ -513,7 +560,7 @@ def fold_norm[Model: nn.Module](model: Model) -> Model:
     return folded
 
 
-#%% Attention maps through the feed-forward block (Kobayashi et al. 2021, 2024): how much of each source is in a position's stream, before and after the MLP
+#%% Attention maps through the feed-forward block (Kobayashi et al. 2021, 2024): each source in a position's stream
 def mlp_readers(mlp: nn.Module) -> list[nn.Linear]:
     """The maps whose outputs the activation takes: one, or gate and input."""
     return [mlp.gate, mlp.inp] if hasattr(mlp, "gate") else [mlp.inp]
@@ -528,11 +575,16 @@ def neuron_activation(mlp: nn.Module, pre: list[Tensor]) -> Tensor:
 
 
 def mean_slopes(activation: Callable, start: list[Tensor], change: list[Tensor], nodes: int) -> list[Tensor]:
-    """Integrated gradients: the gradient of activation, averaged over the straight path from start to start + change (Gauss-Legendre); one per input."""
-    slopes = [0.0 for _ in start]
+    """
+    Integrated gradients: of each input, the gradient of activation, averaged over the straight path from start to
+    start + change (Gauss-Legendre with so many nodes).
+    start, change: one tensor an input, as activation takes them.
+    """
+    slopes = [0.0] * len(start)
     places, weights = np.polynomial.legendre.leggauss(nodes)  # on -1 .. 1
     for place, weight in zip(places, weights):
-        along = [(s + (place + 1) / 2 * c).requires_grad_() for s, c in zip(start, change)]
+        part = (place + 1) / 2  # of the way, on 0 .. 1
+        along = [(at_start + part * step).requires_grad_() for at_start, step in zip(start, change)]
         gradients = t.autograd.grad(activation(along).sum(), along)
         slopes = [mean + weight / 2 * gradient for mean, gradient in zip(slopes, gradients)]
     return slopes
@@ -540,11 +592,16 @@ def mean_slopes(activation: Callable, start: list[Tensor], change: list[Tensor],
 
 def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> dict[str, Tensor]:
     """
-    Norms (query, key) of what the key's residual stream brings to the query, for tokens (1, pos): 'attn' ||sum over heads of alpha f(x)||, 'attn_res' the
-    same + x where key = query, 'attn_res_norm' after ln2 (scale frozen), 'ff' through the MLP, 'ff_res' = attn_res + ff added as vectors; 'weighted' (head,
-    query, key) ||alpha f(x)||. f is each head's value-output map, its value bias included. Through the activation, each source's share is its integrated
-    gradient on the straight path from 'biases alone' to the real pre-activation (Gauss-Legendre). 'error' is how far all sources + biases miss
-    the model's own resid_post, relative to its largest entry. GELU or SwiGLU, LayerNorm or RMSNorm.
+    How much each key's residual stream brings to each query of tokens (1, pos), as norms (query, key):
+    'attn': ||sum over heads of alpha f(x)||, f each head's value-output map, its value bias included;
+    'attn_res': the same, + x where key = query;
+    'attn_res_norm': attn_res after ln2, its scale frozen;
+    'ff': what goes on through the MLP;
+    'ff_res': attn_res + ff, added as vectors;
+    'weighted' (head, query, key): ||alpha f(x)||;
+    'error' (): how far all sources + biases miss the model's own resid_post, relative to its largest entry.
+    Through the activation, each source's share is its integrated gradient on the straight path from the biases alone to
+    the real pre-activation (mean_slopes). GELU or SwiGLU, LayerNorm or RMSNorm.
     """
     block = model.blocks[layer]
     norm = block.ln2
@@ -559,7 +616,8 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
             y = y - y.mean(-1, keepdim=True)
         return y / scale * norm.weight
 
-    # step 1: what each key's stream brings through attention, and through ln2 to the neurons; what the biases bring apart from all keys
+    # step 1: what each key's stream brings through attention, and through ln2 to the neurons; and what the biases bring
+    # apart from all keys
     with t.no_grad():
         sites = [act_name(site, layer) for site in ("v", "pattern", "resid_pre", "resid_post")]
         _, cache = run_with_cache(model, tokens, [*sites, scale_name])
@@ -572,9 +630,8 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
             "head query key, key head d_head, head d_head d_model -> head query key d_model",
         )
         attn = by_head.sum(0)
-        stream = attn + t.diag_embed(x.T).permute(
-            1, 2, 0
-        )  # query key d_model: a position's own stream is its own source
+        own_stream = t.diag_embed(x.T).permute(1, 2, 0)  # query key d_model: x where key = query
+        stream = attn + own_stream
         normed = normalised(stream, scale[:, None])
         normed_biases = normalised(b_O + 0 * x, scale)
         if centres(model):
@@ -628,7 +685,8 @@ def harvest(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Ten
         broken = (~activations.isfinite()).sum()
         if broken:
             fail(
-                f"{broken} activations at {name} are NaN or infinite: the model's weights are broken, or its dtype is too small"
+                f"{broken} activations at {name} are NaN or infinite: "
+                "the model's weights are broken, or its dtype is too small"
             )
     return found
 
@@ -639,14 +697,17 @@ def row_totals(counts: csr_matrix) -> np.ndarray:
 
 
 def entropy_floor(counts: csr_matrix) -> float:
-    """Entropy of the next token given this one, in nats per token: no model that sees one token has a lower loss on these counts."""
+    """
+    Entropy of the next token given this one, in nats per token.
+    No model that sees one token has a lower loss on these counts.
+    """
     stored_per_row = np.diff(counts.indptr)
     p_next = counts.data / np.repeat(row_totals(counts), stored_per_row)
     return float(-(counts.data * np.log(p_next)).sum() / counts.sum())
 
 
 def mutual_information(counts: csr_matrix) -> float:
-    """Bits per token that knowing this token tells about the next: the KL of a model that knows only frequencies."""
+    """Bits per token that this token tells about the next: how much a model loses that knows only frequencies."""
     frequency = np.asarray(counts.sum(0)).ravel() / counts.sum()
     seen = frequency[frequency > 0]
     entropy = -(seen * np.log(seen)).sum()

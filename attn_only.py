@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# The first half of this file, the model and how it is saved and reopened, uses utils, hooks and layers alone: it can be read by itself.
+# The first half of this file, the model and how it is saved and reopened, can be read by itself: it uses utils, hooks
+# and layers alone.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
@@ -114,9 +115,8 @@ class AttnOnly(nn.Module):
         positional = None
         if self.cfg.positions in ("learned", "shortformer"):
             positional = self.hook_pos_embed(self.W_pos[: tokens.shape[1]])  # (pos, d_model)
-        if (
-            self.cfg.positions == "learned"
-        ):  # positions enter the stream once; shortformer shows them to every layer's queries and keys instead
+        if self.cfg.positions == "learned":
+            # They enter the stream once; shortformer shows them to every layer's queries and keys instead.
             x = x + positional
             positional = None
         for block in self.blocks:
@@ -145,7 +145,8 @@ def open_own(folder: Path, device: str) -> tuple[AttnOnly, Tokenizer, dict]:
     config = json.loads((folder / "config.json").read_text())
     if config.pop("architectures") != ["AttnOnly"]:
         fail(
-            f"--model {folder} is not an attention-only model of attn_only.py; logit_lens.py and patching.py open full models"
+            f"--model {folder} is not an attention-only model of attn_only.py; "
+            "logit_lens.py and patching.py open full models"
         )
     scores = config.pop("scores")
     model = AttnOnly(AttnOnlyConfig(**config))
@@ -184,7 +185,10 @@ def loss_by_position(model: nn.Module, rows: Tensor, batch: int = 64) -> Tensor:
 
 
 def icl_score(losses: Tensor) -> tuple[float, float]:
-    """(mean, 95% half-width over rows) of the loss on the last 16 positions minus that on positions 42-58, in nats (Olsson et al. 2022)."""
+    """
+    In-context-learning score (Olsson et al. 2022): loss on the last 16 positions minus that on positions 42-58, nats.
+    losses (row, pos - 1) as of loss_by_position; (mean, 95% half-width) over the rows.
+    """
     late = losses[:, -16:].mean(1)
     early = losses[:, 41:58].mean(1)  # entry i is the loss at position i + 1
     gain = late - early
@@ -194,8 +198,9 @@ def icl_score(losses: Tensor) -> tuple[float, float]:
 @t.no_grad()
 def copying_scores(model: nn.Module, tokens: Tensor) -> Tensor:
     """
-    (layer, head) in -1..1: each head's direct write to the logits of the tokens in the row, centred over them; the share of what is raised
-    that goes to the tokens attended to, weighted by attention, against the share that is lowered (after Olsson et al. 2022).
+    Whether a head raises the tokens that it attends to: (layer, head) in -1..1 (after Olsson et al. 2022).
+    Each head's direct write to the logits of the row's tokens so far is centred over them and weighted by attention:
+    sum / sum of absolute values, so 1 raises only what is attended to and -1 lowers it.
     """
     layers = range(model.cfg.n_layers)
     names = [act_name(short, layer) for layer in layers for short in ("pattern", "z")]
@@ -223,7 +228,10 @@ def copying_scores(model: nn.Module, tokens: Tensor) -> Tensor:
 
 #%% Circuits from the weights: factored QK and OV, never vocab x vocab beyond the tokens shown
 def read_embed(model: AttnOnly) -> Tensor:
-    """What layer 0 reads of each token: W_E, divided by its own norm where the model has one (exact there, since nothing else is in the stream)."""
+    """
+    What layer 0 reads of each token, (d_vocab, d_model): W_E, each row divided by its RMS where the model has a norm.
+    That is exact, since nothing else is in the stream there.
+    """
     if model.cfg.norm == "none":
         return model.W_E
     mean_square = model.W_E.pow(2).mean(-1, keepdim=True)
@@ -231,28 +239,32 @@ def read_embed(model: AttnOnly) -> Tensor:
 
 
 def qk_circuit(model: AttnOnly, layer: int, head: int, query: Tensor, key: Tensor, offset: int) -> Tensor:
-    """(query, key) attention scores between tokens `offset` places apart by the direct path: biases, rotation or distance bias included."""
+    """
+    (query, key) attention scores of the direct path between tokens that stand `offset` places apart.
+    query and key are token ids; biases, rotation and distance bias are included.
+    """
     cfg = model.cfg
     attn = model.blocks[layer].attn
     x = read_embed(model)
     by_head = "token (head d_head) -> token head d_head"
     q = rearrange(attn.q(x[query]), by_head, head=cfg.n_heads)
     k = rearrange(attn.k(x[key]), by_head, head=cfg.n_heads)
-    if (
-        cfg.positions == "rotary"
-    ):  # only the difference of positions matters: the key stays at 0, the query stands at `offset`
+    if cfg.positions == "rotary":
+        # Only the difference of positions matters: the key stays at 0, the query stands at `offset`.
         dims = 2 * int(cfg.rotary_share * cfg.d_head / 2)
         q_everywhere = q[:, None].expand(-1, offset + 1, -1, -1)  # (query, pos, head, d_head)
         q = rotate(q_everywhere, dims, cfg.rotary_base)[:, offset]
     scores = einsum(q[:, head], k[:, head], "query d_head, key d_head -> query key") / math.sqrt(cfg.d_head)
-    by_distance = attn.score_bias(
-        t.tensor([offset], device=x.device)
-    )  # (head, 1), or (1, 1) where distance adds nothing
+    distance = t.tensor([offset], device=x.device)
+    by_distance = attn.score_bias(distance)  # (head, 1), or (1, 1) where distance adds nothing
     return scores + by_distance.expand(cfg.n_heads, 1)[head]
 
 
 def ov_circuit(model: AttnOnly, layer: int, head: int, source: Tensor, out: Tensor) -> Tensor:
-    """(source, out) logits that fully attending to a source token writes to each output token by the direct path, before the final norm."""
+    """
+    (source, out) logits that a head writes to each output token when it attends to a source token alone.
+    source and out are token ids; the direct path, before the final norm.
+    """
     attn = model.blocks[layer].attn
     values = einsum(read_embed(model)[source], attn.W_V[head], "source d_model, d_model d_head -> source d_head")
     effects = einsum(attn.W_O[head], model.W_U[:, out], "d_head d_model, d_model out -> d_head out")
@@ -261,16 +273,21 @@ def ov_circuit(model: AttnOnly, layer: int, head: int, source: Tensor, out: Tens
 
 def ov_eigenvalues(model: AttnOnly, layer: int, head: int) -> Tensor:
     """
-    The d_head nonzero eigenvalues of the full OV circuit W_E W_V W_O W_U (vocab x vocab): A B and B A share them, so they are found in the
-    d_head x d_head matrix W_O W_U W_E W_V.
+    (d_head) the nonzero eigenvalues, complex, of the full OV circuit W_E W_V W_O W_U (vocab x vocab).
+    A B and B A share them, so they are found in the d_head x d_head matrix W_O W_U W_E W_V.
     """
     attn = model.blocks[layer].attn
-    turned = ((attn.W_O[head] @ model.W_U) @ read_embed(model) @ attn.W_V[head]).double()
-    return t.linalg.eigvals(turned)
+    writes = einsum(attn.W_O[head], model.W_U, "d_head d_model, d_model vocab -> d_head vocab")
+    embeds = einsum(writes, read_embed(model), "d_head vocab, vocab d_model -> d_head d_model")
+    turned = einsum(embeds, attn.W_V[head], "d_head d_model, d_model d_head_2 -> d_head d_head_2")
+    return t.linalg.eigvals(turned.double())
 
 
 def eigenvalue_copying(model: AttnOnly) -> Tensor:
-    """(layer, head) in -1..1: sum of the OV circuit's eigenvalues over the sum of their absolute values; 1 copies (A Mathematical Framework)."""
+    """
+    (layer, head) in -1..1: sum of the OV circuit's eigenvalues over the sum of their absolute values.
+    1 copies what it attends to (A Mathematical Framework).
+    """
     scores = t.zeros(model.cfg.n_layers, model.cfg.n_heads)
     for layer in range(model.cfg.n_layers):
         for head in range(model.cfg.n_heads):
@@ -285,23 +302,30 @@ def product_norm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def composition(early: tuple[Tensor, Tensor], late: tuple[Tensor, Tensor]) -> Tensor:
-    """||A B|| / (||A|| ||B||), Frobenius, of A = early[0] @ early[1] and B = late[0] @ late[1], kept factored (A Mathematical Framework)."""
-    between = early[1] @ late[0]  # (d_head, d_head)
+    """
+    ||A B|| / (||A|| ||B||), Frobenius (A Mathematical Framework).
+    A = early[0] @ early[1] and B = late[0] @ late[1], (..., d_model, d_model), stay in their factors
+    (..., d_model, d_head) and (..., d_head, d_model).
+    """
+    between = early[1] @ late[0]  # (..., d_head, d_head)
     product = t.linalg.matrix_norm(t.linalg.qr(early[0]).R @ between @ t.linalg.qr(late[1].mT).R.mT)
     return product / (product_norm(*early) * product_norm(*late))
 
 
 @t.no_grad()
 def composition_scores(model: AttnOnly, draws: int = 100) -> tuple[dict[str, Tensor], float, float]:
-    """({'Q' | 'K' | 'V': (layer-0 head, layer-1 head)}, mean, std of the same score for Gaussian factors of the same shape)."""
+    """
+    How much layer 1's heads read of what layer 0's write, beside what random matrices give:
+    ({'Q' | 'K' | 'V': (layer-0 head, layer-1 head)}, mean and std of the score of Gaussian factors of the same shapes).
+    """
     heads = range(model.cfg.n_heads)
     first = model.blocks[0].attn
     second = model.blocks[1].attn
-    writes = [(first.W_V[h], first.W_O[h]) for h in heads]
+    writes = [(first.W_V[head], first.W_O[head]) for head in heads]
     reads = {
-        "Q": [(second.W_Q[h], second.W_K[h].mT) for h in heads],
-        "K": [(second.W_K[h], second.W_Q[h].mT) for h in heads],
-        "V": [(second.W_V[h], second.W_O[h]) for h in heads],
+        "Q": [(second.W_Q[head], second.W_K[head].mT) for head in heads],
+        "K": [(second.W_K[head], second.W_Q[head].mT) for head in heads],
+        "V": [(second.W_V[head], second.W_O[head]) for head in heads],
     }
     scores = {}
     for name, late in reads.items():
@@ -319,8 +343,9 @@ def composition_scores(model: AttnOnly, draws: int = 100) -> tuple[dict[str, Ten
 
 def skip_trigrams(model: AttnOnly, tokenizer: Tokenizer, head: int, ids: Tensor, offset: int, n: int = 8) -> list[list]:
     """
-    Rows [source ... destination -> out, QK score above the destination's mean, OV logit above the source's mean, next best outputs]: among the tokens
-    ids and at one offset, the n triples with the largest product of the two, one per source.
+    The n strongest skip-trigrams of a layer-0 head among the tokens ids, `offset` places apart, one per source.
+    Rows: [source ... destination -> out, QK score above the destination's mean, OV logit above the source's mean, next
+    best outputs]; strongest: by the product of the two numbers.
     """
     qk = qk_circuit(model, 0, head, ids, ids, offset)  # (destination, source)
     qk = qk - qk.mean(1, keepdim=True)
@@ -345,10 +370,14 @@ def skip_trigrams(model: AttnOnly, tokenizer: Tokenizer, head: int, ids: Tensor,
 @t.no_grad()
 def logit_attribution(model: AttnOnly, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
     """
-    Parts of the logit of `token` at one position of tokens (1, pos): 'direct' (), 'heads' (layer, head, source), 'logit' ().
-    The final norm's scale is frozen at its value there, which makes the parts linear; they sum to the logit (where the output maps have no bias).
-    anatomy.logit_parts is the same for models with MLPs: it reads each block's mlp, the final norm's weight and its scale. Here there is no MLP, the norm
-    has no weight, and without a norm there is no scale, so this one stands by itself.
+    The logit of `token` at one position of tokens (1, pos), and the parts that sum to it:
+    'direct' (): the token's own embedding, by the direct path;
+    'heads' (layer, head, source): what each head writes from each source position;
+    'logit' (): the model's own.
+    The final norm's scale is frozen at its value there, which makes the parts linear; the sum is exact where the output
+    maps have no bias.
+    anatomy.logit_parts is the same for models with MLPs. It reads each block's mlp and the final norm's weight and
+    scale, none of which need be here, so this one stands by itself.
     """
     layers = range(model.cfg.n_layers)
     names = [act_name("resid_pre", 0)] + [act_name(short, layer) for layer in layers for short in ("v", "pattern")]
@@ -380,13 +409,16 @@ def attribution_error(parts: dict[str, Tensor]) -> float:
     return (parts["direct"] + parts["heads"].sum() - parts["logit"]).abs().item()
 
 
-#%% Norm-based analysis: attention weights alone mislead, since a head may attend to what it hardly moves (Kobayashi et al. 2020, 2021)
+#%% Norm-based analysis (Kobayashi et al. 2020, 2021): a head may attend to what it hardly moves
 @t.no_grad()
 def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]:
     """
-    For tokens (1, pos), each (query, key) unless said: 'attention' (head, query, key) alpha; 'weighted' (head, query, key) ||alpha f(x)|| with
-    f(x) = v W_O; 'block' ||sum over heads of alpha f(x), + x where key = query||; 'normed' the same after the next norm (its scale frozen);
-    'mixing' (query): the share of the block's output norm that comes from other positions, ||sum of the others|| / (that + ||own||).
+    How far a layer moves the stream of each query of tokens (1, pos) by what it takes from each key, f(x) = v W_O:
+    'attention' (head, query, key): alpha, the attention itself;
+    'weighted' (head, query, key): ||alpha f(x)||;
+    'block' (query, key): ||sum over heads of alpha f(x), + x where key = query||;
+    'normed' (query, key): 'block' after the next norm, its scale frozen;
+    'mixing' (query): share of the block's output from other positions, ||sum of the others|| / (that + ||own||).
     anatomy.ff_maps goes on through the MLP that these models do not have, and needs its norm.
     """
     last = layer + 1 == model.cfg.n_layers
@@ -437,9 +469,12 @@ def ablated_scores(model: nn.Module, tokens: Tensor, half: int, layer: int, head
 @t.no_grad()
 def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tuple[dict[str, Tensor], float, float]:
     """
-    Path patching (Wang et al. 2022) in a two-layer model. Clean rows say random tokens twice; corrupt rows share only their second half, so nothing there
-    can be looked up. For each layer-0 head (sender) and each layer-1 head's q, k or v input (receiver), that input alone is given the sender's corrupt output:
-    {'q' | 'k' | 'v': (sender, receiver) share of the log-probability lost}, 0 = clean, 1 = corrupt. Also the two mean log-probabilities, in nats.
+    Path patching (Wang et al. 2022) in a two-layer model, from each layer-0 head (sender) into the q, k or v input of
+    each layer-1 head (receiver): that input alone is given the sender's corrupt output.
+    clean (row, 1 + 2 * half): random tokens said twice; corrupt shares only the second half, so that nothing there can
+    be looked up.
+    ({'q' | 'k' | 'v': (sender, receiver) share of the log-probability lost, 0 = clean, 1 = corrupt},
+    mean log-probability of the second half in the clean run, the same in the corrupt run, both in nats).
     """
     heads = range(model.cfg.n_heads)
     W_O = model.blocks[0].attn.W_O
@@ -468,7 +503,8 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
             _, changed = run_with_cache(model, clean, list(inputs.values()))
 
         for room, name in inputs.items():
-            # Step 3: a clean run in which layer 1 is given this one input. All its heads at once, since heads of one layer do not read each other
+            # Step 3: a clean run in which layer 1 is given this one input. All its heads at once, since heads of one
+            # layer do not read each other
             with hooks(model, [(name, lambda x, hook: changed[name])]):
                 _, patched = run_with_cache(model, clean, receivers)
             result_change = patched[receivers] - clean_cache[receivers]  # (row, pos, head, d_model)
@@ -490,7 +526,9 @@ class Config(TrainConfig):
     rotary_share: float = 0.5  # of each head's dimensions that rotate (rotary)
     steps: int = 400
     lr: float = 1e-2
-    repeats: float = 0.45  # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order; 0 is natural text alone
+    # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order; 0 is
+    # natural text alone
+    repeats: float = 0.45
     english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     vocab: int = 512  # size of the byte-level BPE trained on the text
@@ -529,7 +567,10 @@ def counted_layers(n: int) -> str:
 
 
 def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[AttnOnly, dict]:
-    """A fresh model of n_layers on rows of the corpus, and the history of its training with head scores and, where contexts are long enough, ICL score."""
+    """
+    A fresh model of n_layers, trained on rows of the corpus, and the history of its training.
+    history['watch']: the best head scores and, where contexts are long enough, the ICL score, 20 times in a run.
+    """
     n_ctx = max(cfg.contexts)
     model_cfg = AttnOnlyConfig(
         n_layers=n_layers,
@@ -585,7 +626,8 @@ if __name__ == "__main__":
         for depth in sorted(depths):
             role = " (the control)" if depth < cfg.n_layers else ""
             print(
-                f"{purple}=== Training {counted_layers(depth)}{role}: {cfg.repeats:.0%} of rows repeat a snippet of themselves ==={endc}"
+                f"{purple}=== Training {counted_layers(depth)}{role}: "
+                f"{cfg.repeats:.0%} of rows repeat a snippet of themselves ==={endc}"
             )
             set_seed(cfg.seed)
             models[depth], history = train_own(cfg, depth, corpus, device)
@@ -594,7 +636,8 @@ if __name__ == "__main__":
             save_own(models[depth], folder, tokenizer, **history["watch"][-1])
             speed = f"{cyan}{history['tokens_per_second']:,.0f} tokens/s{green}"
             print(
-                f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({speed}), saved to {folder}{endc}"
+                f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s ({speed}), "
+                f"saved to {folder}{endc}"
             )
         first_goes_on()
         model = models[cfg.n_layers]
@@ -634,7 +677,8 @@ if __name__ == "__main__":
     assert attribution_max_error < 1e-4, f"the parts miss the logit by {attribution_max_error}"
     numbers["attribution_max_error"] = attribution_max_error
     print(
-        f"{cyan}attention rows sum to 1 within {row_error:.1e}; direct path + heads x sources = logit within {attribution_max_error:.1e} ({len(errors)} logits){endc}"
+        f"{cyan}attention rows sum to 1 within {row_error:.1e}; direct path + heads x sources = logit within "
+        f"{attribution_max_error:.1e} ({len(errors)} logits){endc}"
     )
 
 #%% Which heads look where, on random tokens said twice: previous-token heads and induction heads
@@ -716,7 +760,7 @@ if __name__ == "__main__" and histories:
     )
     show(fig, "attn_only/loss")
 
-#%% Loss by position: on repeated random tokens the second time is cheap; on natural text later tokens are cheaper (in-context learning)
+#%% Loss by position: repeated random tokens are cheap the second time; in natural text later tokens are cheaper (ICL)
 if __name__ == "__main__":
     natural = t.from_numpy(corpus.rows(np.random.default_rng(10**6), 512, n_ctx, "heldout")).to(device)
     repeats_losses = {}  # by number of layers: (row, pos - 1)
@@ -732,7 +776,8 @@ if __name__ == "__main__":
     numbers["loss_second_copy"] = second_copy
     numbers["heldout_loss"] = heldout_loss
     print(
-        f"{cyan}loss on random tokens: first time {first_copy:.2f}, second time {second_copy:.2f} nats; held-out text {heldout_loss:.3f} nats{endc}"
+        f"{cyan}loss on random tokens: first time {first_copy:.2f}, second time {second_copy:.2f} nats; "
+        f"held-out text {heldout_loss:.3f} nats{endc}"
     )
     if n_ctx >= ICL_CONTEXT:
         for depth in sorted(models, reverse=True):
@@ -740,7 +785,8 @@ if __name__ == "__main__":
             numbers[f"icl_score{key_ends[depth]}"] = mean
             numbers[f"icl_score{key_ends[depth]}_95"] = half_width
             print(
-                f"{cyan}in-context-learning score, {counted_layers(depth)}: {mean:.3f} +- {half_width:.3f} nats ({len(natural)} rows, 95%){endc}"
+                f"{cyan}in-context-learning score, {counted_layers(depth)}: {mean:.3f} +- {half_width:.3f} nats "
+                f"({len(natural)} rows, 95%){endc}"
             )
 
 #%% ... as curves
@@ -816,7 +862,8 @@ if __name__ == "__main__" and n_layers == 2:
     ends = f"0 = clean {clean_log_prob:.2f}, 1 = corrupt {corrupt_log_prob:.2f} nats"
     fig = imshow(
         shares,
-        f"Path patching, layer-0 head -> one input of a layer-1 head: share of log-probability lost (n = {len(repeats)}; {ends})",
+        "Path patching, layer-0 head -> one input of a layer-1 head: share of log-probability lost "
+        f"(n = {len(repeats)}; {ends})",
         xlabel="receiver",
         ylabel="sender",
         x=second_layer,
@@ -829,19 +876,22 @@ if __name__ == "__main__" and n_layers == 2:
 #%% Composition: how much more than random matrices do the layers read from each other?
 if __name__ == "__main__" and n_layers == 2:
     composed, random_mean, random_std = composition_scores(model)
-    k_composition = composed["K"][previous, int(prefix[1].argmax())].item()
+    induction = int(prefix[1].argmax())  # layer 1's best induction head
+    k_composition = composed["K"][previous, induction].item()
     numbers["k_composition"] = k_composition
     numbers["k_composition_random"] = random_mean
     numbers["k_composition_random_std"] = random_std
     print(
-        f"{cyan}K-composition L0H{previous} -> L1H{int(prefix[1].argmax())}: {k_composition:.3f} against {random_mean:.3f} +- {random_std:.3f} at random{endc}"
+        f"{cyan}K-composition L0H{previous} -> L1H{induction}: {k_composition:.3f} "
+        f"against {random_mean:.3f} +- {random_std:.3f} at random{endc}"
     )
 
 #%% ... as maps of pairs of heads
 if __name__ == "__main__" and n_layers == 2:
     fig = imshow(
         t.stack(list(composed.values())) - random_mean,
-        f"Composition of layer-0 with layer-1 heads, minus random factors ({random_mean:.3f} +- {random_std:.3f}, 100 draws)",
+        "Composition of layer-0 with layer-1 heads, minus random factors "
+        f"({random_mean:.3f} +- {random_std:.3f}, 100 draws)",
         xlabel="layer-1 head",
         ylabel="layer-0 head",
         x=second_layer,
@@ -851,7 +901,7 @@ if __name__ == "__main__" and n_layers == 2:
     )
     show(fig, "attn_only/composition")
 
-#%% The circuits themselves: what a head attends to (QK) and what it then writes (OV), and the skip-trigrams of the 1-layer model
+#%% The circuits: what a head attends to (QK), what it then writes (OV), and the skip-trigrams of the 1-layer model
 if __name__ == "__main__":
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
     by_frequency = t.from_numpy(np.argsort(-counts)).to(device)
@@ -868,7 +918,8 @@ if __name__ == "__main__":
             found = skip_trigrams(one_layer, tokenizer, head, by_frequency[:256], offset=2, n=4)
             trigrams += [[f"L0H{head}", *row] for row in found]
     print(
-        f"{purple}=== Skip-trigrams of layer 0 ({one_layer.cfg.n_layers}-layer model), {one_layer.cfg.positions} positions at offset 2 ==={endc}"
+        f"{purple}=== Skip-trigrams of layer 0 ({one_layer.cfg.n_layers}-layer model), "
+        f"{one_layer.cfg.positions} positions at offset 2 ==={endc}"
     )
     headers = ["head", "source ... destination -> out", "QK above mean", "OV logit above mean", "next best outputs"]
     print(tabulate(trigrams, headers=headers, floatfmt=".2f"))
@@ -882,7 +933,8 @@ if __name__ == "__main__":
     for (layer, head), circuit in ov_circuits.items():
         fig = imshow(
             circuit,
-            f"OV circuit of L{layer}H{head}: logit written when it attends to the source ({where}; {len(frequent)} most frequent tokens)",
+            f"OV circuit of L{layer}H{head}: logit written when it attends to the source "
+            f"({where}; {len(frequent)} most frequent tokens)",
             xlabel="output",
             ylabel="source",
             x=frequent_tokens,
@@ -935,7 +987,8 @@ if __name__ == "__main__":
     frozen = ", final norm scale frozen" if model.cfg.norm == "rms" else ""
     fig = imshow(
         by_head,
-        f"Logit of '{said}' = {parts['logit']:.2f}: direct path {parts['direct']:.2f} + heads x sources{frozen} ({about})",
+        f"Logit of '{said}' = {parts['logit']:.2f}: "
+        f"direct path {parts['direct']:.2f} + heads x sources{frozen} ({about})",
         xlabel="source token",
         ylabel="head",
         x=labels,
@@ -979,7 +1032,8 @@ if __name__ == "__main__":
     }
     fig = imshow(
         t.stack(list(panels.values())),
-        f"Norm-based analysis of layer {best_layer}: raw attention of {best}, then what is really moved (Kobayashi et al.); each panel on its own scale",
+        f"Norm-based analysis of layer {best_layer}: raw attention of {best}, then what is really moved "
+        "(Kobayashi et al.); each panel on its own scale",
         xlabel="key",
         ylabel="query",
         x=labels,
@@ -1006,7 +1060,8 @@ if __name__ == "__main__":
         are = "are induction heads" if len(induction_heads) > 1 else "is an induction head"
         conclusion = f"{', '.join(induction_heads)} {are} (prefix matching {prefix.max():.2f})"
     if n_layers == 2 and induction_heads:
-        conclusion += f", fed by the previous-token head L0H{previous} through {strongest_path}: without it {best_without[previous]:.2f}"
+        conclusion += f", fed by the previous-token head L0H{previous} through {strongest_path}"
+        conclusion += f": without it {best_without[previous]:.2f}"
         if others:
             conclusion += f", without another layer-0 head at least {min(others):.2f}"
     if control is not None:
@@ -1014,5 +1069,6 @@ if __name__ == "__main__":
     print(f"{green}{conclusion}. Gate: attribution exact to {attribution_max_error:.0e}.{endc}")
     if cfg.repeats == 0 and not cfg.model:
         print(
-            f"{yellow}trained on natural text alone, without planted repeats: induction comes later and weaker, if at all{endc}"
+            f"{yellow}trained on natural text alone, without planted repeats: "
+            f"induction comes later and weaker, if at all{endc}"
         )

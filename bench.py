@@ -1,4 +1,7 @@
-"""How fast is all this beside what people use? Training, patching and the lens, each side by side with its peer, in one run."""
+"""
+How fast is all this beside what people use?
+Training, patching and the lens, each side by side with its peer, in one run.
+"""
 
 import itertools
 import re
@@ -140,7 +143,10 @@ def race_patching(
     rounds: int,
     memory_gb: float,
 ) -> PatchingRace:
-    """Runs interleaved; the clean run's cache, which both need, counts for both. ours: a model of ours, or the bridge."""
+    """
+    Runs interleaved; the clean run's cache, which both need, counts for both.
+    ours: a model of ours, or the bridge.
+    """
     metric_fn = make_metric(pairs, "logit_diff")
 
     def their_metric(logits: Tensor) -> Tensor:
@@ -165,7 +171,10 @@ def race_patching(
 
 
 def open_racers(device: str) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """{name: (what our sweep runs on, the bridge that theirs runs on)}: GPT-2-small's shape at random, and models/world."""
+    """
+    {name: (what our sweep runs on, the bridge that theirs runs on)}.
+    GPT-2-small's shape at random, and models/world.
+    """
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -208,9 +217,9 @@ def bench_patching(device: str, seed: int, memory_gb: float) -> dict:
             numbers[f"{title}_speedup_{name}{suffix}"] = race.speedup
             numbers["max_abs_diff"] = max(numbers["max_abs_diff"], race.gap)
             print(
-                f"{cyan}{name}, {n_pairs} IOI pair{'s' * (n_pairs > 1)} of 15 tokens, {title} sweep: {race.theirs:.3f} s "
-                f"by transformer_lens, {race.ours:.3f} s here: {race.speedup:.1f} times as fast; largest difference "
-                f"{race.gap:.0e}{endc}"
+                f"{cyan}{name}, {n_pairs} IOI pair{'s' * (n_pairs > 1)} of 15 tokens, {title} sweep: "
+                f"{race.theirs:.3f} s by transformer_lens, {race.ours:.3f} s here: "
+                f"{race.speedup:.1f} times as fast; largest difference {race.gap:.0e}{endc}"
             )
     numbers["peak_gigabytes"] = peaks_of_patching(world, pool, memory_gb)
     return numbers
@@ -447,13 +456,13 @@ if __name__ == "__main__":
     if "patching" in cfg.only:
         resid_pre, heads = numbers["resid_pre_speedup_world"], numbers["head_speedup_world"]
         said.append(
-            f"Patching is {resid_pre:.0f} (stream) and {heads:.0f} (heads) times as fast as transformer_lens's, with the "
-            f"same numbers to {numbers['max_abs_diff']:.0e}."
+            f"Patching is {resid_pre:.0f} (stream) and {heads:.0f} (heads) times as fast as transformer_lens's, "
+            f"with the same numbers to {numbers['max_abs_diff']:.0e}."
         )
     if "lens" in cfg.only:
         said.append(
-            f"The lens at the answer's position costs {numbers['time_vs_forward']:.2f} forward passes, at every layer and "
-            f"position {numbers['time_all_positions_vs_floor']:.2f} of its floor and "
+            f"The lens at the answer's position costs {numbers['time_vs_forward']:.2f} forward passes, "
+            f"at every layer and position {numbers['time_all_positions_vs_floor']:.2f} of its floor and "
             f"{numbers['memory_vs_cache_everything']:.3f} of the memory of keeping everything."
         )
     if "streaming" in cfg.only:

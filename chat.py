@@ -147,6 +147,7 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     chat_tokens: int = 200  # the longest answer
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
@@ -164,7 +165,7 @@ if __name__ == "__main__":
 
 #%% The model, and the gate: the last layer's lens is its own output
 if __name__ == "__main__":
-    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
+    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
     print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
     gate_error = require_exact_lens(model, [encode(model, GATE_PROMPT)])

@@ -120,6 +120,7 @@ def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Fi
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = "ioi"
     clean: str | None = None  # a prompt of your own, with --corrupt, --answer and --wrong
     corrupt: str | None = None
@@ -136,12 +137,12 @@ class Config:
     device: str = "auto"
 
 
-cfg = flags(Config, __doc__, hpc=Config(model="gpt2", n=256, held_out=500, memory_gb=24.0))
+cfg = flags(Config, __doc__, hpc=Config(model="gpt2", bos=True, n=256, held_out=500, memory_gb=24.0))
 device = pick_device(cfg.device)
 set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
-model = open_model(cfg.model, (Llama,), device).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
 if is_streamed(model):
     fail(
         "paths need hooks inside every block, and blocks that come from disk have none: patching.py does the "

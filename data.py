@@ -244,7 +244,7 @@ def choose_bos(tokenizer: Tokenizer, folder: Path, asked: bool | None) -> None:
         return
     declared = declared_token(tokenizer, folder, "bos_token")
     if asked and declared is None:
-        fail(f"--bos: the files in {folder} name no beginning-of-text token")
+        fail(f"the files in {folder} name no beginning-of-text token, which --bos or this SAE asks for: use --no-bos")
     if asked or read_json(folder / "tokenizer_config.json").get("add_bos_token"):
         put_first(tokenizer, declared)
 

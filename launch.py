@@ -34,12 +34,11 @@ from tabulate import tabulate
 @dataclass
 class Launch:
     hpc: bool = False  # start from the preset for an A100 with 40 GB; flags given still win
-    sweep: tuple[
-        str, ...
-    ] = ()  # seed=0,1,2 n_layers=1,2: one run for each value or combination, in a folder of its own; the same command again runs what is missing and shows all
-    slurm: bool = (
-        False  # submit to Slurm instead of running here, a sweep as one job array; prints job id and log, and returns
-    )
+    # seed=0,1,2 n_layers=1,2: one run for each value or combination, in a folder of its own; the same command again
+    # runs what is missing and shows all
+    sweep: tuple[str, ...] = ()
+    # submit to Slurm instead of running here, a sweep as one job array; prints job id and log, and returns
+    slurm: bool = False
     slurm_wait: bool = False  # submit, follow the log, and exit with the job's status
     slurm_partition: str | None = None
     slurm_account: str | None = None
@@ -139,8 +138,24 @@ def parse[Config](args: list[str], config: type[Config], defaults: Config, descr
     for name, kind in (("script", config), ("launch", Launch)):
         fields.append((name, flat[kind], dataclasses.field(default=tyro.MISSING)))
     both = dataclasses.make_dataclass("Settings", fields)
+    args = spell_out_choices(args, config)
     parsed = tyro.cli(flat[both], args=args, description=description, default=both(defaults, Launch()))
     return parsed.script, parsed.launch
+
+
+def spell_out_choices(args: list[str], config: type) -> list[str]:
+    """--bos and --no-bos for a field that is True, False or, where neither is given, None; tyro wants --bos True."""
+    spelled = []
+    undecided = {field.name.replace("_", "-") for field in dataclasses.fields(config) if field.type == bool | None}
+    for arg, following in zip(args, [*args[1:], ""]):
+        name = arg.removeprefix("--")
+        if name in undecided and arg != name and following not in ("True", "False", "None"):
+            spelled += [arg, "True"]
+        elif name.removeprefix("no-") in undecided and name.startswith("no-"):
+            spelled += [f"--{name.removeprefix('no-')}", "False"]
+        else:
+            spelled.append(arg)
+    return spelled
 
 
 def settings_key(cfg: object, axes: dict[str, list[str]]) -> str:
@@ -189,7 +204,8 @@ def read_sweep(given: tuple[str, ...], cfg: object) -> dict[str, list[str]]:
         if not hasattr(cfg, name) or not values:
             settings = ", ".join(field.name for field in dataclasses.fields(cfg))
             fail(
-                f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; settings: {settings}"
+                f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; "
+                f"settings: {settings}"
             )
         axes[name] = list(dict.fromkeys(values.split(",")))
     return axes
@@ -204,7 +220,10 @@ def as_flag(cfg: object, name: str, value: str) -> list[str]:
 
 #%% Sweeps and Slurm
 def compute(tasks: dict[str, Task], launch: Launch, logs: Path) -> list[str] | None:
-    """Run or submit those that are not in the queue already; the names of those that failed, None if there was nothing to do."""
+    """
+    Runs or submits the tasks that are not in the queue already.
+    The names of those that failed; None if there was nothing to do.
+    """
     missing = {name: task for name, task in tasks.items() if not still_queued(name, task)}
     for task in missing.values():
         prepare(task)

@@ -1,4 +1,4 @@
-"""Layers that several architectures share: norm without gain, rotary positions, causal attention, head weights; and the loss."""
+"""What several architectures share: the loss, norm without gain, rotary positions, causal attention, head weights."""
 
 import math
 
@@ -14,8 +14,8 @@ from torch import Tensor
 #%% The loss
 def next_token_loss(logits: Tensor, tokens: Tensor, reduction: str = "mean") -> Tensor:
     """
-    Cross-entropy in nats of logits (row, pos, d_vocab) against the token that follows each position of tokens (row, pos).
-    reduction: mean, sum, or none, which gives (row, pos - 1).
+    Cross-entropy in nats of logits (row, pos, d_vocab) against the token that follows each position.
+    tokens (row, pos); reduction: mean, sum, or none, which gives (row, pos - 1).
     """
     rows, positions = tokens.shape
     said = logits[:, :-1].flatten(0, 1).float()  # (row * (pos - 1), d_vocab)
@@ -44,8 +44,9 @@ class RMSNorm(nn.Module):
 
 def rotate(x: Tensor, dims: int, base: float) -> Tensor:
     """
-    Rotary positions (Su et al. 2021) on the first `dims` of x (batch, pos, head, d_head). Dimensions i and i + dims / 2 are one plane, as in GPT-NeoX and
-    Llama; at position p plane i is turned by p * base ** (-2i / dims).
+    Rotary positions (Su et al. 2021) on the first `dims` of x (batch, pos, head, d_head).
+    Dimensions i and i + dims / 2 are one plane, as in GPT-NeoX and Llama; at position p plane i is turned by
+    p * base ** (-2i / dims) radians.
     """
     position = t.arange(x.shape[1], device=x.device)
     frequency = base ** (-t.arange(0, dims, 2, device=x.device) / dims)
@@ -76,8 +77,10 @@ def attend(
     window: int | None = None,
 ) -> Tensor:
     """
-    Causal attention: z (batch, pos, head, d_head) from q and k, v (which may have fewer heads). bias (head, query, key) is added to the scores;
-    window hides keys that many places back or more. Scores and pattern are formed only where a hook listens, a bias asks or it is faster.
+    Causal attention: z (batch, pos, head, d_head) of q, k, v (batch, pos, head, d_head).
+    k and v may have fewer heads than q: each then serves several of q's.
+    bias (head, query, key) is added to the scores; window hides keys that many places back or more.
+    Scores and pattern are formed only where a hook listens, a bias asks or it is faster.
     """
     positions = q.shape[1]
     if window is not None and window >= positions:
@@ -88,7 +91,8 @@ def attend(
         hidden = hidden | (distance >= window)
 
     listened_to = bool(hook_scores.fwd_hooks or hook_pattern.fwd_hooks)
-    # torch's fused attention is slow in training with bfloat16 on a CPU; v tells, since rotary positions leave q and k in float32 under autocast
+    # torch's fused attention is slow in training with bfloat16 on a CPU; v tells, since rotary positions leave q and k
+    # in float32 under autocast
     fused_is_slow = q.device.type == "cpu" and v.dtype == t.bfloat16 and t.is_grad_enabled()
     if bias is None and not listened_to and not fused_is_slow:
         return fused_attention(q, k, v, None if window is None else ~hidden)
@@ -117,7 +121,10 @@ def spelled_attention(
     hidden: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """z with scores and pattern (batch, head, query, key) for hooks to see and replace. hidden (query, key): keys that a query may not see."""
+    """
+    z with scores and pattern (batch, head, query, key) for hooks to see and replace.
+    hidden (query, key): True at keys that a query may not see.
+    """
     group = q.shape[2] // k.shape[2]  # query heads that share a key and value head
     if group > 1:
         k = k.repeat_interleave(group, 2)
@@ -165,7 +172,10 @@ class HeadWeights:
 
 
 class Attention(nn.Module, HeadWeights):
-    """Causal multi-head attention with TransformerLens's hooks. cfg: d_model, n_heads, d_head, n_ctx, bias, positions, rotary_share, rotary_base."""
+    """
+    Causal multi-head attention with TransformerLens's hooks.
+    cfg has d_model, n_heads, d_head, n_ctx, bias, positions, and for rotary positions rotary_share and rotary_base.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -190,9 +200,9 @@ class Attention(nn.Module, HeadWeights):
         self.hook_result = HookPoint()
 
     def score_bias(self, distance: Tensor) -> Tensor:
-        """What position alone adds to the attention score, (head, *distance.shape). The factor lets Adam's small steps reach sharp preferences."""
+        """What position alone adds to the attention score, (head, *distance.shape)."""
         if self.cfg.positions == "relative":
-            return 40 * self.distance_bias[:, distance]
+            return 40 * self.distance_bias[:, distance]  # 40: Adam's small steps reach sharp preferences
         return t.zeros(1, *distance.shape, device=distance.device)
 
     def by_head(self, x: Tensor) -> Tensor:

@@ -4,9 +4,7 @@ held against the papers; then the engine that reads many places within one forwa
 training and judging the tuned lens; the classic picture.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
-    model_folder,
     write_aside,
 )
 from plots import imshow, label_tokens, visible
@@ -584,23 +581,10 @@ def grid_table(found: dict[str, Tensor], texts: dict[int, str], tokens: list[str
     return tabulate(rows, headers=["after", *label_tokens(tokens)[:columns]])
 
 
-#%% What the stories of the lens share: a model's name and key in file names, and whether the world is its corpus
+#%% What the stories of the lens share: a model's name in file names, and whether the world is its corpus
 def slug(name: str) -> str:
     """A model's name or folder as a file name."""
     return re.sub(r"[^\w.-]+", "-", name.removeprefix(str(ROOT))).strip("-")
-
-
-def model_key(name: str, settings: list) -> str:
-    """
-    Names what was computed from a model: by the settings that matter, its config, and of each weight file the size and
-    the first megabyte.
-    """
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    folder = model_folder(name)
-    for path in sorted([*folder.glob("config.json"), *folder.glob("model*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-    return digest.hexdigest()[:12]
 
 
 def knows_world(model: nn.Module) -> bool:

@@ -427,10 +427,10 @@ def refuse_unbuilt(hf: dict, architectures: tuple[str, ...]) -> None:
 
 
 def read_windows(hf: dict, name: str) -> tuple[int | None, ...]:
-    """By layer, how many keys a query sees; empty where all layers see all. Mistral states one window for all layers."""
+    """By layer, how many keys a query sees, None where it sees all; empty where all layers see all."""
     n_layers = hf["num_hidden_layers"]
     window = hf.get("sliding_window")
-    if not name.startswith("Qwen"):
+    if not name.startswith("Qwen"):  # Mistral states one window for all layers
         return (window,) * n_layers if window else ()
     # Qwen states a window that only some layers use, and only when told to
     slides_from = hf.get("max_window_layers", n_layers) if hf.get("use_sliding_window") else n_layers

@@ -14,7 +14,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     find_model,
     gray,
     green,
-    model_folder,
     pick_device,
     purple,
     save_results,
@@ -23,7 +22,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import bar, imshow, label_tokens, line, show
 from hooks import device_of, is_streamed
-from weights import about_bos, answer_token, encode, open_model, token_text
+from weights import about_bos, answer_token, encode, model_key, open_model, token_text
 from data import Corpus, load_corpus
 from launch import flags
 from anatomy import layer_writes, logit_parts, parts_error
@@ -37,7 +36,6 @@ from lens import (
     judge_lenses,
     knows_world,
     milestones,
-    model_key,
     read,
     require_exact_lens,
     slug,
@@ -57,11 +55,11 @@ TUNED_TOKENS = 64  # per row that the tuned lens is trained and judged on
 
 
 #%% The text of the tuned lens: what the model was trained on, where that is known
-def tuned_lens_corpus(model: nn.Module, name: str) -> Corpus:
+def tuned_lens_corpus(model: nn.Module, name: str, bos: bool | None) -> Corpus:
     """The world where the model learned it, else the standard library in the model's own tokens."""
     if knows_world(model):
         return load_world()
-    return load_corpus(tokenizer=str(model_folder(name)))
+    return load_corpus(tokenizer=name, bos=bos)
 
 
 def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int, split: str) -> Tensor:
@@ -84,6 +82,7 @@ def says_layer(layer: float, n_layers: int) -> str:
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     prompt: str = "Everyone knows that the capital of Japan is"
     answer: str | None = None  # the token to follow after the prompt; default what the model says
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
@@ -107,7 +106,7 @@ if __name__ == "__main__":
 
 #%% The model, the prompt as it reads it, and the gate: the last layer's lens is the model's own output everywhere
 if __name__ == "__main__":
-    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
+    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
     n_layers = model.cfg.n_layers
     row = encode(model, cfg.prompt)
@@ -178,8 +177,8 @@ if __name__ == "__main__":
     else:
         folder = find_model(cfg.model)
         world = knows_world(model)
-        corpus = tuned_lens_corpus(model, folder)
-        key = model_key(folder, [cfg.dtype, cfg.seed, TUNED_TOKENS])
+        corpus = tuned_lens_corpus(model, folder, cfg.bos)
+        key = model_key(folder, [str(model.W_U.dtype), cfg.bos, cfg.seed, TUNED_TOKENS, corpus.key])
         translators = tuned_lens(
             model,
             lambda step: draw_rows(corpus, world, (cfg.seed, step), 16, "train"),

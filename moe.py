@@ -1,10 +1,11 @@
 """
-A mixture of experts with every router and expert open to hooks and edits: Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, equal
-to Hugging Face's; and which expert takes which token. The method is SparseMoE.route and .forward, its plain form
-dense_moe; the story begins at Settings.
+A mixture of experts with every router and expert open to hooks and edits, and which expert takes which token.
+Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, equal to Hugging Face's.
+The method is SparseMoE.route and .forward, its plain form dense_moe; the story begins at Settings.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,14 +98,28 @@ class MoEConfig(LlamaConfig):
 
 
 #%% The layer: router logits -> top k -> each expert runs on its own tokens -> weighted sum
-# its hooks hold (token, d_expert): the tokens routed to it, in the order of batch and position; no row where none comes
+# An expert's hooks hold (token, d_expert): the tokens routed to it, in the order of batch and position, no row where
+# none comes.
 ExpertFFN = SwiGLU
+
+
+def router_probs(router_logits: Tensor) -> Tensor:
+    """(..., expert) probabilities of router logits (..., expert), in float32 whatever the model's dtype."""
+    return router_logits.softmax(-1, dtype=t.float32)
+
+
+def choose_experts(probs: Tensor, top_k: int) -> Tensor:
+    """(..., k) the most probable experts of probs (..., expert), best first."""
+    return probs.topk(top_k).indices
 
 
 class SparseMoE(nn.Module):
     """
-    hook_router_logits (batch, pos, expert), hook_expert_indices and _weights (batch, pos, k). Edited logits are ranked
-    anew; edited indices take the router's probabilities of the new choice (k may change); edited weights stand.
+    What the hooks hold, and what an edit of each does:
+    hook_router_logits (batch, pos, expert): the experts are ranked anew;
+    hook_expert_indices (batch, pos, k): the new choice is weighted by the router's probabilities of it (k may change);
+    hook_expert_weights (batch, pos, k): they stand as they are given;
+    hook_shared_gate (batch, pos, 1), of Qwen2-MoE alone: the shared expert's output is multiplied with it.
     """
 
     def __init__(self, cfg: MoEConfig):
@@ -123,18 +138,22 @@ class SparseMoE(nn.Module):
             self.hook_shared_gate = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (batch, pos, d_model), as below: B batch, P pos, N = B * P tokens, D d_model, E experts, K choices a token."""
+        """
+        What the layer adds to the stream, (batch, pos, d_model) as x.
+        Shapes below: B batch, P pos, N = B * P tokens, D d_model, E experts, K choices of a token.
+        """
         indices, weights = self.route(x)  # (B, P, K) both
         k = indices.shape[-1]
         tokens = x.flatten(0, 1)  # (N, D)
         choices = indices.flatten()  # (N * K): choice c is one of the k of token c // k
         load = choices.bincount(minlength=len(self.experts)).tolist()  # (E): choices that fall on each expert
         by_expert = choices.argsort(stable=True).split(load)  # E groups of choices, in the order of the tokens
-        out = t.zeros_like(x).flatten(0, 1)  # (N, D)
-        for expert, mine in zip(self.experts, by_expert, strict=True):
-            here = mine // k  # the tokens of this expert
-            written = expert(tokens[here]) * weights.flatten()[mine, None]  # (tokens here, D)
-            out.index_add_(0, here, written.to(out.dtype))
+        out = t.zeros_like(tokens)  # (N, D)
+        for expert, its_choices in zip(self.experts, by_expert, strict=True):
+            its_tokens = its_choices // k
+            its_weights = weights.flatten()[its_choices, None]  # (its tokens, 1)
+            written = expert(tokens[its_tokens]) * its_weights  # (its tokens, D)
+            out.index_add_(0, its_tokens, written.to(out.dtype))
         out = out.view_as(x)  # (B, P, D)
         if self.has_shared:
             gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())  # (B, P, 1)
@@ -144,8 +163,8 @@ class SparseMoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of each token and their weights, (batch, pos, k) both."""
         router_logits = self.hook_router_logits(self.router(x))  # (batch, pos, expert)
-        probs = router_logits.softmax(-1, dtype=t.float32)
-        indices = self.hook_expert_indices(probs.topk(self.top_k).indices)
+        probs = router_probs(router_logits)
+        indices = self.hook_expert_indices(choose_experts(probs, self.top_k))
         weights = probs.gather(-1, indices)
         if self.norm_topk:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -154,8 +173,8 @@ class SparseMoE(nn.Module):
 
 def dense_moe(layer: SparseMoE, x: Tensor) -> Tensor:
     """
-    The plain form of SparseMoE.forward, x (batch, pos, d_model): every expert runs on every token, and the sum is
-    weighted by zero where an expert was not chosen (Shazeer et al. 2017, eq. 2).
+    The plain form of SparseMoE.forward: (batch, pos, d_model) of x (batch, pos, d_model).
+    Every expert runs on every token, weighted by zero where it was not chosen (Shazeer et al. 2017, eq. 2).
     """
     indices, chosen_weights = layer.route(x)
     weights = x.new_zeros(*x.shape[:-1], len(layer.experts))  # (batch, pos, expert)
@@ -169,24 +188,27 @@ def dense_moe(layer: SparseMoE, x: Tensor) -> Tensor:
 
 def load_balancing_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
     """
-    n_experts * sum over experts of (choices per token) * (mean probability), layers (batch, pos, expert) pooled; top_k
-    where balanced (Switch Transformer, eq. 4-6).
+    n_experts * sum over experts of (choices per token) * (mean probability): top_k where the experts are used evenly
+    (Switch Transformer, eq. 4-6).
+    router_logits: one (batch, pos, expert) a layer; the tokens of all layers are pooled.
     """
     pooled = t.cat([logits.flatten(0, -2) for logits in router_logits])  # (token, expert)
     n_experts = pooled.shape[-1]
-    probs = pooled.softmax(-1, dtype=t.float32)
-    choices = F.one_hot(probs.topk(top_k).indices, n_experts).sum(1).float()  # (token, expert)
+    probs = router_probs(pooled)
+    chosen = choose_experts(probs, top_k)  # (token, k)
+    choices = F.one_hot(chosen, n_experts).sum(1).float()  # (token, expert): 1 where chosen
     return n_experts * (choices.mean(0) * probs.mean(0)).sum()
 
 
 def moe_loss(model: nn.Module, tokens: Tensor, cfg: MoEConfig) -> Tensor:
     """
-    Next-token loss in nats + aux_coef * load-balancing loss, layer by layer: pooled as in transformers, an expert idle
-    in one layer is made up for by its namesake in another.
+    () next-token loss in nats + aux_coef * the mean over layers of the load-balancing loss.
+    Each layer is balanced by itself: where layers are pooled, as in transformers, an expert idle in one is made up for
+    by its namesake in another.
     """
     logits, cache = run_with_cache(model, tokens, "*.hook_router_logits", detach=False)
-    balance = t.stack([load_balancing_loss([router_logits], cfg.top_k) for router_logits in cache.values()]).mean()
-    return next_token_loss(logits, tokens) + cfg.aux_coef * balance
+    by_layer = [load_balancing_loss([router_logits], cfg.top_k) for router_logits in cache.values()]
+    return next_token_loss(logits, tokens) + cfg.aux_coef * t.stack(by_layer).mean()
 
 
 #%% The model: Llama with experts
@@ -228,9 +250,9 @@ class MoE(Llama):
             fail(f"tensor {name} of shape {tuple(x.shape)} has no place in {self.cfg.architecture}")
         parts = STACKED[kind]
         placed = {}
-        for i, expert in enumerate(x):
-            for part, piece in zip(parts, expert.chunk(len(parts))):
-                placed |= super().place(f"{room}.{i}.{part}.weight", piece)
+        for expert, its_weights in enumerate(x):
+            for part, piece in zip(parts, its_weights.chunk(len(parts))):
+                placed |= super().place(f"{room}.{expert}.{part}.weight", piece)
         return placed
 
 
@@ -316,9 +338,10 @@ def specialisation(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    I(expert; label [| given]) in bits: observed, and of shuffled labels (of whole rows by_row, for labels that rows
-    have in common) the mean, which a finite sample gives by itself, and the 99th percentile.
-    choices (row, pos, k), labels and given (row, pos).
+    How many bits the choice of expert tells about a label, I(expert; label [| given]), beside what chance gives:
+    {'observed', 'mean' and 'bar' of shuffled labels: what a finite sample gives by itself, and its 99th percentile}.
+    choices (row, pos, k); labels and given (row, pos).
+    by_row: whole rows are shuffled, for labels that all tokens of a row share.
     """
     rng = np.random.default_rng(seed)
     flat = choices.reshape(-1, choices.shape[-1])
@@ -326,16 +349,22 @@ def specialisation(
     condition = np.zeros_like(labels) if given is None else given
     base = bits(flat, condition.ravel(), n_experts)
 
-    def measure(x: np.ndarray) -> float:
-        return bits(flat, (condition * n_labels + x).ravel(), n_experts) - base
+    def measure(label: np.ndarray) -> float:
+        """I(expert; label | condition) = I(expert; condition and label) - I(expert; condition)."""
+        both = condition * n_labels + label
+        return bits(flat, both.ravel(), n_experts) - base
 
     def shuffled() -> np.ndarray:
         if by_row:
             return rng.permutation(labels)
         return rng.permutation(labels.ravel()).reshape(labels.shape)
 
-    null = [measure(shuffled()) for _ in range(shuffles)]
-    return {"observed": measure(labels), "mean": float(np.mean(null)), "bar": float(np.quantile(null, 0.99))}
+    by_chance = [measure(shuffled()) for draw in range(shuffles)]
+    return {
+        "observed": measure(labels),
+        "mean": float(np.mean(by_chance)),
+        "bar": float(np.quantile(by_chance, 0.99)),
+    }
 
 
 @t.no_grad()
@@ -451,8 +480,8 @@ def starred(name: str) -> str:
 
 def name_table(model: MoE, name: str) -> list[list]:
     """
-    For each kind of tensor: its name and ours with * for numbers, shape, dtype, how many, least and greatest norm.
-    Every tensor must have its place.
+    A row for each kind of tensor: [its name, ours (both with * for numbers), shape, dtype, how many, least norm,
+    greatest norm]. Every tensor must have its place.
     """
     norms_by_kind: dict[tuple, list[float]] = {}
     found = {"unembed.weight"} if model.cfg.tied else set()
@@ -492,8 +521,8 @@ if __name__ == "__main__" and cfg.model:
     if need > 0.8 * memory:
         save_results("moe", cfg, **numbers)
         print(
-            f"{yellow}{need / 1e9:.0f} GB of weights do not fit into {memory / 1e9:.0f} GB of memory: names, shapes and "
-            f"norms only{endc}"
+            f"{yellow}{need / 1e9:.0f} GB of weights do not fit into {memory / 1e9:.0f} GB of memory: "
+            f"names, shapes and norms only{endc}"
         )
         raise SystemExit
     corpus = load_corpus(cfg.data, tokenizer=folder)
@@ -531,18 +560,19 @@ if __name__ == "__main__":
     sources = list(corpus.heldout)
     rng = np.random.default_rng(10**6)
     by_source = []
-    for one in sources:
-        only = {part: float(part == one) for part in sources}
+    for source_name in sources:
+        only = {part: float(part == source_name) for part in sources}
         by_source.append(corpus.rows(rng, cfg.rows, context, "heldout", only))
     rows = t.from_numpy(np.concatenate(by_source)).to(device)
     row_source = np.repeat(np.arange(len(sources)), cfg.rows)
     untrained = routing(model, rows)
-    experts = [f"E{e}" for e in range(shape.n_experts)]
+    experts = [f"E{expert}" for expert in range(shape.n_experts)]
     layers = [f"L{layer}" for layer in model.sparse]
     about = f"{shape.n_layers}-layer {shape.family}, {shape.n_experts} experts, top {shape.top_k}"
-    # where there are many layers: those that figures show, and those that tables show and that are worked on
+    # Of the sparse layers, as indices into model.sparse and layers: the 8 at most that figures show, and the 4 at most
+    # of them that tables show and whose experts are changed
     panels = sorted({int(i) for i in np.linspace(0, len(layers) - 1, 8)})
-    few = panels[:: -(-len(panels) // 4)]
+    few = panels[:: math.ceil(len(panels) / 4)]
 
 #%% Training, its load watched
 if __name__ == "__main__" and not cfg.model:
@@ -554,7 +584,7 @@ if __name__ == "__main__" and not cfg.model:
 
     def watch_load(step: int) -> dict[str, float]:
         load = load_of(routing(model, rows[::4]), shape.n_experts)
-        return {layers[i] + experts[e]: float(share) for (i, e), share in np.ndenumerate(load)}
+        return {layers[i] + experts[expert]: float(share) for (i, expert), share in np.ndenumerate(load)}
 
     def loss(forward: nn.Module, tokens: Tensor) -> Tensor:
         return moe_loss(forward, tokens, shape)
@@ -579,7 +609,7 @@ if __name__ == "__main__" and not cfg.model:
         f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder} for transformers{endc}"
     )
 
-#%% Gates: the output is the weighted sum of all experts with zeros for those not chosen (whatever the rule that chose them)
+#%% Gates: the output is the weighted sum of all experts, zero for those not chosen, whatever the rule that chose them
 if __name__ == "__main__":
     some = rows[:: max(1, len(rows) // 4)][:4]
     with t.no_grad():
@@ -737,11 +767,11 @@ if __name__ == "__main__":
     seen = np.bincount(ids.ravel(), minlength=len(names))
     preferred = []
     for i in sorted({few[0], few[-1]}):
-        for e in load[i].argsort()[::-1][:8]:
-            share = first_choice_share(chosen[i, ..., 0], ids, e, len(names))
+        for expert in load[i].argsort()[::-1][:8]:
+            share = first_choice_share(chosen[i, ..., 0], ids, expert, len(names))
             best = np.lexsort((-seen, -share))[:10]
-            words = "  ".join(f"{visible(names[j])} {share[j]:.2f}" for j in best)
-            preferred.append([layers[i], experts[e], load[i, e], words])
+            words = "  ".join(f"{visible(names[token])} {share[token]:.2f}" for token in best)
+            preferred.append([layers[i], experts[expert], load[i, expert], words])
     first_choices = "tokens with this first choice: share of their occurrences (seen 20 times or more)"
     headers = ["layer", "expert", "load", first_choices]
     print(tabulate(preferred, headers=headers, floatfmt=".2f"))
@@ -773,17 +803,18 @@ if __name__ == "__main__":
 
     def of_prompt(part: str) -> Tensor:
         """(layer, pos, expert or k)"""
-        return t.stack([cache[f"blocks.{layer}.mlp.hook_{part}"][0].float().cpu() for layer in model.sparse])
+        by_layer = [cache[f"blocks.{layer}.mlp.hook_{part}"][0] for layer in model.sparse]
+        return t.stack(by_layer).float().cpu()
 
-    router_probs = of_prompt("router_logits").softmax(-1)
+    prompt_probs = router_probs(of_prompt("router_logits"))
     prompt_experts = of_prompt("expert_indices")
     prompt_weights = of_prompt("expert_weights")
     said = str_tokens(corpus.tokenizer, prompt[0])
     table = []
-    for i, token in enumerate(said[:24]):
-        row = [f"{i} {visible(token)}"]
-        for layer in few:
-            choices = zip(prompt_experts[layer, i].tolist(), prompt_weights[layer, i].tolist())
+    for position, token in enumerate(said[:24]):
+        row = [f"{position} {visible(token)}"]
+        for i in few:
+            choices = zip(prompt_experts[i, position].tolist(), prompt_weights[i, position].tolist())
             row.append(" ".join(f"E{expert:.0f}:{weight:.2f}" for expert, weight in choices))
         table.append(row)
     print(tabulate(table, headers=["token", *(f"{layers[i]}: experts and weights" for i in few)]))
@@ -791,11 +822,11 @@ if __name__ == "__main__":
 #%% ... as maps of experts and tokens
 if __name__ == "__main__":
     hover = np.full((len(panels), shape.n_experts, len(said)), "", dtype=object)
-    for panel, layer in enumerate(panels):
-        for i in range(len(said)):
-            hover[panel, prompt_experts[layer, i].int().tolist(), i] = "chosen"
+    for panel, i in enumerate(panels):
+        for position in range(len(said)):
+            hover[panel, prompt_experts[i, position].int().tolist(), position] = "chosen"
     fig = imshow(
-        router_probs[panels].transpose(1, 2),
+        prompt_probs[panels].transpose(1, 2),
         f"Router probabilities on {cfg.prompt[:60]!r} ({about})",
         xlabel="token",
         ylabel="expert",
@@ -834,13 +865,13 @@ if __name__ == "__main__":
             enter = {"start_at_layer": layer, "resid": model(rows, stop_at_layer=layer)}
         at_random = token_losses(model, rows, [scatter(layer, shape.n_experts)], **enter)
         scattered[layers[i]] = (at_random - clean).mean().item()
-        for e in sorted(load[i].argsort()[::-1][:8].tolist()):
-            own = t.from_numpy((picked[i] == e).any(-1)[:, :-1]).to(device)
-            effects[layers[i] + experts[e]] = {}
-            for name, change in CHANGES.items():
-                added = token_losses(model, rows, [change(layer, e)], **enter) - clean
-                row = [*mean_by_source(added, row_source), added[own].mean().item(), added.mean().item()]
-                effects[layers[i] + experts[e]][name] = row
+        for expert in sorted(load[i].argsort()[::-1][:8].tolist()):
+            name = layers[i] + experts[expert]
+            own = t.from_numpy((picked[i] == expert).any(-1)[:, :-1]).to(device)
+            effects[name] = {}
+            for way, change in CHANGES.items():
+                added = token_losses(model, rows, [change(layer, expert)], **enter) - clean
+                effects[name][way] = [*mean_by_source(added, row_source), added[own].mean().item(), added.mean().item()]
     table = []
     for name, effect in effects.items():
         table.append([name, *(f"{nats:+.3f}" for way in WAYS for nats in effect[way])])
@@ -885,8 +916,8 @@ if __name__ == "__main__":
     )
     most = np.log2(shape.n_experts / shape.top_k)
     conclusion = (
-        f"of {most:.2f} bits at most, the choice of expert tells {told['token'][0]:.2f} about the token in {layers[0]}, "
-        f"{told['token'][-1]:.2f} in {layers[-1]}"
+        f"of {most:.2f} bits at most, the choice of expert tells {told['token'][0]:.2f} about the token "
+        f"in {layers[0]}, {told['token'][-1]:.2f} in {layers[-1]}"
     )
     if "source" in found:
         by_layer = zip(layers, found["source given token"])

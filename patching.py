@@ -56,6 +56,7 @@ from tabulate import tabulate
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = "ioi"
     clean: str | None = None  # a prompt of your own, with --corrupt, --answer and --wrong
     corrupt: str | None = None
@@ -77,7 +78,7 @@ class Config:
     device: str = "auto"
 
 
-cfg = flags(Config, __doc__, hpc=Config(model="gpt2", n=256, held_out=500, memory_gb=24.0))
+cfg = flags(Config, __doc__, hpc=Config(model="gpt2", bos=True, n=256, held_out=500, memory_gb=24.0))
 device = pick_device(cfg.device)
 set_seed(cfg.seed)
 
@@ -87,7 +88,7 @@ def texts(ids: t.Tensor) -> list[str]:
     return [token_text(model, int(i)) for i in ids]
 
 
-model = open_model(cfg.model, (Llama,), device, offload=cfg.offload).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
 streamed = is_streamed(model)
 if not streamed:
@@ -340,7 +341,7 @@ if task == "capitals":
 
 #%% What is needed: every head and MLP taken away in four ways, with the effect on the answer and on the loss over text
 print(f"{purple}=== Ablations ==={endc}")
-data, corpus = corpus_for(cfg.data, cfg.model)
+data, corpus = corpus_for(cfg.data, cfg.model, cfg.bos)
 rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
 parts = {}
 for layer in range(n_layers):

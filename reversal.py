@@ -19,6 +19,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     gray,
     green,
     pick_device,
+    pick_dtype,
     purple,
     save_results,
     set_seed,
@@ -27,7 +28,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import bar, line, show, visible
-from weights import about_bos, encode, open_model
+from weights import about_bos, encode, model_key, open_model
 from launch import flags
 from world import FACTS, Prompt, fact_prompts, read_countries
 from lens import (
@@ -37,7 +38,6 @@ from lens import (
     first_layer,
     knows_world,
     milestones,
-    model_key,
     read,
     require_exact_lens,
     slug,
@@ -299,8 +299,9 @@ KEYS = ("semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error
 
 def run_key(name: str, cfg: "Config") -> str:
     """Names an analysis by its settings and by the model's files."""
-    fields = ("norm", "dtype", "countries", "forms", "copy_threshold", "top", "draws", "seed")
-    return model_key(name, [getattr(cfg, field) for field in fields])
+    fields = ("norm", "bos", "countries", "forms", "copy_threshold", "top", "draws", "seed")
+    dtype = pick_dtype(pick_device(cfg.device), cfg.dtype)  # auto is another one on another device
+    return model_key(name, [str(dtype), *(getattr(cfg, field) for field in fields)])
 
 
 def finished_before(path: Path, key: str) -> dict | None:
@@ -332,7 +333,7 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
         if done:
             print(f"{yellow}{slug(name)}: finished before under these settings, read from {path}{endc}")
             return done
-        model = open_model(name, (Llama,), cfg.device, cfg.dtype, cfg.offload)
+        model = open_model(name, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     known = knows_world(model)
     countries = choose_countries(cfg)
     questions = make_questions(model, countries, cfg.forms, known)
@@ -512,6 +513,7 @@ def comparison_figure(studies: list[dict]) -> go.Figure:
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     models: tuple[str, ...] = ()  # analyse these one after the other, skip what is finished, and compare them
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
@@ -559,7 +561,7 @@ if __name__ == "__main__" and cfg.models:
 
 #%% All questions to one model: capitals forward and reversed, with and without filler, each beside a control country
 if __name__ == "__main__":
-    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload)
+    model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
     print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
     study = analyse(cfg.model, cfg, model)

@@ -29,7 +29,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import array, visible
 from hooks import find_hooks, hook_points, in_batches, run_with_hooks
-from weights import text_tokenizer
+from weights import choose_bos, hash_of_model, text_tokenizer
 from data import Corpus, str_tokens
 from train import start_wandb
 from anatomy import folded_W_U, harvest
@@ -180,6 +180,7 @@ class SAEConfig:
     context: int = 64  # tokens per row, unless the SAE's metadata says otherwise
     # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
     data: str | None = None
+    bos: bool | None = None  # a beginning-of-text token first; default as the SAE or the model's own tokenizer says
     heldout: int = 200_000  # tokens that the SAE is judged and read on
     min_recovered: float = 0.5  # gate: no feature is read below this share of cross-entropy recovered,
     max_fvu: float = 0.5  # or above this fraction of variance unexplained
@@ -189,6 +190,7 @@ class SAEConfig:
 
 GPT2_PRESET = {  # for --hpc
     "model": "gpt2",
+    "bos": True,
     "hook": "blocks.8.hook_resid_pre",
     "d_sae": 24_576,
     "sparsity": 32.0,
@@ -360,7 +362,13 @@ def as_saelens(own: OwnSAE, scale: Tensor, metadata: dict, device: str):
 
 
 def fingerprint(model: nn.Module) -> str:
-    return hashlib.sha256(array(model.W_U[:, :256]).tobytes()).hexdigest()[:10]
+    """Of the files of a model, or of the weights of one that has none."""
+    if hasattr(model, "folder"):
+        return hash_of_model(model.folder)
+    digest = hashlib.sha256()
+    for _, weight in sorted(model.state_dict().items()):
+        digest.update(array(weight.float()).tobytes())
+    return digest.hexdigest()[:12]
 
 
 IDENTITY = ("architecture", "sparsity", "d_sae", "steps", "batch", "lr", "buffer", "dead_window", "seed")
@@ -381,7 +389,7 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
     metadata = {
         "model_name": name,
         "hook_name": cfg.hook,
-        "prepend_bos": True,
+        "prepend_bos": corpus.bos is not None,
         "context_size": cfg.context,
         "weights": fingerprint(model),
         "data": corpus.key,
@@ -568,11 +576,15 @@ def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject
         name = cfg.model or "models/world"
         model = load_model(find_folder(name), ours, device)
     model.requires_grad_(False)
-    corpus = text_for(model, name, cfg.data)
+    asked = cfg.bos
+    if asked is None and (cfg.sae or cfg.release):
+        asked = sae.cfg.metadata.prepend_bos  # as it was trained
+    choose_bos(model, asked)
+    corpus = text_for(model, name, cfg.data, asked)
     if not (cfg.sae or cfg.release):
         sae = fit_sae(model, cfg, corpus, name, device)
     meta = sae.cfg.metadata
-    bos = [corpus.bos] if meta.prepend_bos in (None, True) else []
+    bos = [] if corpus.bos is None or asked is False else [corpus.bos]
     rows = heldout_rows(corpus, cfg.heldout, meta.context_size or cfg.context, bool(bos), cfg.seed).to(device)
     check_fit(model, meta.hook_name, sae.cfg.d_in, rows[:1])
     kind = meta.training_architecture or sae.cfg.architecture()
@@ -580,8 +592,8 @@ def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject
     return Subject(model, name, sae, meta.hook_name, corpus, text_tokenizer(model), rows, bos, about)
 
 
-def text_for(model: nn.Module, name: str, data: str | None) -> Corpus:
-    _, corpus = corpus_for(data, name)
+def text_for(model: nn.Module, name: str, data: str | None, bos: bool | None) -> Corpus:
+    _, corpus = corpus_for(data, name, bos)
     if corpus.d_vocab > model.W_U.shape[1]:
         fail(
             f"the text has {corpus.d_vocab} kinds of tokens, the model {model.W_U.shape[1]}: "
@@ -592,8 +604,8 @@ def text_for(model: nn.Module, name: str, data: str | None) -> Corpus:
 
 def heldout_rows(corpus: Corpus, tokens: int, context: int, with_bos: bool, seed: int) -> Tensor:
     """Rows (row, context) with at least `tokens` tokens of text."""
-    if with_bos:
-        n_rows = math.ceil(tokens / (context - 1))
+    if with_bos or corpus.bos is None:
+        n_rows = math.ceil(tokens / (context - with_bos))
         return judging_rows(corpus, n_rows, context, seed)
     n_rows = math.ceil(tokens / context)
     return judging_rows(corpus, n_rows, context + 1, seed)[:, 1:]

@@ -163,7 +163,7 @@ class Block(nn.Module):
 
 #%% The model: embedding + positions, the blocks, a last norm, unembedding
 def sinusoids(n_ctx: int, d_model: int) -> Tensor:
-    """(pos, d_model): sin in even, cos in odd dimensions, wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017)."""
+    """(pos, d_model): sin in even, cos in odd dimensions, wavelengths 2 pi to 10000 * 2 pi (Vaswani et al. 2017)."""
     angle = t.arange(n_ctx)[:, None] / 10000 ** (t.arange(0, d_model, 2) / d_model)  # (pos, d_model / 2)
     return t.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]
 
@@ -504,7 +504,7 @@ if __name__ == "__main__":
     print(f"{gray}{', '.join(outside)}{' (tied: W_U too)' * model.cfg.tied}{endc}")
     numbers |= {"n_params": n_params, "heldout_loss": loss.item(), "gradient_norms": grads}
 
-#%% Gates: hooks change nothing, attention sums to one, parts sum to the logit, folding keeps log-probabilities, integrated gradients are complete
+#%% Gates: hooks change nothing; attention, the parts of a logit and integrated gradients are complete; folding is exact
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
     folded = fold_norm(model)

@@ -413,7 +413,10 @@ def in_queue(job: str) -> str:
 
 
 def give_way(number: int, rank: int, at: str) -> NoReturn:
-    """The checkpoint is written. A preempted job requeues itself, a cancelled one is no longer RUNNING and just ends."""
+    """
+    Ends the process once its checkpoint is written.
+    A preempted job requeues itself, a cancelled one is no longer RUNNING and just ends.
+    """
     job = slurm_id()
     requeue = rank == 0 and job is not None and in_queue(job).startswith("RUNNING")
     then = f"job {job} goes back to the queue" if requeue else "go on with --resume"

@@ -26,6 +26,7 @@ from anatomy import head_scores, repeated_tokens
 from data import (
     Corpus,
     load_corpus,
+    load_tokenizer,
     read_stdlib,
     repeat_snippets,
     stdlib_documents,
@@ -719,17 +720,20 @@ def judging_rows(corpus: Corpus, n: int, context: int, seed: int) -> Tensor:
     return t.from_numpy(corpus.rows(rng, n, context, "heldout"))
 
 
-def corpus_for(data: str | None, model: str) -> tuple[str, Corpus | World]:
+def corpus_for(data: str | None, model: str, bos: bool | None = None) -> tuple[str, Corpus | World]:
     """
     (name of the text, the text) that a model is judged on: as asked for, else the world for models/world and the
-    standard library for others.
+    standard library for others. bos (--bos, --no-bos): see load_corpus; the world's sentences always begin with it.
     """
     folder = find_folder(model)
     if not data:
         data = "world" if folder == find_folder(str(WORLD)) else "stdlib"
-    if data == "world":
-        return data, load_world()
-    return data, load_corpus(data, tokenizer=folder)
+    if data != "world":
+        return data, load_corpus(data, tokenizer=folder, bos=bos)
+    world = load_world()
+    if load_tokenizer(folder).get_vocab() != world.tokenizer.get_vocab():
+        fail(f"--data world is for models that read with its tokenizer; {model} has another")
+    return data, world
 
 
 #%% Concepts with known labels: every token of world sentences, what it is, and the entity whose split it belongs to

@@ -85,7 +85,7 @@ class Config(TrainConfig):
     save_every: int = 0  # steps between checkpoints; 0 writes none
 
 
-#%% The text as counts[x, y]: how often y comes right after x, documents joined by their beginning-of-text token included
+#%% The text as counts[x, y]: how often y comes right after x, across the beginning-of-text that joins documents too
 def bigram_counts(streams: Iterable[np.ndarray], d_vocab: int) -> csr_matrix:
     x, y = bigrams(streams).T
     return coo_matrix((np.ones(len(x)), (x, y)), (d_vocab, d_vocab)).tocsr()
@@ -200,7 +200,10 @@ def fit(
     watch: Callable[[nn.Module], dict] | None = None,
     watch_every: int = 50,
 ) -> tuple[ZeroLayer, dict]:
-    """A model of width cfg.d_model, and the history of its training. Above DENSE tokens the logits do not fit at once."""
+    """
+    A model of width cfg.d_model, and the history of its training.
+    Above a vocabulary of DENSE tokens the logits of all do not fit at once, and rows are drawn.
+    """
     set_seed(cfg.seed)
     d_vocab = counts.shape[0]
     if cfg.fit == "tokens":

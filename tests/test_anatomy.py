@@ -1,4 +1,7 @@
-"""What reads a hooked model without changing it: scores, attribution, catalogues, folding and norm-based maps, held against planted heads, loops and plain forms."""
+"""
+What reads a hooked model without changing it: scores, attribution, catalogues, folding and norm-based maps, held
+against planted heads, loops and plain forms.
+"""
 
 import pytest
 import torch as t
@@ -61,7 +64,7 @@ def test_the_plain_attribution_and_the_parts_agree(make, position):
 # %% Head scores
 def test_head_scores_read_the_right_stripes():
     class Fixed(nn.Module):
-        """Attends by rule: head 0 to the previous token, 1 to the token after the last copy, 2 to the copy, 3 to the first."""
+        """By rule: head 0 attends to the previous token, 1 to the token after the last copy, 2 to the copy, 3 to the first."""
 
         def __init__(self):
             super().__init__()
@@ -171,7 +174,10 @@ def test_role_targets_by_hand():
 
 @t.no_grad()
 def hand_made() -> TinyTransformer:
-    """Layer 0 by hand: head 0 attends one back by position, 1 to the first token, 2 to its own token wherever it stands; layer 1's head 0 copies what it attends to, its head 1 the opposite."""
+    """
+    Layer 0 by hand: head 0 attends one back by position, 1 to the first token, 2 to its own token wherever it stands.
+    Layer 1 by hand: head 0 copies what it attends to, head 1 does the opposite.
+    """
     n, T = 32, 48
     model = TinyTransformer(TinyConfig(2, 3, 3 * 2 * 64, 4, n, T, tied=False)).eval()
     for p in model.parameters():

@@ -63,7 +63,10 @@ def random_model(positions: str = "rotary", n_layers: int = 2, **more) -> AttnOn
 
 @pytest.fixture(scope="module")
 def induction() -> AttnOnly:
-    """By hand: L0H0 attends one back and copies that token into a second subspace; L1H0 looks there for its own token and copies what it finds. L0H1 and L1H1 do nothing."""
+    """
+    By hand: L0H0 attends one back and copies that token into a second subspace; L1H0 looks there for its own token and
+    copies what it finds. L0H1 and L1H1 do nothing.
+    """
     cfg = AttnOnlyConfig(
         n_layers=2,
         n_heads=2,
@@ -132,7 +135,10 @@ def test_path_patching_finds_the_key_path(induction, repeats):
 
 
 def one_path_patched(model: AttnOnly, clean: Tensor, corrupt: Tensor, sender: int, room: str, receiver: int) -> Tensor:
-    """Logits of the clean rows when one head's q, k or v input alone hears the sender's corrupt output: whole runs, one path at a time."""
+    """
+    Logits of the clean rows when one head's q, k or v input alone hears the sender's corrupt output.
+    Whole runs, one path at a time.
+    """
     _, corrupt_cache = run_with_cache(model, corrupt, act_name("z", 0))
     found = {}
 
@@ -173,9 +179,8 @@ def test_path_patching_equals_whole_runs_one_path_at_a_time(positions, norm, bia
 
 def test_k_composition_stands_out(induction):
     scores, random, std = composition_scores(induction)
-    assert scores["K"][0, 0].item() == pytest.approx(
-        1 / math.sqrt(V), rel=1e-4
-    )  # two projections onto the same V directions
+    of_equal_projections = 1 / math.sqrt(V)  # two projections onto the same V directions
+    assert scores["K"][0, 0].item() == pytest.approx(of_equal_projections, rel=1e-4)
     assert scores["Q"][0, 0].item() == 0
     assert scores["V"][0, 0].item() == 0
     assert 0 < std < random
@@ -320,11 +325,12 @@ def test_ov_circuit_and_its_eigenvalues_match_the_dense_matrix():
 
 
 def test_composition_matches_the_dense_formula():
-    a, b, c, d = (t.randn(20, 4) for _ in range(4))
-    A, B = a @ b.mT, c @ d.mT
-    assert composition((a, b.mT), (c, d.mT)).item() == pytest.approx(
-        ((A @ B).norm() / (A.norm() * B.norm())).item(), rel=1e-4
-    )
+    early = (t.randn(20, 4), t.randn(4, 20))
+    late = (t.randn(20, 4), t.randn(4, 20))
+    A = early[0] @ early[1]
+    B = late[0] @ late[1]
+    dense = (A @ B).norm() / (A.norm() * B.norm())
+    assert composition(early, late).item() == pytest.approx(dense.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -343,7 +349,7 @@ def test_norm_based_analysis_matches_loops(layer):
         moved = t.zeros_like(x)  # (key, d_model)
         for j in range(6):
             for h in range(3):
-                moved[j] += pattern[h, i, j] * v[j, h] @ W_O[h]
+                moved[j] += pattern[h, i, j] * (v[j, h] @ W_O[h])
         moved[i] += x[i]
         t.testing.assert_close(moved.sum(0), after[i], atol=1e-4, rtol=1e-4)
         t.testing.assert_close(out["block"][i], moved.norm(dim=1), atol=1e-4, rtol=1e-4)
@@ -491,12 +497,8 @@ def test_nothing_is_said_of_a_control_that_was_not_trained(run, workdir, flags):
 
 
 def test_a_model_that_is_opened_has_no_control(run, workdir):
-    text = (
-        "--data",
-        str(ROOT / "README.md"),
-        "--vocab",
-        "300",
-    )  # a tokenizer of its own reads the text again: a short one
+    # a tokenizer of its own reads the text again: a short one
+    text = ("--data", str(ROOT / "README.md"), "--vocab", "300")
     numbers_of(run, workdir, "--no-control", *text)
     numbers, said = numbers_of(run, workdir, "--model", "checkpoints/attn_only/2_layers", *text)
     assert not any(words in said for words in CONTROL_SAID)

@@ -1,4 +1,7 @@
-"""The shared layers against formulas in loops: the loss, the norm, rotary positions, and attention in all the ways it is computed."""
+"""
+The shared layers against formulas in loops: the loss, the norm, rotary positions, and attention in all the ways it is
+computed.
+"""
 
 import math
 

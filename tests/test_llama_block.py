@@ -65,12 +65,16 @@ def test_both_directions_round_trip(variant, tmp_path):
     ours = Llama.from_hf(hf, train_bpe(["a b c"], 260))
     ours.to_hf(tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert type(again) is type(hf) and {k: v.tolist() for k, v in again.state_dict().items()} == {
-        k: v.tolist() for k, v in hf.state_dict().items()
-    }
+    assert type(again) is type(hf)
+    saved = again.state_dict()
+    wanted = hf.state_dict()
+    assert set(saved) == set(wanted)
+    assert all(t.equal(saved[name], x) for name, x in wanted.items())
     assert relative_error(again(TOKENS).logits, hf(TOKENS).logits) <= 1e-6
-    t.testing.assert_close(Llama.from_folder(str(tmp_path / "a"))(TOKENS), ours(TOKENS), atol=0, rtol=0)
-    assert Llama.from_folder(str(tmp_path / "a")).cfg == ours.cfg
+
+    back = Llama.from_folder(str(tmp_path / "a"))
+    t.testing.assert_close(back(TOKENS), ours(TOKENS), atol=0, rtol=0)
+    assert back.cfg == ours.cfg
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("a b")["input_ids"][0] == 0
     save_folder(hf, tmp_path / "b")
     t.testing.assert_close(Llama.from_folder(str(tmp_path / "b"))(TOKENS), ours(TOKENS), atol=0, rtol=0)
@@ -80,7 +84,8 @@ def test_both_directions_round_trip(variant, tmp_path):
 @t.no_grad()
 def test_every_same_named_hook_equals_the_bridge(variant, tmp_path):
     hf = make_hf(variant)
-    bridge, ours = load_model(str(save_folder(hf, tmp_path)), device="cpu"), Llama.from_hf(hf)
+    ours = Llama.from_hf(hf)
+    bridge = load_model(str(save_folder(hf, tmp_path)), device="cpu")
     bridge.set_use_attn_result(True)
     shared = [name for name in hook_points(ours) if name in hook_points(bridge)]
     _, mine = run_with_cache(ours, TOKENS, shared)
@@ -88,7 +93,11 @@ def test_every_same_named_hook_equals_the_bridge(variant, tmp_path):
     for name in shared:
         assert mine[name].shape == theirs[name].shape, name
         t.testing.assert_close(
-            mine[name].clamp(min=-1e4), theirs[name].clamp(min=-1e4), atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}"
+            mine[name].clamp(min=-1e4),  # masked scores are -inf here, the least number there
+            theirs[name].clamp(min=-1e4),
+            atol=1e-4,
+            rtol=1e-4,
+            msg=lambda said: f"{name}: {said}",
         )
     for part in (
         "hook_resid_pre",
@@ -114,55 +123,66 @@ def test_gradients_equal_hugging_face():
     hf = make_hf("Qwen3ForCausalLM")
     ours = Llama.from_hf(hf)
     for logits in (hf(TOKENS).logits, ours(TOKENS)):
-        t.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+        loss = t.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        loss.backward()
     theirs = dict(hf.named_parameters())
-    for name, p in ours.named_parameters():
-        t.testing.assert_close(p.grad, theirs[hf_name(name)].grad, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+    for name, mine in ours.named_parameters():
+        wanted = theirs[hf_name(name)].grad
+        t.testing.assert_close(mine.grad, wanted, atol=1e-5, rtol=1e-3, msg=lambda said: f"{name}: {said}")
 
 
 @t.no_grad()
 def test_bf16_stays_within_the_bf16_error():
     hf = make_hf("LlamaForCausalLM")
-    exact, ours, theirs = (
-        hf(TOKENS).logits,
-        Llama.from_hf(hf).bfloat16()(TOKENS).float(),
-        hf.bfloat16()(TOKENS).logits.float(),
-    )
+    exact = hf(TOKENS).logits
+    ours = Llama.from_hf(hf).bfloat16()(TOKENS).float()
+    theirs = hf.bfloat16()(TOKENS).logits.float()  # last: it turns hf itself into bf16
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
 
 
 @t.no_grad()
-def test_later_tokens_never_change_earlier_logits_and_the_window_hides():
+def test_later_tokens_never_change_earlier_logits():
     model = Llama.from_hf(make_hf("LlamaForCausalLM"))
     changed = TOKENS.clone()
     changed[:, 12] += 1
     t.testing.assert_close(model(TOKENS)[:, :12], model(changed)[:, :12], atol=1e-5, rtol=1e-5)
-    windowed = Llama.from_hf(make_hf("MistralForCausalLM"))
-    _, cache = run_with_cache(windowed, TOKENS, "blocks.0.attn.hook_pattern")
-    distance = t.arange(20)[:, None] - t.arange(20)
-    assert ((cache["pattern", 0] > 0) == ((distance >= 0) & (distance < 5))).all()
+
+
+@t.no_grad()
+def test_a_window_shows_the_query_and_the_keys_just_before_it():
+    model = Llama.from_hf(make_hf("MistralForCausalLM"))  # a window of 5
+    _, cache = run_with_cache(model, TOKENS, "blocks.0.attn.hook_pattern")
+    distance = t.arange(20)[:, None] - t.arange(20)  # (query, key)
+    in_window = (distance >= 0) & (distance < 5)
+    assert ((cache["pattern", 0] > 0) == in_window).all()
 
 
 @t.no_grad()
 def test_listening_changes_nothing():
     model = Llama.from_hf(make_hf("MistralForCausalLM"))
-    t.testing.assert_close(run_with_cache(model, TOKENS)[0], model(TOKENS), atol=1e-5, rtol=1e-5)
-    assert {name.split(".")[-1] for name in hook_points(model)} >= {"hook_rot_q", "hook_result", "hook_pre_linear"}
+    listened, _ = run_with_cache(model, TOKENS)
+    t.testing.assert_close(listened, model(TOKENS), atol=1e-5, rtol=1e-5)
+    kinds = {name.split(".")[-1] for name in hook_points(model)}
+    assert kinds >= {"hook_rot_q", "hook_result", "hook_pre_linear"}
 
 
 @t.no_grad()
 def test_the_middle_of_the_model_can_be_entered_and_left():
     model = Llama.from_hf(make_hf("LlamaForCausalLM"))
+    _, cache = run_with_cache(model, TOKENS, "blocks.2.hook_resid_pre")
     middle = model(TOKENS, stop_at_layer=2)
-    t.testing.assert_close(middle, run_with_cache(model, TOKENS, "blocks.2.hook_resid_pre")[1]["resid_pre", 2])
+    t.testing.assert_close(middle, cache["resid_pre", 2])
     t.testing.assert_close(model(TOKENS, start_at_layer=2, resid=middle), model(TOKENS))
 
 
 def test_rope_scores_depend_on_the_offset_alone():
     cos, sin = rope_tables(LlamaConfig(d_head=16), 50)
-    q, k = (rope(t.randn(16).expand(1, 50, 1, 16), cos, sin)[0, :, 0] for _ in "qk")
-    scores = q @ k.T
-    assert all((scores.diagonal(-o) - scores[o, 0]).abs().max() < 1e-4 for o in range(20))
+    q = rope(t.randn(16).expand(1, 50, 1, 16), cos, sin)[0, :, 0]  # one vector, at 50 positions
+    k = rope(t.randn(16).expand(1, 50, 1, 16), cos, sin)[0, :, 0]
+    scores = q @ k.T  # (query, key)
+    for offset in range(20):
+        at_this_offset = scores.diagonal(-offset)
+        assert (at_this_offset - scores[offset, 0]).abs().max() < 1e-4
 
 
 def test_rope_convention_turns_i_with_i_plus_half():
@@ -170,24 +190,23 @@ def test_rope_convention_turns_i_with_i_plus_half():
     x = t.randn(8)
     turned = rope(x.expand(1, 4, 1, 8), cos, sin)[0, 3, 0]
     for i in range(4):
-        z = complex(x[i], x[i + 4]) * complex(math.cos(3 * 100 ** (-i / 4)), math.sin(3 * 100 ** (-i / 4)))
-        assert turned[i].item() == pytest.approx(z.real, abs=1e-5) and turned[i + 4].item() == pytest.approx(
-            z.imag, abs=1e-5
-        )
+        angle = 3 * 100 ** (-i / 4)  # at position 3, of frequency base ** (-2i / d_head)
+        by_hand = complex(x[i], x[i + 4]) * complex(math.cos(angle), math.sin(angle))
+        assert turned[i].item() == pytest.approx(by_hand.real, abs=1e-5)
+        assert turned[i + 4].item() == pytest.approx(by_hand.imag, abs=1e-5)
 
 
 def test_llama3_scaling_slows_low_frequencies_only():
-    scaled, plain = (
-        rope_frequencies(
-            LlamaConfig(d_head=64, rope_base=5e5, rope_scaling=LLAMA3 | {"original_max_position_embeddings": 8192})
-        ),
-        rope_frequencies(LlamaConfig(d_head=64, rope_base=5e5)),
-    )
-    assert t.equal(scaled[:2], plain[:2]) and t.allclose(scaled[-2:], plain[-2:] / 8)
+    scaling = LLAMA3 | {"original_max_position_embeddings": 8192}
+    plain = rope_frequencies(LlamaConfig(d_head=64, rope_base=5e5))
+    scaled = rope_frequencies(LlamaConfig(d_head=64, rope_base=5e5, rope_scaling=scaling))
+    assert t.equal(scaled[:2], plain[:2])
+    assert t.allclose(scaled[-2:], plain[-2:] / 8)  # factor 8
 
 
 def test_rmsnorm_against_torch():
-    x, norm = t.randn(3, 5, 16), RMSNorm(16, 1e-6)
+    x = t.randn(3, 5, 16)
+    norm = RMSNorm(16, 1e-6)
     norm.weight.data = t.randn(16)
     t.testing.assert_close(norm(x), t.nn.functional.rms_norm(x, (16,), norm.weight, 1e-6))
 
@@ -200,26 +219,30 @@ def test_no_graph_break_under_compile():
 @pytest.mark.parametrize("weights", ["real", "random"])
 @t.no_grad()
 def test_a_real_llama_continues_as_transformers_does(weights, tmp_path):
-    """Greedy text of stories260K, token by token; with random weights in its real shape and tokenizer where only those are at hand."""
+    """
+    Greedy text of stories260K, token by token; and of random weights in its shape with its tokenizer, where only those
+    are at hand.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = ROOT.parent / "shared/models/stories260K"
-    if not (folder / ("model.safetensors" if weights == "real" else "config.json")).is_file():
+    needed = "model.safetensors" if weights == "real" else "config.json"
+    if not (folder / needed).is_file():
         pytest.skip(f"{folder.name} of ../shared is absent ({weights} weights)")
     if weights == "random":
         t.manual_seed(0)
         hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        for p in hf.parameters():
-            p.add_(0.2 * t.randn(p.shape))
+        for weight in hf.parameters():
+            weight.add_(0.2 * t.randn(weight.shape))
         hf.save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
         folder = tmp_path
-    hf, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), Llama.from_folder(str(folder))
+    hf = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = Llama.from_folder(str(folder))
     tokens = AutoTokenizer.from_pretrained(folder)("Once upon a time", return_tensors="pt")["input_ids"]
     assert (hf(tokens).logits - ours(tokens)).abs().max() < 1e-4
-    assert t.equal(
-        hf.generate(tokens, max_new_tokens=60, do_sample=False, eos_token_id=None), ours.generate(tokens, 60)
-    )
+    their_text = hf.generate(tokens, max_new_tokens=60, do_sample=False, eos_token_id=None)
+    assert t.equal(their_text, ours.generate(tokens, 60))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +261,8 @@ def test_a_real_llama_continues_as_transformers_does(weights, tmp_path):
 )
 def test_what_does_not_fit_is_refused_in_one_line(damage, words, tmp_path):
     folder = save_folder(make_hf("LlamaForCausalLM"), tmp_path)
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     match damage:
         case "unknown architecture":
             config["architectures"] = ["BloomForCausalLM"]
@@ -263,7 +287,8 @@ def test_what_does_not_fit_is_refused_in_one_line(damage, words, tmp_path):
         save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SystemExit) as error:
         Llama.from_folder(str(folder))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_sharded_folders_are_read_tensor_by_tensor(tmp_path):

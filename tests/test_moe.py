@@ -73,16 +73,13 @@ def make_hf(variant: str):
 
 
 def own(**more) -> MoE:
+    """Two layers of four experts, random weights large enough that the router chooses clearly."""
     t.manual_seed(0)
-    model = MoE(
-        MoEConfig(
-            **dict(n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, n_experts=4, d_expert=24, d_vocab=260)
-            | more
-        )
-    )
+    small = dict(n_layers=2, n_heads=2, n_kv_heads=1, d_model=32, d_head=16, n_experts=4, d_expert=24, d_vocab=260)
+    model = MoE(MoEConfig(**small | more))
     with t.no_grad():
-        for p in model.parameters():
-            p.add_(t.randn(p.shape) * 0.15)
+        for weight in model.parameters():
+            weight.add_(t.randn(weight.shape) * 0.15)
     return model.eval()
 
 
@@ -105,9 +102,11 @@ def test_both_directions_round_trip(variant, tmp_path):
     ours.to_hf(tmp_path / "a")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert type(again) is type(hf) and {k: v.tolist() for k, v in again.state_dict().items()} == {
-        k: v.tolist() for k, v in hf.state_dict().items()
-    }
+    assert type(again) is type(hf)
+    saved = again.state_dict()
+    wanted = hf.state_dict()
+    assert set(saved) == set(wanted)
+    assert all(t.equal(saved[name], x) for name, x in wanted.items())
     assert relative_error(again(TOKENS).logits, hf(TOKENS).logits) <= 1e-6
     back = MoE.from_folder(str(tmp_path / "a"))
     assert back.cfg == ours.cfg
@@ -142,13 +141,13 @@ def test_configs_of_the_hub_are_read():
         hidden_act="silu",
         rope_theta=1e6,
     )
-    mixtral = MoE.read_config(
-        hub
-        | dict(
-            architectures=["MixtralForCausalLM"], num_local_experts=8, sliding_window=None, tie_word_embeddings=False
-        )
-    )
-    assert (mixtral.n_experts, mixtral.d_expert, mixtral.norm_topk, mixtral.rope_base) == (8, 96, True, 1e6)
+    words = dict(architectures=["MixtralForCausalLM"], num_local_experts=8)
+    mixtral = MoE.read_config(hub | words | dict(sliding_window=None, tie_word_embeddings=False))
+    assert mixtral.n_experts == 8
+    assert mixtral.d_expert == 96
+    assert mixtral.norm_topk is True
+    assert mixtral.rope_base == 1e6
+
     qwen = hub | dict(
         num_experts=8,
         moe_intermediate_size=32,
@@ -159,47 +158,41 @@ def test_configs_of_the_hub_are_read():
         max_window_layers=2,
     )
     qwen2 = MoE.read_config(qwen | dict(architectures=["Qwen2MoeForCausalLM"], shared_expert_intermediate_size=48))
-    assert (qwen2.d_expert, qwen2.shared, qwen2.d_mlp, qwen2.norm_topk, qwen2.qkv_bias, qwen2.windows, qwen2.dense) == (
-        32,
-        48,
-        96,
-        False,
-        True,
-        (),
-        (),
-    )
-    assert MoE.read_config(
-        qwen | dict(architectures=["Qwen3MoeForCausalLM"], norm_topk_prob=True, mlp_only_layers=[0])
-    ).dense == (0,)
-    olmoe = MoE.read_config(
-        hub
-        | dict(
-            architectures=["OlmoeForCausalLM"], num_experts=8, norm_topk_prob=False, clip_qkv=None, rope_scaling=None
-        )
-    )
-    assert (olmoe.d_expert, olmoe.qk_norm, olmoe.norm_topk) == (96, "full", False)
+    assert qwen2.d_expert == 32
+    assert qwen2.shared == 48
+    assert qwen2.d_mlp == 96
+    assert qwen2.norm_topk is False
+    assert qwen2.qkv_bias is True
+    assert qwen2.windows == ()
+    assert qwen2.dense == ()
+    words = dict(architectures=["Qwen3MoeForCausalLM"], norm_topk_prob=True, mlp_only_layers=[0])
+    assert MoE.read_config(qwen | words).dense == (0,)
+
+    words = dict(architectures=["OlmoeForCausalLM"], num_experts=8, norm_topk_prob=False)
+    olmoe = MoE.read_config(hub | words | dict(clip_qkv=None, rope_scaling=None))
+    assert olmoe.d_expert == 96
+    assert olmoe.qk_norm == "full"
+    assert olmoe.norm_topk is False
 
 
 @pytest.mark.parametrize("variant", [*FOUR, "Qwen2Moe mixed"])
 @t.no_grad()
 def test_every_same_named_hook_equals_the_bridge(variant, tmp_path):
     hf = make_hf(variant)
-    bridge, ours = load_model(str(save_folder(hf, tmp_path)), device="cpu"), MoE.from_hf(hf)
+    ours = MoE.from_hf(hf)
+    bridge = load_model(str(save_folder(hf, tmp_path)), device="cpu")
     bridge.set_use_attn_result(True)
     shared = [name for name in hook_points(ours) if name in hook_points(bridge)]
     _, mine = run_with_cache(ours, TOKENS, shared)
     _, theirs = run_with_cache(bridge, TOKENS, shared)
     for name in shared:
-        assert (
-            mine[name].shape == theirs[name].reshape(mine[name].shape).shape
-            and mine[name].numel() == theirs[name].numel()
-        ), name
+        assert mine[name].numel() == theirs[name].numel(), name
         t.testing.assert_close(
-            mine[name].clamp(min=-1e4),
-            theirs[name].view_as(mine[name]).clamp(min=-1e4),
+            mine[name].clamp(min=-1e4),  # masked scores are -inf here, the least number there
+            theirs[name].view_as(mine[name]).clamp(min=-1e4),  # some hooks there have batch and pos on one axis
             atol=1e-4,
             rtol=1e-4,
-            msg=lambda m: f"{name}: {m}",
+            msg=lambda said: f"{name}: {said}",
         )
     for part in (
         "hook_resid_pre",
@@ -237,41 +230,49 @@ def test_loss_and_gradients_equal_hugging_face(variant):
     ours.requires_grad_(True)
     hf.router_aux_loss_coef = 0.3
     logits, cache = run_with_cache(ours, TOKENS, "*.hook_router_logits", detach=False)
-    theirs, mine = (
-        hf(TOKENS, labels=TOKENS, output_router_logits=True).loss,
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-        + 0.3 * load_balancing_loss(list(cache.values()), 2),
-    )
+    theirs = hf(TOKENS, labels=TOKENS, output_router_logits=True).loss
+    next_token = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    mine = next_token + 0.3 * load_balancing_loss(list(cache.values()), 2)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-5)
-    theirs.backward(), mine.backward()
-    placed = {ours_name: x for name, p in hf.named_parameters() for ours_name, x in ours.place(name, p.grad).items()}
-    assert set(placed) == {name for name, _ in ours.named_parameters()}
-    for name, p in ours.named_parameters():
-        t.testing.assert_close(p.grad, placed[name], atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+    theirs.backward()
+    mine.backward()
+    their_gradients = {}  # by our names
+    for name, weight in hf.named_parameters():
+        their_gradients |= ours.place(name, weight.grad)
+    assert set(their_gradients) == {name for name, _ in ours.named_parameters()}
+    for name, weight in ours.named_parameters():
+        t.testing.assert_close(
+            weight.grad, their_gradients[name], atol=1e-5, rtol=1e-3, msg=lambda said: f"{name}: {said}"
+        )
 
 
 @pytest.mark.parametrize("variant", FOUR)
 @t.no_grad()
 def test_bf16_stays_within_the_bf16_error(variant):
     hf = make_hf(variant)
-    exact, ours, theirs = (
-        hf(TOKENS).logits,
-        MoE.from_hf(hf).bfloat16()(TOKENS).float(),
-        hf.bfloat16()(TOKENS).logits.float(),
-    )
+    exact = hf(TOKENS).logits
+    ours = MoE.from_hf(hf).bfloat16()(TOKENS).float()
+    theirs = hf.bfloat16()(TOKENS).logits.float()  # last: it turns hf itself into bf16
+    # the median: where rounding sends a token to another expert, its logits differ by more than rounding
     assert (ours - exact).abs().median() < 1.5 * (theirs - exact).abs().median()
 
 
 def test_the_auxiliary_loss_equals_transformers():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    logits = [t.randn(2, 30, 8) for _ in range(3)]
-    for k in (1, 2, 8):
-        assert load_balancing_loss(logits, k).item() == pytest.approx(
-            load_balancing_loss_func(tuple(x.flatten(0, 1) for x in logits), 8, k).item(), rel=1e-5
-        )
-    assert load_balancing_loss([t.eye(8).repeat(20, 1)[None] * 1e-3], 1).item() == pytest.approx(1, abs=1e-3)
-    assert load_balancing_loss([t.tensor([9.0, 0, 0, 0]).expand(1, 5, 4)], 1).item() > 3.9
+    logits = list(t.randn(3, 2, 30, 8))  # of three layers
+    flat = tuple(layer.flatten(0, 1) for layer in logits)
+    for top_k in (1, 2, 8):
+        theirs = load_balancing_loss_func(flat, 8, top_k).item()
+        assert load_balancing_loss(logits, top_k).item() == pytest.approx(theirs, rel=1e-5)
+
+
+def test_the_auxiliary_loss_is_top_k_where_balanced_and_rises_to_the_number_of_experts():
+    each_expert_in_turn = t.eye(8).repeat(20, 1)[None] * 1e-3
+    assert load_balancing_loss([each_expert_in_turn], 1).item() == pytest.approx(1, abs=1e-3)
+    always_the_first = t.tensor([9.0, 0, 0, 0]).expand(1, 5, 4)
+    assert load_balancing_loss([always_the_first], 1).item() > 3.9  # of 4
 
 
 def test_the_training_loss_balances_each_layer():
@@ -279,21 +280,25 @@ def test_the_training_loss_balances_each_layer():
     logits, cache = run_with_cache(model, TOKENS)
     plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
     by_layer = [load_balancing_loss([cache[f"blocks.{layer}.mlp.hook_router_logits"]], 2).item() for layer in range(2)]
-    assert moe_loss(model, TOKENS, model.cfg).item() == pytest.approx(plain.item() + 0.5 * sum(by_layer) / 2, rel=1e-5)
-    a, b = t.tensor([9.0, 0]).expand(1, 5, 2), t.tensor([0, 9.0]).expand(1, 5, 2)
-    assert load_balancing_loss([a, b], 1).item() == pytest.approx(1, abs=1e-3) and load_balancing_loss([a], 1) > 1.9, (
-        "pooled over layers, two collapsed layers look balanced"
-    )
+    balance = sum(by_layer) / 2  # mean of two layers
+    assert moe_loss(model, TOKENS, model.cfg).item() == pytest.approx(plain.item() + 0.5 * balance, rel=1e-5)
+
+
+def test_pooled_over_layers_two_collapsed_layers_look_balanced():
+    """Why the training loss takes each layer by itself."""
+    to_the_first = t.tensor([9.0, 0]).expand(1, 5, 2)
+    to_the_second = t.tensor([0, 9.0]).expand(1, 5, 2)
+    assert load_balancing_loss([to_the_first], 1) > 1.9
+    assert load_balancing_loss([to_the_first, to_the_second], 1).item() == pytest.approx(1, abs=1e-3)
 
 
 @t.no_grad()
 def test_top_k_of_all_experts_is_the_dense_weighted_sum():
     for family in ("mixtral", "olmoe"):
-        mlp, x = (
-            SparseMoE(MoEConfig(n_experts=5, top_k=5, d_model=16, d_expert=12, **SWITCHES[family])),
-            t.randn(2, 7, 16),
-        )
-        dense = sum(mlp.router(x).softmax(-1)[..., [e]] * expert(x) for e, expert in enumerate(mlp.experts))
+        mlp = SparseMoE(MoEConfig(n_experts=5, top_k=5, d_model=16, d_expert=12, **SWITCHES[family]))
+        x = t.randn(2, 7, 16)
+        probs = mlp.router(x).softmax(-1)
+        dense = sum(probs[..., [i]] * expert(x) for i, expert in enumerate(mlp.experts))
         t.testing.assert_close(mlp(x), dense, atol=1e-6, rtol=1e-5)
 
 
@@ -308,7 +313,8 @@ def test_the_sparse_layer_equals_its_plain_form(family):
 
 @t.no_grad()
 def test_later_tokens_never_change_earlier_logits():
-    model, changed = own(), TOKENS.clone()
+    model = own()
+    changed = TOKENS.clone()
     changed[:, 12] += 1
     t.testing.assert_close(model(TOKENS)[:, :12], model(changed)[:, :12], atol=1e-5, rtol=1e-5)
 
@@ -316,113 +322,137 @@ def test_later_tokens_never_change_earlier_logits():
 @t.no_grad()
 def test_hooks_of_the_experts_hold_the_tokens_routed_there_and_fire_with_none():
     model = own()
-    _, cache = run_with_cache(model, TOKENS)
-    t.testing.assert_close(model(TOKENS), run_with_cache(model, TOKENS)[0], atol=1e-5, rtol=1e-5)
+    listened, cache = run_with_cache(model, TOKENS)
+    t.testing.assert_close(model(TOKENS), listened, atol=1e-5, rtol=1e-5)
     indices = cache["blocks.0.mlp.hook_expert_indices"]
     x = model.blocks[0].ln2.weight * cache["blocks.0.ln2.hook_normalized"]
-    for e, expert in enumerate(model.blocks[0].mlp.experts):
-        here = (indices == e).any(-1)
-        assert cache[f"blocks.0.mlp.experts.{e}.hook_pre"].shape == (here.sum(), 24)
-        t.testing.assert_close(cache[f"blocks.0.mlp.experts.{e}.hook_pre"], expert.gate(x[here]))
-        t.testing.assert_close(
-            cache[f"blocks.0.mlp.experts.{e}.hook_post"], F.silu(expert.gate(x[here])) * expert.inp(x[here])
-        )
-    _, alone = run_with_cache(model, TOKENS[:1, :1])
-    assert sorted(len(alone[f"blocks.0.mlp.experts.{e}.hook_post"]) for e in range(4)) == [0, 0, 1, 1]
+    for i, expert in enumerate(model.blocks[0].mlp.experts):
+        here = x[(indices == i).any(-1)]  # (tokens routed here, d_model)
+        pre = cache[f"blocks.0.mlp.experts.{i}.hook_pre"]
+        post = cache[f"blocks.0.mlp.experts.{i}.hook_post"]
+        assert pre.shape == (len(here), 24)
+        t.testing.assert_close(pre, expert.gate(here))
+        t.testing.assert_close(post, F.silu(expert.gate(here)) * expert.inp(here))
+
+    _, alone = run_with_cache(model, TOKENS[:1, :1])  # one token, which two of the four experts take
+    tokens_here = [len(alone[f"blocks.0.mlp.experts.{i}.hook_post"]) for i in range(4)]
+    assert sorted(tokens_here) == [0, 0, 1, 1]
     with pytest.raises(KeyError):
         run_with_cache(model, TOKENS, "blocks.0.mlp.hook_post")
 
 
-def cached(model: MoE, hook: tuple) -> dict:
-    with hooks(model, [hook]):
-        return run_with_cache(model, TOKENS)[1]
+ROUTER = "blocks.1.mlp."  # of the layer that is edited below
+
+
+def cached(model: MoE, *edits: tuple) -> dict:
+    """The cache of a run under hooks."""
+    with hooks(model, list(edits)):
+        _, cache = run_with_cache(model, TOKENS)
+    return cache
 
 
 @t.no_grad()
-def test_edits_of_the_router_are_obeyed():
+def test_an_expert_knocked_out_is_chosen_by_no_token():
+    cache = cached(own(), knock_out(1, 2))
+    assert not (cache[ROUTER + "hook_expert_indices"] == 2).any()
+    assert len(cache[ROUTER + "experts.2.hook_pre"]) == 0
+    t.testing.assert_close(cache[ROUTER + "hook_expert_weights"].sum(-1), t.ones(2, 20))  # the others' sum to one
+
+
+@t.no_grad()
+def test_an_expert_forced_takes_every_token_alone():
     model = own()
-    logits, cache = run_with_cache(model, TOKENS)
-    out = cached(model, knock_out(1, 2))
-    assert not (out["blocks.1.mlp.hook_expert_indices"] == 2).any() and len(out["blocks.1.mlp.experts.2.hook_pre"]) == 0
-    t.testing.assert_close(out["blocks.1.mlp.hook_expert_weights"].sum(-1), t.ones(2, 20))
+    block = model.blocks[1]
+    x = block.ln2.weight * cached(model)["blocks.1.ln2.hook_normalized"]
     forced = cached(model, force(1, 3))
-    assert (
-        forced["blocks.1.mlp.hook_expert_weights"].shape == (2, 20, 1)
-        and len(forced["blocks.1.mlp.experts.3.hook_pre"]) == 40
-    )
-    mlp, x = model.blocks[1].mlp, model.blocks[1].ln2.weight * cache["blocks.1.ln2.hook_normalized"]
-    t.testing.assert_close(forced["mlp_out", 1], mlp.experts[3](x), atol=1e-5, rtol=1e-5)
-    silent, weights = (
-        cached(model, silence(1, 0)),
-        cache["blocks.1.mlp.hook_expert_weights"] * (cache["blocks.1.mlp.hook_expert_indices"] != 0),
-    )
-    reweighted = cached(model, ("blocks.1.mlp.hook_expert_weights", lambda w, hook: weights))
+    assert forced[ROUTER + "hook_expert_weights"].shape == (2, 20, 1)
+    assert len(forced[ROUTER + "experts.3.hook_pre"]) == 40
+    t.testing.assert_close(forced["mlp_out", 1], block.mlp.experts[3](x), atol=1e-5, rtol=1e-5)
+
+
+@t.no_grad()
+def test_an_expert_silenced_is_as_if_its_weight_were_zero():
+    model = own()
+    cache = cached(model)
+    others_weights = cache[ROUTER + "hook_expert_weights"] * (cache[ROUTER + "hook_expert_indices"] != 0)
+    reweighted = cached(model, (ROUTER + "hook_expert_weights", lambda weights, hook: others_weights))
+    silent = cached(model, silence(1, 0))
     t.testing.assert_close(silent["mlp_out", 1], reweighted["mlp_out", 1], atol=1e-6, rtol=1e-5)
     assert not t.allclose(silent["mlp_out", 1], cache["mlp_out", 1])
-    drawn = cached(model, scatter(1, 4))["blocks.1.mlp.hook_expert_indices"]
-    assert (drawn[..., 0] != drawn[..., 1]).all() and drawn.unique().tolist() == [0, 1, 2, 3]
-    same = run_with_hooks(
-        model,
-        TOKENS,
-        [
-            (f"*.hook_{part}", lambda x, hook: x.clone())
-            for part in ("router_logits", "expert_indices", "expert_weights")
-        ],
-    )
-    t.testing.assert_close(same, logits, atol=1e-5, rtol=1e-5)
 
 
-def test_bits_and_their_bias():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 4, (50, 40))
-    assert bits(labels.reshape(-1, 1), labels.ravel(), 4) == pytest.approx(2, abs=0.01)
-    pairs = np.stack(
-        [labels, (labels + 1) % 4], -1
-    )  # two experts for each label: one of four is known to be one of two
+@t.no_grad()
+def test_experts_at_random_are_different_ones_and_all_of_them():
+    drawn = cached(own(), scatter(1, 4))[ROUTER + "hook_expert_indices"]
+    assert (drawn[..., 0] != drawn[..., 1]).all()
+    assert drawn.unique().tolist() == [0, 1, 2, 3]
+
+
+@t.no_grad()
+def test_what_the_router_said_written_back_changes_nothing():
+    model = own()
+    parts = ("router_logits", "expert_indices", "expert_weights")
+    same = run_with_hooks(model, TOKENS, [(f"*.hook_{part}", lambda x, hook: x.clone()) for part in parts])
+    t.testing.assert_close(same, model(TOKENS), atol=1e-5, rtol=1e-5)
+
+
+def test_bits_of_an_expert_a_label_and_of_two_experts_a_label():
+    labels = np.random.default_rng(0).integers(0, 4, (50, 40))
+    assert bits(labels.reshape(-1, 1), labels.ravel(), 4) == pytest.approx(2, abs=0.01)  # one of four
+    pairs = np.stack([labels, (labels + 1) % 4], -1)  # one of four is known to be one of two
     assert bits(pairs.reshape(-1, 2), labels.ravel(), 4) == pytest.approx(1, abs=0.01)
+
+
+def test_many_labels_give_bits_out_of_nothing_and_the_shuffles_say_so():
+    rng = np.random.default_rng(0)
     blind = specialisation(rng.integers(0, 4, (50, 40, 2)), rng.integers(0, 200, (50, 40)), 4)
-    assert blind["mean"] > 0.05 and abs(blind["observed"] - blind["mean"]) < 0.02, (
-        "many labels, few tokens: bits out of nothing, and the shuffles say so"
-    )
+    assert blind["mean"] > 0.05
+    assert abs(blind["observed"] - blind["mean"]) < 0.02
+    labels = rng.integers(0, 4, (50, 40))
     informed = specialisation(labels[..., None], labels, 4)
     assert informed["observed"] > 10 * informed["bar"]
-    row = np.repeat(rng.integers(0, 2, (50, 1)), 40, 1)
-    through = specialisation((labels // 2)[..., None], np.maximum(row, 0), 2, given=labels, by_row=True)
-    assert through["observed"] == pytest.approx(0, abs=1e-9), (
-        "an expert that follows from the token says nothing beyond it"
-    )
-    beyond = specialisation(row[..., None], row, 2, given=labels, by_row=True)
-    assert beyond["observed"] > 0.9 > 0.1 > beyond["bar"]
+
+
+def test_what_an_expert_tells_of_a_row_beyond_the_token():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 4, (50, 40))
+    source = np.repeat(rng.integers(0, 2, (50, 1)), 40, 1)  # one for each row
+    follows_token = specialisation((tokens // 2)[..., None], source, 2, given=tokens, by_row=True)
+    assert follows_token["observed"] == pytest.approx(0, abs=1e-9)
+    follows_source = specialisation(source[..., None], source, 2, given=tokens, by_row=True)
+    assert follows_source["observed"] > 0.9
+    assert follows_source["bar"] < 0.1
 
 
 @t.no_grad()
 def test_routing_and_losses_are_read_by_layer():
     model = MoE.from_hf(make_hf("Qwen2Moe mixed"))
-    assert model.sparse == [0, 2] and routing(model, TOKENS).shape == (2, 2, 20, 2)
-    losses = token_losses(model, TOKENS)
-    assert losses.mean().item() == pytest.approx(
-        F.cross_entropy(model(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).item(), rel=1e-5
-    )
+    assert model.sparse == [0, 2]  # layer 1 is dense
+    assert routing(model, TOKENS).shape == (2, 2, 20, 2)  # (sparse layer, row, pos, k)
+    plain = F.cross_entropy(model(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    assert token_losses(model, TOKENS).mean().item() == pytest.approx(plain.item(), rel=1e-5)
     middle = model(TOKENS, stop_at_layer=2)
-    t.testing.assert_close(
-        token_losses(model, TOKENS, [knock_out(2, 0)], start_at_layer=2, resid=middle),
-        token_losses(model, TOKENS, [knock_out(2, 0)]),
-    )
+    from_the_middle = token_losses(model, TOKENS, [knock_out(2, 0)], start_at_layer=2, resid=middle)
+    t.testing.assert_close(from_the_middle, token_losses(model, TOKENS, [knock_out(2, 0)]))
 
 
 @pytest.mark.parametrize("variant", [*FOUR, "Qwen2Moe mixed"])
 def test_the_table_names_every_tensor(variant, tmp_path):
     hf = make_hf(variant)
-    folder, ours = save_folder(hf, tmp_path), MoE.from_hf(hf)
+    folder = save_folder(hf, tmp_path)
+    ours = MoE.from_hf(hf)
     table = name_table(ours, str(folder))
     tensors = load_file(folder / "model.safetensors")
-    assert sum(row[4] for row in table) == len(tensors)
-    row = next(row for row in table if row[0].endswith(("experts.*.w2.weight", "experts.*.down_proj.weight")))
-    assert row[1] == "blocks.*.mlp.experts.*.out.weight" and row[4] == 6 * len(ours.sparse) and row[3] == "float32"
-    assert row[5] == pytest.approx(
-        min(expert.out.weight.norm().item() for layer in ours.sparse for expert in ours.blocks[layer].mlp.experts),
-        rel=1e-5,
-    )
+    assert sum(row[4] for row in table) == len(tensors)  # column 4: how many of a kind
+
+    (of_outputs,) = [row for row in table if row[0].endswith(("experts.*.w2.weight", "experts.*.down_proj.weight"))]
+    _, our_name, _, dtype, how_many, least_norm, _ = of_outputs
+    experts = [expert for layer in ours.sparse for expert in ours.blocks[layer].mlp.experts]
+    assert our_name == "blocks.*.mlp.experts.*.out.weight"
+    assert dtype == "float32"
+    assert how_many == 6 * len(ours.sparse)
+    assert least_norm == pytest.approx(min(expert.out.weight.norm().item() for expert in experts), rel=1e-5)
+
     tensors["model.layers.0.extra"] = t.zeros(2)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SystemExit):
@@ -445,7 +475,8 @@ def test_the_table_names_every_tensor(variant, tmp_path):
 )
 def test_what_does_not_fit_is_refused_in_one_line(damage, words, tmp_path):
     folder = save_folder(make_hf("OlmoeForCausalLM"), tmp_path)
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     match damage:
         case "unknown architecture":
             config["architectures"] = ["BloomForCausalLM"]
@@ -469,7 +500,8 @@ def test_what_does_not_fit_is_refused_in_one_line(damage, words, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SystemExit) as error:
         MoE.from_folder(str(folder))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
