@@ -15,7 +15,7 @@ from data import put_first, train_bpe
 from lens import Lens, Translator, read
 from llama_block import Llama
 from utils import find_model, load_model
-from weights import Streamed, about_bos, answer_token, encode, open_model, token_text
+from weights import Streamed, about_bos, answer_token, encode, model_key, open_model, token_text
 
 SHAPE = {
     "vocab_size": 700,
@@ -426,13 +426,13 @@ def test_the_grid_shows_the_likeliest_token_and_its_probability(made):
 
 def test_a_model_s_key_follows_its_settings_and_its_weights(made, tmp_path):
     folder, hf, _ = made["Qwen3ForCausalLM"]
-    key = ls.model_key(folder, ["auto", 0])
-    assert key == ls.model_key(folder, ["auto", 0])
-    assert key != ls.model_key(folder, ["auto", 1])
+    key = model_key(folder, ["auto", 0])
+    assert key == model_key(folder, ["auto", 0])
+    assert key != model_key(folder, ["auto", 1])
     other = random_model("Qwen3ForCausalLM")
     other.get_output_embeddings().weight.data.mul_(2)
     other.save_pretrained(tmp_path)
-    assert ls.model_key(str(tmp_path), ["auto", 0]) != key
+    assert model_key(str(tmp_path), ["auto", 0]) != key
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_heldout_rows_hold_the_tokens_asked_for_with_and_without_beginning_of_te
         rows[:, 0] = 0
         return rows
 
-    corpus = SimpleNamespace(rows=natural)
+    corpus = SimpleNamespace(rows=natural, bos=0)
     with_bos = heldout_rows(corpus, 1000, 24, True, 0)
     assert with_bos.shape == (44, 24)  # 23 of each row are text
     assert (with_bos[:, 0] == 0).all()
