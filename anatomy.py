@@ -9,7 +9,17 @@ import re
 from collections.abc import Callable
 
 from utils import fail  # first: sets OpenMP's variables before torch is loaded
-from hooks import act_name, device_of, hooks, run_with_cache
+from hooks import (
+    NormShape,
+    act_name,
+    ask_norm,
+    block_norms,
+    device_of,
+    frozen_gain,
+    hooks,
+    residual_multiplier,
+    run_with_cache,
+)
 
 import numpy as np
 import torch as t
@@ -102,9 +112,13 @@ def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> d
 
 
 #%% What the final norm and the unembedding read
+def final_norm(model: nn.Module) -> NormShape:
+    return ask_norm(model.ln_final, model.cfg.d_model, model.W_U)
+
+
 def centres(model: nn.Module) -> bool:
-    """LayerNorm subtracts the mean and has a bias; RMSNorm neither."""
-    return getattr(model.ln_final, "bias", None) is not None
+    """LayerNorm subtracts the mean, RMSNorm does not."""
+    return final_norm(model).centres
 
 
 def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
@@ -113,10 +127,9 @@ def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     ids: the tokens wanted; None is all of them.
     """
     W_U = model.W_U if ids is None else model.W_U[:, ids]
-    W = model.ln_final.weight[:, None] * W_U
-    if centres(model):
-        W = W - W.mean(0)
-    return W.float()
+    norm = final_norm(model)
+    W = norm.weight[:, None] * W_U.float()
+    return W - W.mean(0) if norm.centres else W
 
 
 def logit_direction(model: nn.Module, token: int, scale: Tensor) -> Tensor:
@@ -128,11 +141,11 @@ def logit_direction(model: nn.Module, token: int, scale: Tensor) -> Tensor:
     return column / scale
 
 
-def norm_bias_logit(model: nn.Module, token: int) -> Tensor:
-    """() what the final norm's bias gives the token's logit; 0 for RMSNorm."""
-    if not centres(model):
-        return model.W_U.new_zeros((), dtype=t.float32)
-    return model.ln_final.bias.float() @ model.W_U[:, token].float()
+def constant_logit(model: nn.Module, token: int) -> Tensor:
+    """() what the biases of the final norm and of the unembedding give the token's logit, whatever the stream holds."""
+    constant = final_norm(model).bias @ model.W_U[:, token].float()
+    unembed_bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
+    return constant if unembed_bias is None else constant + unembed_bias[token].float()
 
 
 def linear_bias_logit(linear: nn.Module, direction: Tensor) -> Tensor:
@@ -153,7 +166,7 @@ def per_head(x: Tensor, n_heads: int) -> Tensor:
 def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, float]:
     """
     What each write to the stream gives the logit of `token` at one position of tokens (1, pos); they sum to the logit.
-    {'embed' (positions included), 'L0 attn', 'L0 mlp', 'L1 attn' ..., 'constant' (the final norm's bias)}.
+    {'embed' (positions included), 'L0 attn', 'L0 mlp', 'L1 attn' ..., 'constant' (constant_logit)}.
     The plain form; logit_parts takes the writes further apart.
     """
     layers = range(model.cfg.n_layers)
@@ -168,7 +181,7 @@ def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, posit
     for part, name in names.items():
         write = cache[name][0, position].float()
         parts[part] = einsum(write, direction, "d_model, d_model ->").item()
-    parts["constant"] = norm_bias_logit(model, token).item()
+    parts["constant"] = constant_logit(model, token).item()
     return parts
 
 
@@ -180,25 +193,30 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
     'heads' (layer, head, source): what each head writes from each source position;
     'attn_bias' (layer): the output maps' biases;
     'mlp' (layer): the MLPs;
-    'constant' (): the final norm's bias;
-    'logit' (): the model's own.
+    'constant' (): constant_logit;
+    'logit' (): the model's own, before a soft cap (Gemma 2) or a scale (Granite).
     Where the MLPs have neurons, 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
-    The final norm's scale is frozen at its value there. The weights are the model's own; its final norm alone is folded
-    (folded_W_U). Ours or a TransformerBridge, grouped queries too.
+    The scales of the final norm, and of norms behind attention and MLP (Gemma 2, OLMo 2), are frozen at their values
+    there. The weights are the model's own; its final norm alone is folded (folded_W_U). Ours or a TransformerBridge,
+    grouped queries too.
     """
     blocks = model.blocks
     layers = range(model.cfg.n_layers)
     has_pos = hasattr(model, "W_pos") or hasattr(model, "pos_embed")
     has_neurons = all(hasattr(block.mlp, "W_out") for block in blocks)
-    sites = ["v", "pattern", "mlp_out"]
+    sites = ["v", "pattern", "z", "mlp_out"]
     if has_neurons:
         sites.append("post")
     names = [act_name(site, layer) for layer in layers for site in sites]
-    names += [act_name("resid_pre", 0), "ln_final.hook_scale"]
+    names += [act_name("resid_pre", 0), points(model)[-1], "ln_final.hook_scale"]
     if has_pos:
         names.append("hook_pos_embed")
-    logits, cache = run_with_cache(model, tokens, names)
+    _, cache = run_with_cache(model, tokens, names)
+    end = cache[points(model)[-1]][:, position][:, None]
+    logit = model.unembed(model.ln_final(end))[0, 0, token].float()
     direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position])
+    # what attention and the MLP write is multiplied by this, behind a norm of their own
+    of_attn = [direction * attn_gain(model, layer, cache["z", layer][0, position]) for layer in layers]
 
     start = cache["resid_pre", 0][0, position].float() @ direction
     positional = direction.new_zeros(())
@@ -208,7 +226,7 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
         einsum(
             cache["pattern", layer][0, :, position].float(),
             per_head(cache["v", layer], model.cfg.n_heads)[0].float(),
-            blocks[layer].attn.W_O.float() @ direction,
+            blocks[layer].attn.W_O.float() @ of_attn[layer],
             "head source, source head d_head, head d_head -> head source",
         )
         for layer in layers
@@ -218,19 +236,46 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
         "embed": start - positional,
         "pos_embed": positional,
         "heads": t.stack(heads),
-        "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, direction) for layer in layers]),
+        "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, of_attn[layer]) for layer in layers]),
         "mlp": t.stack(mlps),
-        "constant": norm_bias_logit(model, token),
-        "logit": logits[0, position, token].float(),
+        "constant": constant_logit(model, token),
+        "logit": logit,
     }
     if has_neurons:
         neurons = []
+        biases = []
         for layer in layers:
-            written_by_one = blocks[layer].mlp.W_out.float() @ direction  # by a neuron whose activation is 1
-            neurons.append(cache["post", layer][0, position].float() * written_by_one)
+            activations = cache["post", layer][0, position]
+            of_mlp = direction * mlp_gain(model, layer, activations)
+            written_by_one = blocks[layer].mlp.W_out.float() @ of_mlp  # by a neuron whose activation is 1
+            neurons.append(activations.float() * written_by_one)
+            biases.append(linear_bias_logit(blocks[layer].mlp.out, of_mlp))
         parts["neurons"] = t.stack(neurons)
-        parts["mlp_bias"] = t.stack([linear_bias_logit(blocks[layer].mlp.out, direction) for layer in layers])
+        parts["mlp_bias"] = t.stack(biases)
     return parts
+
+
+def attn_gain(model: nn.Module, layer: int, z: Tensor) -> Tensor | float:
+    """
+    (..., d_model) by which a norm behind attention multiplies what the heads z (..., head, d_head) write; without one a
+    number, 1 but for Granite.
+    """
+    norm = block_norms(model, layer).after_attn
+    if norm is None:
+        return residual_multiplier(model)
+    attn = model.blocks[layer].attn
+    written = einsum(z, attn.W_O, "... head d_head, head d_head d_model -> ... d_model")
+    return frozen_gain(norm, written if getattr(attn.o, "bias", None) is None else written + attn.o.bias)
+
+
+def mlp_gain(model: nn.Module, layer: int, activations: Tensor) -> Tensor | float:
+    """(d_model) by which a norm behind the MLP multiplies what its neurons (d_mlp) write; or a number, as attn_gain."""
+    norm = block_norms(model, layer).after_mlp
+    if norm is None:
+        return residual_multiplier(model)
+    mlp = model.blocks[layer].mlp
+    written = activations @ mlp.W_out
+    return frozen_gain(norm, written if getattr(mlp.out, "bias", None) is None else written + mlp.out.bias)
 
 
 def parts_error(parts: dict[str, Tensor]) -> float:
@@ -254,31 +299,25 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
     """
     What each layer gives the logit of `token` after the row of token ids, and the logit itself, before a soft cap:
     ({'embed', 'L0' .., 'constant'}, their sum).
-    The final norm's scale is frozen there. Its weight, and whether it centres, are found by asking the module, since
-    its attributes are named differently in each architecture: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ...,
-    and LayerNorm does not see v + 1.
+    The final norm's scale is frozen there.
     """
     _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
     stream = t.stack([cache[name][0, -1] for name in points(model)])  # point d_model
-    signs = (1 - 2 * (t.arange(stream.shape[1], device=stream.device) % 2)).to(stream.dtype)
-    asked = t.stack([0 * signs, signs, signs + 1, stream[-1]])
-    at_zero, at_signs, at_moved, end = model.ln_final(asked[None])[0].float()
-
-    weight = (at_signs - at_zero) * signs
+    norm = final_norm(model)
     column = model.W_U[:, token].float()
+    at_end = model.ln_final(stream[-1:][None])[0, 0].float()
     stream = stream.float()
-    if t.allclose(at_signs, at_moved, atol=1e-2):  # the norm centres
+    if norm.centres:
         stream = stream - stream.mean(-1, keepdim=True)
-    scale = (end - at_zero).norm() / (weight * stream[-1]).norm()
-    along = stream @ (weight * column) * scale
+    scale = (at_end - norm.bias).norm() / (norm.weight * stream[-1]).norm()
+    along = stream @ (norm.weight * column) * scale
 
-    unembed_bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
-    fixed = 0.0 if unembed_bias is None else unembed_bias[token].item()
+    constant = constant_logit(model, token).item()
     writes = {"embed": along[0].item()}
     for layer, write in enumerate(along.diff().tolist()):
         writes[f"L{layer}"] = write
-    writes["constant"] = (at_zero @ column).item() + fixed
-    return writes, (end @ column).item() + fixed
+    writes["constant"] = constant
+    return writes, ((at_end - norm.bias) @ column).item() + constant
 
 
 #%% Head catalogue: where each kind of head looks, True in (row, query, key) of tokens (row, pos)

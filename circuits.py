@@ -12,7 +12,7 @@ from typing import Literal
 # first: sets OpenMP's variables before torch is loaded
 from utils import cyan, endc, fail, gray, green, pick_device, purple, save_results, set_seed, yellow
 from plots import imshow, line, show
-from hooks import is_streamed
+from hooks import has_heads
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
@@ -143,10 +143,10 @@ set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
 model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
-if is_streamed(model):
+if not has_heads(model):
     fail(
-        "paths need hooks inside every block, and blocks that come from disk have none: patching.py does the "
-        "residual stream"
+        "paths need attention heads and MLPs that are hooked, and this model (streamed, or without attention) has the "
+        "residual stream alone: patching.py sweeps it"
     )
 keep_freed_memory()
 task, pairs, test_pairs = read_task(model, cfg)

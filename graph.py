@@ -6,8 +6,8 @@ edge or one receiver at a time, stand before the fast engine.
 from functools import partial
 from typing import NamedTuple
 
-from hooks import Cache, act_name, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
-from anatomy import folded_W_U
+from hooks import Cache, act_name, block_norms, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
+from anatomy import attn_gain, folded_W_U
 from interventions import Pairs, baselines, by_groups, inputs, make_metric
 
 import torch as t
@@ -149,7 +149,16 @@ class Graph:
 
 #%% A plain run, and what every writer wrote in it
 def head_writes(model: nn.Module, layer: int, z: Tensor) -> Tensor:
-    return einsum(z, model.blocks[layer].attn.W_O, "row pos head d_head, head d_head d_model -> row pos head d_model")
+    """(row, pos, head, d_model), behind a norm after attention (Gemma 2) with its scale as it is in this run."""
+    W_O = model.blocks[layer].attn.W_O
+    writes = einsum(z, W_O, "row pos head d_head, head d_head d_model -> row pos head d_model")
+    gain = attn_gain(model, layer, z)
+    return writes * (gain[:, :, None].to(writes.dtype) if isinstance(gain, Tensor) else gain)
+
+
+def through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """What is read of the stream x (row, pos, d_model): as it is where there is no norm before (OLMo 2)."""
+    return x if norm is None else norm(x)
 
 
 class GraphRun(NamedTuple):
@@ -172,6 +181,19 @@ def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str, also: tu
     return GraphRun(logits, cache, t.cat(writes, 2))
 
 
+def reads_shared_norm(model: nn.Module, layer: int) -> bool:
+    """One norm serves attention and the MLP (GPT-J, Phi, Falcon), so that a change for the MLP alone comes behind it."""
+    norms = block_norms(model, layer)
+    return norms.before_mlp is not None and norms.before_mlp is norms.before_attn
+
+
+def mlp_entrance(model: nn.Module, layer: int) -> nn.Module:
+    """The module at whose input what the MLP reads can be changed: its own norm, else the MLP itself."""
+    if reads_shared_norm(model, layer):
+        return model.blocks[layer].mlp
+    return block_norms(model, layer).before_mlp or model.blocks[layer].mlp
+
+
 #%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver
 class InputChange:
     """
@@ -191,7 +213,12 @@ class InputChange:
         if self.receiver.input == "logits":
             module_inputs = [(self.model.ln_final, "in", self.change_input)]
         elif self.receiver.input == "MLP":
-            module_inputs = [(self.model.blocks[self.receiver.layer].ln2, "in", self.change_input)]
+            block = self.model.blocks[self.receiver.layer]
+            if reads_shared_norm(self.model, self.receiver.layer):
+                fwd_hooks = [(act_name("resid_pre", self.receiver.layer), self.keep_stream)]
+                module_inputs = [(block.mlp, "in", self.change_normed_input)]
+            else:
+                module_inputs = [(mlp_entrance(self.model, self.receiver.layer), "in", self.change_input)]
         else:
             fwd_hooks = [
                 (act_name("resid_pre", self.receiver.layer), self.keep_stream),
@@ -200,7 +227,15 @@ class InputChange:
         return run_from(self.model, resid, answer_pos, 0, fwd_hooks, module_inputs)
 
     def change_input(self, x: Tensor) -> Tensor:
-        return x + self.change
+        return x + self.change.view(x.shape)
+
+    def moved(self) -> Tensor:
+        """(pair, pos, d_model) what the output of the norm before attention moves by."""
+        norm = block_norms(self.model, self.receiver.layer).before_attn
+        return through(norm, self.stream + self.change) - through(norm, self.stream)
+
+    def change_normed_input(self, x: Tensor) -> Tensor:
+        return x + self.moved()
 
     def keep_stream(self, x: Tensor, hook: nn.Module) -> None:
         self.stream = x
@@ -212,9 +247,10 @@ class InputChange:
         """
         block = self.model.blocks[self.receiver.layer]
         W = getattr(block.attn, f"W_{self.receiver.input.upper()}")[self.receiver.head]
-        moved = block.ln1(self.stream + self.change) - block.ln1(self.stream)
         changed = x.clone()
-        changed[:, :, self.receiver.head] += einsum(moved, W, "pair pos d_model, d_model d_head -> pair pos d_head")
+        changed[:, :, self.receiver.head] += einsum(
+            self.moved(), W, "pair pos d_model, d_model d_head -> pair pos d_head"
+        )
         return changed
 
 
@@ -339,7 +375,7 @@ class EdgeRun:
             if self.swap is not None:
                 fwd_hooks.append((act_name("z", l), partial(self.keep_head_gaps, l)))
                 fwd_hooks.append((act_name("mlp_out", l), partial(self.keep_mlp_gap, l)))
-            module_inputs.append((self.model.blocks[l].ln2, "in", partial(self.change_mlp_input, l)))
+            module_inputs.append((mlp_entrance(self.model, l), "in", partial(self.change_mlp_input, l)))
         module_inputs.append((self.model.ln_final, "in", self.change_final_input))
         return run_from(self.model, resid, answer_pos, layer, fwd_hooks, module_inputs)
 
@@ -360,15 +396,19 @@ class EdgeRun:
 
     def enter_layer(self, layer: int, x: Tensor, hook: nn.Module) -> None:
         """The stream before a layer: put through the norm as each of the layer's heads reads it."""
-        norm = self.model.blocks[layer].ln1
+        norm = block_norms(self.model, layer).before_attn
         slices = self.graph.receiver_slices
         change = self.input_change(slice(slices[layer, "q"].start, slices[layer, "v"].stop))
         self.normed_change = None
         if change is not None:
             as_read = (x[:, :, None] + change).flatten(1, 2)
-            self.normed_change = norm(as_read).view(change.shape) - norm(x)[:, :, None]
-        if not self.graph.serial:
-            self.parallel_mlp_change = self.input_change(slices[layer, "MLP"])
+            self.normed_change = through(norm, as_read).view(change.shape) - through(norm, x)[:, :, None]
+        if self.graph.serial:
+            return
+        self.parallel_mlp_change = self.input_change(slices[layer, "MLP"])
+        if self.parallel_mlp_change is not None and reads_shared_norm(self.model, layer):
+            as_read = x + self.parallel_mlp_change[:, :, 0]
+            self.parallel_mlp_change = (through(norm, as_read) - through(norm, x))[:, :, None]
 
     def change_heads(self, layer: int, site: str, x: Tensor, hook: nn.Module) -> Tensor | None:
         """q, k or v (row, pos, head, d_head), linear in the normed input: the change goes through the weights alone."""
@@ -394,7 +434,7 @@ class EdgeRun:
         change = self.parallel_mlp_change
         if self.graph.serial:
             change = self.input_change(self.graph.receiver_slices[layer, "MLP"])
-        return x if change is None else x + change[:, :, 0]
+        return x if change is None else x + change[:, :, 0].view(x.shape)
 
     def change_final_input(self, x: Tensor) -> Tensor:
         change = self.input_change(self.graph.receiver_slices[self.graph.n_layers, "logits"])

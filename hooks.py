@@ -8,7 +8,9 @@ import difflib
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from utils import BRIEF, endc, fail, tec, yellow  # first: sets OpenMP's variables before torch is loaded
 
@@ -177,7 +179,7 @@ def run_with_cache(
 
 #%% A run from the middle: the residual stream enters at a layer, and only the answer's position is unembedded
 def device_of(model: nn.Module) -> t.device:
-    return next(model.ln_final.parameters()).device
+    return next(model.unembed.parameters()).device
 
 
 def is_streamed(model: nn.Module) -> bool:
@@ -202,7 +204,9 @@ def replace_input(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable
 def replace_output(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[], None]:
     """fn(output) instead of the module's output. Returns what undoes it."""
 
-    def after(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    def after(_: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(out, tuple):  # a mixture of experts hands out its router's choice beside it
+            return (fn(out[0]), *out[1:])
         return fn(out)
 
     return module.register_forward_hook(after).remove
@@ -229,21 +233,20 @@ def run_from(
     """
     Logits of a run that resid (row, pos, d_model) enters at `layer`: (row, d_vocab) at position answer_pos (row) of each
     row, which alone is unembedded, or (row, pos, d_vocab) if it is None.
-    inner: (module, 'in' or 'out', fn) replaces a module's input or output. It may add rows on the way, where answer_pos
-    is a function, called last.
+    inner: (module, 'in' or 'out', fn) replaces a module's input or output. Where rows_may_join it may add rows on the
+    way; answer_pos is a function then, called last.
     """
 
     def at_the_answer(x: Tensor) -> Tensor:
         at = answer_pos() if callable(answer_pos) else answer_pos
         return x[range(len(x)), at][:, None]
 
-    foreign = hasattr(model, "hook_dict") or is_streamed(model)
+    foreign = is_foreign(model)
     entries = list(inner)
     if answer_pos is not None:
         entries.append((model.unembed, "in", at_the_answer))
     with contextlib.ExitStack() as undo:
         if foreign:
-            # they see one row of zeros, whose mask and positions serve any number of rows that enter
             assert layer == 0 or not is_streamed(model), "blocks that are read when they are called are not skipped"
             entries.insert(0, (blocks_of(model)[layer], "in", lambda x: resid))
             for block in blocks_of(model)[:layer]:
@@ -256,7 +259,9 @@ def run_from(
                 undo.callback(replace_output(module, fn))
         undo.enter_context(hooks(model, list(fwd_hooks)))
         if foreign:
-            zeros = t.zeros(1, resid.shape[1], dtype=t.long, device=resid.device)
+            # they see zeros: where rows may join one of them, whose mask and positions serve any number that enters
+            n_rows = 1 if rows_may_join(model) else len(resid)
+            zeros = t.zeros(n_rows, resid.shape[1], dtype=t.long, device=resid.device)
             logits = model(zeros, use_cache=False)
         else:
             logits = model(None, start_at_layer=layer, resid=resid)
@@ -274,6 +279,141 @@ def cache_from_resid(
 
     listening = [(name, partial(save, name)) for name in dict.fromkeys(names)]
     return run_from(model, resid, answer_pos, 0, listening), cache
+
+
+#%% How a block is built, where models differ: ours are known, a bridge's are asked
+def is_foreign(model: nn.Module) -> bool:
+    """A TransformerBridge, or streamed: transformers computes it."""
+    return hasattr(model, "hook_dict") or is_streamed(model)
+
+
+def has_heads(model: nn.Module) -> bool:
+    """Attention heads and MLPs are hooked; else (Mamba, streamed weights) the residual stream alone."""
+    return not is_streamed(model) and hasattr(model.blocks[0], "attn")
+
+
+def hf_config(model: nn.Module) -> object | None:
+    """transformers' configuration of a bridge or a streamed model, of its language part; None for ours."""
+    if not is_foreign(model):
+        return None
+    hf = model.hf if is_streamed(model) else model.original_model
+    return hf.config.get_text_config()
+
+
+def residual_multiplier(model: nn.Module) -> float:
+    """By which Granite multiplies what attention and MLP write; 1 elsewhere."""
+    return getattr(hf_config(model), "residual_multiplier", 1.0)
+
+
+def logit_multiplier(model: nn.Module) -> float:
+    """By which Granite and Cohere multiply what the unembedding gives; 1 elsewhere."""
+    config = hf_config(model)
+    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+class Probed(Exception):
+    """Ends a probing run."""
+
+
+def rows_may_join(model: nn.Module) -> bool:
+    """
+    Whether more rows may enter a block than the model was given tokens for. The masks of some (Bloom, BigCode) are made
+    for as many rows as there are tokens. Asked once, in the first block.
+    """
+    if not is_foreign(model):
+        return True
+    if not hasattr(model, "lets_rows_join"):
+        model.lets_rows_join = probe_joining(model)
+    return model.lets_rows_join
+
+
+def probe_joining(model: nn.Module) -> bool:
+    def two_rows(x: Tensor) -> Tensor:
+        return x.expand(2, -1, -1).clone()
+
+    def leave(x: Tensor) -> Tensor:
+        raise Probed
+
+    blocks = blocks_of(model)
+    with contextlib.ExitStack() as undo, t.no_grad():
+        undo.callback(replace_input(blocks[0], two_rows))
+        if len(blocks) > 1:
+            undo.callback(replace_input(blocks[1], leave))
+        try:
+            model(t.zeros(1, 4, dtype=t.long, device=device_of(model)), use_cache=False)
+        except Probed:
+            return True
+        except RuntimeError:  # shapes that do not fit
+            return False
+    return True
+
+
+@dataclass
+class BlockNorms:
+    """
+    What stands between a block's parts and the stream. Attention and MLP read it through before_* (None: as it is), and
+    in Gemma 2, Gemma 3 and OLMo 2 write to it through after_*.
+    """
+
+    before_attn: nn.Module | None
+    after_attn: nn.Module | None
+    before_mlp: nn.Module | None
+    after_mlp: nn.Module | None
+
+
+def block_norms(model: nn.Module, layer: int) -> BlockNorms:
+    block = model.blocks[layer]
+    ln2 = getattr(block, "ln2", None)
+    if hasattr(block, "ln1_post"):
+        return BlockNorms(block.ln1, block.ln1_post, ln2, block.ln2_post)
+    if norms_come_after(model):
+        return BlockNorms(None, block.ln1, None, ln2)
+    return BlockNorms(block.ln1, None, ln2 or block.ln1, None)  # one norm may serve both (GPT-J, Phi, Falcon)
+
+
+def norms_come_after(model: nn.Module) -> bool:
+    """OLMo 2 has a norm behind attention and behind the MLP alone, by the names of those before. Asked once."""
+    if not is_foreign(model):
+        return False
+    if not hasattr(model, "has_norms_after"):
+        called = []
+        block = model.blocks[0]
+        with contextlib.ExitStack() as undo, t.no_grad():
+            for name in ("ln1", "attn"):
+                handle = getattr(block, name).register_forward_pre_hook(lambda *_, name=name: called.append(name))
+                undo.callback(handle.remove)
+            model(t.zeros(1, 4, dtype=t.long, device=device_of(model)), use_cache=False)
+        model.has_norms_after = called[0] == "attn"
+    return model.has_norms_after
+
+
+class NormShape(NamedTuple):
+    """What a norm does beside dividing by its scale: weight and bias (d_model), and whether it takes the mean out."""
+
+    weight: Tensor
+    bias: Tensor
+    centres: bool
+
+
+@t.no_grad()
+def ask_norm(norm: nn.Module, d_model: int, like: Tensor) -> NormShape:
+    """
+    Found by asking, since norms say it in many ways (Gemma's weight is 1 + w, OLMo's has none): norm(v) - norm(0) is
+    the weight times v for v = 1, -1, 1 ..., and LayerNorm does not see v + 1. like: a tensor of the norm's dtype.
+    """
+    if isinstance(norm, nn.Identity):
+        return NormShape(t.ones(d_model, device=like.device), t.zeros(d_model, device=like.device), False)
+    signs = (1 - 2 * (t.arange(d_model, device=like.device) % 2)).to(like.dtype)
+    asked = 1024 * t.stack([0 * signs, signs, signs + 1])  # so large that the norm's epsilon is nothing
+    at_zero, at_signs, at_moved = norm(asked[None])[0].float()
+    weight = (at_signs - at_zero) * signs
+    return NormShape(weight, at_zero, t.allclose(at_signs, at_moved, atol=1e-2))
+
+
+def frozen_gain(norm: nn.Module, x: Tensor) -> Tensor:
+    """(..., d_model) by which an RMS norm multiplies x (..., d_model), its scale taken as it is there."""
+    weight = ask_norm(norm, x.shape[-1], x).weight
+    return weight * (norm(x).float().norm(dim=-1) / (weight * x.float()).norm(dim=-1))[..., None]
 
 
 #%% Memory: batches that halve where it does not suffice, and what a call takes at its peak

@@ -14,10 +14,12 @@ from hooks import (
     act_name,
     blocks_of,
     cache_from_resid,
+    block_norms,
     device_of,
+    has_heads,
     hook_points,
     in_batches,
-    is_streamed,
+    rows_may_join,
     rows_that_fit,
     run_from,
     run_with_cache,
@@ -408,8 +410,8 @@ class GrowingBatch:
     """
     One forward pass for many cells of a sweep. Its rows: the base run of every pair, which is to be patched; the
     donor run of every pair, which is patched from; then a row for each cell. Below the layer that it patches a cell's
-    row is its pair's base run, so it joins there, as a copy of that row, and nothing below is computed again. Layer
-    by layer the model calls
+    row is its pair's base run, so it joins there, as a copy of that row, and nothing below is computed again (where
+    rows_may_join; else all join before the first layer). Layer by layer the model calls
 
         enter     the cells of this layer join
         patch     what they patch becomes the donor's
@@ -423,6 +425,8 @@ class GrowingBatch:
         self.model = model
         self.site = site
         self.cells_of = {layer: cells.take(cells.layer == layer) for layer in cells.layer.unique().tolist()}
+        self.rows_of: dict[int, slice] = {}  # by layer, where its cells stand in the batch
+        self.join_late = rows_may_join(model)
         self.masks = masks
         self.n_heads = n_heads
         self.n_pairs = len(pairs)
@@ -440,9 +444,11 @@ class GrowingBatch:
         Logits (row, d_vocab) where the answer is due, after base and donor runs enter with resid (2 * pair, pos,
         d_model).
         """
+        if not self.join_late:
+            for layer in self.cells_of:
+                resid = self.join(layer, resid)
         inner = [(block, "in", partial(self.enter, layer)) for layer, block in enumerate(blocks_of(self.model))]
-        patches_in_mlp = "mlp" in act_name(self.site, 0)
-        if not patches_in_mlp and not is_streamed(self.model):
+        if self.join_late and has_heads(self.model) and not self.patches_in_mlp():
             for layer in range(self.n_layers):
                 mlp = self.model.blocks[layer].mlp
                 inner.append((mlp, "in", partial(self.cut, layer)))
@@ -451,30 +457,40 @@ class GrowingBatch:
         fwd_hooks = [(patched_hooks, self.patch)] if patched_hooks else []
         return run_from(self.model, resid, self.row_answer_pos, layer=0, fwd_hooks=fwd_hooks, inner=inner)
 
+    def patches_in_mlp(self) -> bool:
+        """Then all positions must go through it. Where the MLP reads the bare stream, its input is hook_resid_mid."""
+        bare = block_norms(self.model, 0).before_mlp is None
+        return "mlp" in act_name(self.site, 0) or (bare and self.site == "resid_mid")
+
     def row_answer_pos(self) -> Tensor:
         return self.answer_pos[self.pair]
 
     def enter(self, layer: int, resid: Tensor) -> Tensor:
-        """The stream (row, pos, d_model) before this layer, with a copy of the base run's for each of its cells."""
+        """The stream (row, pos, d_model) before this layer, in which its cells now have their rows."""
         self.layer = layer
-        if layer not in self.cells_of:
-            return resid
+        if layer in self.cells_of and self.join_late:
+            return self.join(layer, resid)
+        return resid
+
+    def join(self, layer: int, resid: Tensor) -> Tensor:
+        """With a copy of the base run's row for each cell of this layer."""
         cells = self.cells_of[layer]
         behind_first = self.position >= cells.first[:, None]
         before_end = self.position <= self.answer_pos[cells.pair, None]
+        self.rows_of[layer] = slice(len(resid), len(resid) + len(cells))
         self.pair = t.cat([self.pair, cells.pair])
         self.can_differ = t.cat([self.can_differ, behind_first & before_end])
         return t.cat([resid, resid[cells.pair]])
 
     def patch(self, activation: Tensor, hook: nn.Module) -> None:
         """
-        In place, in the rows that joined last: a bridge's hook_resid_mid hands out what the MLP reads, which is the
-        stream itself.
+        In place, in the rows of this layer's cells: a bridge's hook_resid_mid hands out what the MLP reads, which is
+        the stream itself.
         """
         cells = self.cells_of[self.layer]
+        rows = self.rows_of[self.layer]
         donor = activation[self.n_pairs + cells.pair]
-        own = activation[-len(cells) :]
-        activation[-len(cells) :] = t.where(self.patched(cells, activation.ndim), donor, own)
+        activation[rows] = t.where(self.patched(cells, activation.ndim), donor, activation[rows])
 
     def patched(self, cells: Cells, ndim: int) -> Tensor:
         """True where these cells patch, in a shape that broadcasts over the site's activation."""
@@ -912,8 +928,10 @@ def moments_over_text(model: nn.Module, rows: Tensor, names: list[str], at_once:
 def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.0) -> dict[str, Part]:
     """
     Neurons of an MLP by how far clean and corrupt differ there at the answer's position x ||W_out||, and the
-    direction in which the stream before it differs most; beside random ones.
+    direction in which the stream before it differs most; beside random ones. None for a mixture of experts.
     """
+    if not hasattr(model.blocks[layer].mlp, "W_out"):
+        return {}  # a mixture of experts has no one list of neurons
     neuron_gap, stream_gap = differences_at_answer(model, pairs, ["post", "resid_pre"], layer, memory_gb)
     strength = neuron_gap.abs().mean(0) * model.blocks[layer].mlp.W_out.float().norm(dim=-1)
     strongest = strength.argsort(descending=True)

@@ -21,7 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
 )
 from plots import imshow, label_tokens, visible
-from hooks import device_of, hooks, in_batches, run_with_cache
+from hooks import device_of, hooks, in_batches, logit_multiplier, run_with_cache
 from weights import token_text
 from anatomy import points
 
@@ -47,6 +47,15 @@ def soft_capped(logits: Tensor, cap: float) -> Tensor:
     return cap * (logits / cap).tanh()
 
 
+def unembedded(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits of a normed stream: the model's unembedding, times its scale (Granite), in its soft cap (Gemma 2)."""
+    logits = model.unembed(x)
+    scale = logit_multiplier(model)
+    if scale != 1:
+        logits = logits * scale
+    return soft_capped(logits, soft_cap_of(model))
+
+
 @t.no_grad()
 def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
     """
@@ -57,8 +66,7 @@ def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
     _, cache = run_with_cache(model, tokens, streams)
     by_layer = []
     for stream in streams:
-        logits = model.unembed(model.ln_final(cache[stream]))
-        by_layer.append(soft_capped(logits, soft_cap_of(model)))
+        by_layer.append(unembedded(model, model.ln_final(cache[stream])))
     return t.stack(by_layer)
 
 
@@ -85,8 +93,7 @@ def tuned_lens_loss(model: nn.Module, translators: nn.ModuleList, tokens: Tensor
     final = logits.float().log_softmax(-1)
     by_layer = []
     for translator, stream in zip(translators, streams):
-        logits = model.unembed(model.ln_final(translator(cache[stream])))
-        logits = soft_capped(logits, soft_cap_of(model))
+        logits = unembedded(model, model.ln_final(translator(cache[stream])))
         by_layer.append(kl_from(final, logits).mean())
     return t.stack(by_layer)
 
@@ -110,15 +117,14 @@ class Lens:
             raise ValueError(f"unknown norm {norm!r}: the lens knows final and none")
         self.exact = norm == "final"  # the last layer's lens is the model's own output
         self.norm = model.ln_final if self.exact else nn.Identity()
-        self.unembed = model.unembed
-        self.cap = soft_cap_of(model)
+        self.model = model
         self.translators = translators
 
     def __call__(self, x: Tensor, layer: int = -1) -> Tensor:
         """layer: after how many blocks x was taken; -1 uses no translator."""
         if self.translators and 0 <= layer < len(self.translators):
             x = self.translators[layer](x)
-        return soft_capped(self.unembed(self.norm(x)), self.cap)
+        return unembedded(self.model, self.norm(x))
 
 
 @t.no_grad()
@@ -129,6 +135,11 @@ def require_exact_lens(model: nn.Module, rows: list[list[int]]) -> float:
     mean square at most 0.02 standard deviations, and the same top-1 wherever its margin exceeds the largest miss.
     """
     worst = 0.0
+    if model.W_U.shape[0] != model.cfg.d_model:
+        fail(
+            f"a projection stands between the stream ({model.cfg.d_model} wide) and the unembedding "
+            f"({model.W_U.shape[0]}), as in OPT-350m: no lens is read; patching.py takes this model"
+        )
     last_stream = points(model)[-1]
     lens = Lens(model)
     for row in rows:

@@ -21,7 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import bar, imshow, label_tokens, line, show
-from hooks import device_of, is_streamed
+from hooks import device_of, has_heads, is_streamed
 from weights import about_bos, answer_token, encode, model_key, open_model, token_text
 from data import Corpus, load_corpus
 from launch import flags
@@ -220,7 +220,7 @@ if __name__ == "__main__" and tuned_scores:
 if __name__ == "__main__":
     writes, logit = layer_writes(model, row, answer)
     missed = abs(sum(writes.values()) - logit) / max(1, abs(logit))
-    full_precision = next(model.ln_final.parameters()).dtype == t.float32
+    full_precision = model.W_U.dtype == t.float32
     assert missed < (1e-4 if full_precision else 5e-2), f"the layers' writes miss the logit by {missed}"
     by_layer = list(writes.values())[1:-1]  # between the embedding and the constant
     as_sum = " + ".join(f"{part} {value:.2f}" for part, value in writes.items())
@@ -240,7 +240,9 @@ if __name__ == "__main__":
 #%% ... and each head's and MLP's, which with the bias after attention sum to their layer's
 if __name__ == "__main__":
     by_head = None
-    parts = None if is_streamed(model) else logit_parts(model, t.tensor([row], device=device_of(model)), answer)
+    parts = None
+    if has_heads(model):
+        parts = logit_parts(model, t.tensor([row], device=device_of(model)), answer)
     if parts is None:
         print(f"{yellow}heads are not taken apart here: only the stream is hooked{endc}")
     elif parts_error(parts) > 1e-3:

@@ -20,7 +20,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
 )
 from plots import imshow, label_tokens, line, show
-from hooks import act_name, hook_points, is_streamed
+from hooks import act_name, has_heads, hook_points, is_streamed
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
@@ -90,8 +90,7 @@ def texts(ids: t.Tensor) -> list[str]:
 
 model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
-streamed = is_streamed(model)
-if not streamed:
+if not is_streamed(model):
     keep_freed_memory()  # blocks that come and go would leave holes
 metric = cfg.metric
 n_layers = model.cfg.n_layers
@@ -131,11 +130,14 @@ if missed:
 
 #%% Which activations are swept: of the stream by layer and place, of the heads one by one
 print(f"{purple}=== Activation patching ==={endc}")
-if streamed and cfg.site == STREAM + HEADS:
-    cfg = replace(cfg, site=("resid_pre", "resid_post"))
+hooked = [site for site in STREAM + HEADS if act_name(site, 0) in hook_points(model)]
+if cfg.site == STREAM + HEADS and tuple(hooked) != cfg.site:
+    absent = [site for site in cfg.site if site not in hooked]
+    print(f"{gray}left out, since this model has no such place: {', '.join(absent)}{endc}")
+    cfg = replace(cfg, site=tuple(hooked))
 for site in cfg.site:
-    if act_name(site, 0) not in hook_points(model):
-        fail(f"unknown hook {site!r}: this model has no {act_name(site, 0)}; use some of {', '.join(STREAM + HEADS)}")
+    if site not in hooked:
+        fail(f"--site {site}: this model has no {act_name(site, 0)}; use some of {', '.join(hooked)}")
 stream_sites = [site for site in cfg.site if site not in HEADS]
 head_sites = [site for site in cfg.site if site in HEADS]
 
@@ -262,12 +264,12 @@ if head_sites:
         f"{', '.join(f'{head} {here:.0%} (held out {there:.0%})' for head, here, there in strongest_heads)}"
     )
 
-#%% Where the weights come block by block the story ends here: heads and MLPs are not hooked
-if streamed:
+#%% Where only the stream is hooked (weights that come block by block, Mamba) the story ends here
+if not has_heads(model):
     save_results("patching", cfg, **numbers, worst_gate=worst_gate)
     print(
-        f"{green}{where_it_stands} (share of the metric that the clean stream there restores; the weights were "
-        f"streamed). Gates: the worst misses by {worst_gate:.0e}.{endc}"
+        f"{green}{where_it_stands} (share of the metric that the clean stream there restores; heads and MLPs are not "
+        f"hooked here). Gates: the worst misses by {worst_gate:.0e}.{endc}"
     )
     raise SystemExit
 

@@ -67,7 +67,11 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "Gemma-3": ("Gemma3ForCausalLM", GROUPED | {"head_dim": 8}),
     "OLMo": ("OlmoForCausalLM", SHAPE),
     "OLMo-2": ("Olmo2ForCausalLM", GROUPED),
-    "Granite": ("GraniteForCausalLM", GROUPED),
+    "Granite": (
+        "GraniteForCausalLM",
+        GROUPED
+        | {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "attention_multiplier": 0.2},
+    ),
     "Cohere": ("CohereForCausalLM", GROUPED),
     "SmolLM3": ("SmolLM3ForCausalLM", GROUPED),
     "DeepSeek-V3": ("DeepseekV3ForCausalLM", SHAPE | DEEPSEEK),
