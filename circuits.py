@@ -12,7 +12,7 @@ from typing import Literal
 # first: sets OpenMP's variables before torch is loaded
 from utils import cyan, endc, fail, gray, green, pick_device, purple, save_results, set_seed, yellow
 from plots import imshow, line, show
-from hooks import has_heads
+from hooks import has_qkv
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
@@ -143,10 +143,10 @@ set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
 model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
-if not has_heads(model):
+if not has_qkv(model):
     fail(
-        "paths need attention heads and MLPs that are hooked, and this model (streamed, or without attention) has the "
-        "residual stream alone: patching.py sweeps it"
+        "paths need queries, keys and values by head, and this model (streamed, without attention, or with DeepSeek's "
+        "compressed one) has none: patching.py takes it"
     )
 keep_freed_memory()
 task, pairs, test_pairs = read_task(model, cfg)
@@ -200,8 +200,8 @@ if missed:
 missed = missed_gates(of_edges, model)
 if missed:
     print(
-        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream (a norm stands "
-        f"behind them), so paths and circuits are left out{endc}"
+        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream, "
+        f"so paths and circuits are left out{endc}"
     )
     save_results("circuits", cfg, **numbers)
     raise SystemExit

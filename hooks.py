@@ -292,6 +292,16 @@ def has_heads(model: nn.Module) -> bool:
     return not is_streamed(model) and hasattr(model.blocks[0], "attn")
 
 
+def has_qkv(model: nn.Module) -> bool:
+    """Queries, keys and values are linear in the stream, head by head; DeepSeek's come from compressed ones."""
+    if not has_heads(model):
+        return False
+    try:
+        return model.blocks[0].attn.W_K is not None
+    except (AttributeError, NotImplementedError):  # TransformerBridge says so
+        return False
+
+
 def hf_config(model: nn.Module) -> object | None:
     """transformers' configuration of a bridge or a streamed model, of its language part; None for ours."""
     if not is_foreign(model):

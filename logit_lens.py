@@ -21,7 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import bar, imshow, label_tokens, line, show
-from hooks import device_of, has_heads, is_streamed
+from hooks import device_of, has_qkv, is_streamed
 from weights import about_bos, answer_token, encode, model_key, open_model, token_text
 from data import Corpus, load_corpus
 from launch import flags
@@ -241,10 +241,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     by_head = None
     parts = None
-    if has_heads(model):
+    if has_qkv(model):
         parts = logit_parts(model, t.tensor([row], device=device_of(model)), answer)
     if parts is None:
-        print(f"{yellow}heads are not taken apart here: only the stream is hooked{endc}")
+        print(f"{yellow}heads are not taken apart here: they are not hooked, or have no values of their own{endc}")
     elif parts_error(parts) > 1e-3:
         print(
             f"{yellow}heads are not taken apart here: with the scale of the norm frozen they miss the logit "

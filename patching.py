@@ -20,7 +20,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
 )
 from plots import imshow, label_tokens, line, show
-from hooks import act_name, has_heads, hook_points, is_streamed
+from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
@@ -131,6 +131,8 @@ if missed:
 #%% Which activations are swept: of the stream by layer and place, of the heads one by one
 print(f"{purple}=== Activation patching ==={endc}")
 hooked = [site for site in STREAM + HEADS if act_name(site, 0) in hook_points(model)]
+if not has_qkv(model):
+    hooked = [site for site in hooked if site not in ("q", "k", "v")]
 if cfg.site == STREAM + HEADS and tuple(hooked) != cfg.site:
     absent = [site for site in cfg.site if site not in hooked]
     print(f"{gray}left out, since this model has no such place: {', '.join(absent)}{endc}")

@@ -414,13 +414,20 @@ def open_bridge(source: str, hf_model: nn.Module, device: str, dtype: t.dtype) -
     row = a_row_of_tokens(hf_model.config.get_text_config().vocab_size, device)
     reference = hf_model(row, use_cache=False).logits.float()
     refuse_not_finite(reference, hf_model)
-    model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, hf_model=hf_model).eval()
+    kind = type(hf_model).__name__
+    instead = "read its residual stream alone by --offload on, which transformers computes"
+    try:
+        model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype, hf_model=hf_model).eval()
+        answer = model(row, use_cache=False).float()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        fail(f"TransformerBridge cannot run a {kind} ({reason}): {instead}")
     if getattr(model, "ln_final", None) is None:
         model.ln_final = nn.Identity()  # OPT-350m has no final norm
-    miss = ((model(row, use_cache=False).float() - reference).abs().max() / reference.abs().max()).item()
+    miss = ((answer - reference).abs().max() / reference.abs().max()).item()
     if not miss <= LARGEST_MISS[dtype]:
         fail(
-            f"the bridge of {type(hf_model).__name__} misses transformers' logits by {miss:.1e} of the largest: not used"
+            f"TransformerBridge misses the logits of {kind} by {miss:.1e} of the largest, so it is not used: {instead}"
         )
     print(f"{gray}checked: its logits miss plain transformers' by {miss:.0e} of the largest{endc}")
     del hf_model

@@ -126,29 +126,33 @@ class Streamed(nn.Module):
         stack = path_of_blocks(empty, shape.num_hidden_layers)
         places = offload_places(empty, stack, shape.num_hidden_layers, device, resident)
         self.converted = tempfile.TemporaryDirectory()  # for tensors that are not kept as the file has them (experts)
-        hf, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            device_map=places,
-            offload_folder=self.converted.name,
-            dtype=dtype,
-            token=token,
-            output_loading_info=True,
-        )
+        try:
+            hf, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                device_map=places,
+                offload_folder=self.converted.name,
+                dtype=dtype,
+                token=token,
+                output_loading_info=True,
+            )
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            fail(f"a {type(empty).__name__} cannot be read block by block ({reason}): it opens whole, by --offload off")
         refuse_incomplete(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         self.hf = hf.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(name, token=token)
         self.cfg = SimpleNamespace(
             n_layers=shape.num_hidden_layers,
-            n_heads=shape.num_attention_heads,
+            n_heads=getattr(shape, "num_attention_heads", 0),  # Mamba has none
             d_model=shape.hidden_size,
-            d_mlp=getattr(shape, "intermediate_size", 4 * shape.hidden_size),
+            d_mlp=getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size,
             d_vocab=shape.vocab_size,
             n_ctx=context_length(config),
             output_logits_soft_cap=getattr(shape, "final_logit_softcapping", None),
         )
         outside = [module for path, module in self.hf.named_modules() if not path.startswith(f"{stack}.")]
         norms = [module for module in outside if "norm" in type(module).__name__.lower()]
-        self.ln_final = norms[-1]
+        self.ln_final = norms[-1] if norms else nn.Identity()  # OPT-350m has none
         self.unembed = self.hf.get_output_embeddings()
         self.layers = list(self.hf.get_submodule(stack))
         self.blocks = nn.ModuleList(nn.Module() for _ in self.layers)  # they hold the hook points

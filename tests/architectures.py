@@ -15,6 +15,7 @@ GPT2_SHAPE = {"vocab_size": 3072, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_po
 OPT_SHAPE = WIDTH | {"ffn_dim": 64, "max_position_embeddings": 128}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK = {
+    "num_key_value_heads": 4,
     "moe_intermediate_size": 32,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

@@ -30,16 +30,23 @@ def three_pairs() -> Pairs:
 
 
 def tiny_models() -> dict[str, nn.Module]:
-    """Tiny Hugging Face models with large weights as bridges; 'ours' is the Llama, with grouped queries, in our class."""
+    """
+    Tiny Hugging Face models with large weights as bridges; 'ours' is the Llama, with grouped queries, in our class.
+    Gemma 2 has norms before and behind attention and MLP, OLMo 2 behind alone, and GPT-J one for both.
+    """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformers import (
         Gemma2Config,
         Gemma2ForCausalLM,
         GPT2Config,
         GPT2LMHeadModel,
+        GPTJConfig,
+        GPTJForCausalLM,
         GPTNeoXConfig,
         GPTNeoXForCausalLM,
         LlamaForCausalLM,
+        Olmo2Config,
+        Olmo2ForCausalLM,
     )
     from transformers import LlamaConfig as HFLlamaConfig
 
@@ -56,6 +63,10 @@ def tiny_models() -> dict[str, nn.Module]:
         "llama": LlamaForCausalLM(HFLlamaConfig(**shape, num_key_value_heads=2)),
         "gemma2": Gemma2ForCausalLM(Gemma2Config(**shape, num_key_value_heads=2, head_dim=8)),
         "gpt_neox": GPTNeoXForCausalLM(GPTNeoXConfig(**shape)),
+        "olmo2": Olmo2ForCausalLM(Olmo2Config(**shape, num_key_value_heads=2)),
+        "gptj": GPTJForCausalLM(
+            GPTJConfig(vocab_size=260, n_embd=32, n_layer=L, n_head=H, n_positions=64, rotary_dim=4)
+        ),
     }
     models = {}
     for name, model in hf.items():

@@ -85,7 +85,7 @@ def test_the_edges_are_counted_named_and_linked(models, world):
 
 # %% The engine gives what the plain forms give
 @t.no_grad()
-@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox", "gptj", "gemma2", "olmo2"])
 def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
     model = models[name]
     graph = Graph(model)
@@ -100,7 +100,7 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
         t.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4, msg=f"{writer} to {receiver}")
 
 
-@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox", "gptj", "gemma2", "olmo2"])
 def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, name):
     model = models[name]
     graph = Graph(model)
@@ -175,6 +175,17 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
         t.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=receiver)
         plain = path_patch(model, graph, pairs, "L0H2", receiver)
         t.testing.assert_close(plain, wanted, atol=1e-4, rtol=0, msg=receiver)
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ["gptj", "gemma2", "olmo2"])
+def test_with_a_shared_norm_or_norms_behind_writes_add_up_and_all_edges_are_the_corrupt_run(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    miss, _ = write_differences(model, graph, pairs)
+    assert miss < 1e-5
+    ends = edge_patch(model, graph, pairs, t.stack([~graph.is_edge, graph.is_edge]))
+    t.testing.assert_close(ends, t.stack(baselines(model, pairs, "logit_diff")), atol=1e-4, rtol=1e-4)
 
 
 @t.no_grad()

@@ -35,7 +35,9 @@ def text_file(folder) -> str:
 
 def test_the_story_of_streamed_weights_ends_with_the_stream(script, run):
     few = ("--offload", "on", "--n", "4", "--held-out", "4")
-    one_line_error(run("patching.py", *few, "--site", "z", "--device", "cpu"), "unknown hook 'z'")
+    one_line_error(
+        run("patching.py", *few, "--site", "z", "--device", "cpu"), "--site z: this model has no blocks.0.attn.hook_z"
+    )
     numbers = script(*few)
     assert max(numbers["gates"].values()) < 1e-4
     assert list(numbers["by_place"]) == [
@@ -116,6 +118,10 @@ def test_where_writes_do_not_add_up_patching_holds_all_the_same(script, tmp_path
 
 def test_a_wrong_command_line_ends_in_one_line(run):
     few = ("--n", "4", "--held-out", "4", "--device", "cpu")
-    one_line_error(run("patching.py", "--site", "resid_prre", *few), "unknown hook", "resid_prre")
+    one_line_error(
+        run("patching.py", "--site", "resid_prre", *few),
+        "--site resid_prre: this model has no",
+        "use some of resid_pre",
+    )
     own = ("--clean", "The key", "--corrupt", "The keys", "--answer", " is")
     one_line_error(run("patching.py", *own, "--device", "cpu"), "--wrong")

@@ -1,0 +1,149 @@
+"""Every architecture works or is refused in one line that says what works instead; README's table says which."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import torch as t
+import torch.nn as nn
+from architectures import ARCHITECTURES, make_architecture
+from conftest import ROOT, relative_error
+
+from anatomy import logit_parts, parts_error
+from graph import Graph, edge_patch, write_differences
+from hooks import act_name, has_heads, has_qkv, hook_points
+from interventions import Pairs, activation_patch, baselines, draw_pairs, missed_gates, sweep, sweep_gates
+from lens import Lens, logit_lens, require_exact_lens
+from llama_block import Llama
+from weights import open_model
+
+COLUMNS = ("lens", "stream", "heads", "logit by head", "circuits", "streamed")
+ROW = t.arange(1, 12)[None]
+
+
+@contextlib.contextmanager
+def refused():
+    """What ends in one line is a no; a traceback is none."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        yield
+
+
+def reads_by_the_lens(model: nn.Module) -> bool:
+    """The last layer's lens is the model's own output, by the plain form and by the gate."""
+    with refused():
+        require_exact_lens(model, ROW.tolist())
+        last = logit_lens(model, ROW)[-1]
+        return relative_error(last, model(ROW)) < 1e-5
+    return False
+
+
+def patches_the_stream(model: nn.Module, pairs: Pairs) -> bool:
+    """The gates of a sweep hold, and a cell of it is what the plain form gives."""
+    with refused():
+        if missed_gates(sweep_gates(model, pairs, "logit_diff"), model):
+            return False
+        swept = sweep(model, pairs, "resid_post")[0]
+        position = int(pairs.answer_pos.min())
+        plain = activation_patch(model, pairs, "resid_post", 0, position)
+        return t.allclose(swept[position], plain, atol=1e-3)
+    return False
+
+
+def patches_heads(model: nn.Module, pairs: Pairs) -> bool:
+    with refused():
+        if not has_heads(model) or act_name("z", 0) not in hook_points(model):
+            return False
+        swept = sweep(model, pairs, "z", by="head")[0, 1]
+        return t.allclose(swept, activation_patch(model, pairs, "z", 0, head=1), atol=1e-3)
+    return False
+
+
+def takes_a_logit_apart(model: nn.Module) -> bool:
+    return has_qkv(model) and parts_error(logit_parts(model, ROW, 5)) < 1e-3
+
+
+def has_circuits(model: nn.Module, pairs: Pairs) -> bool:
+    """circuits.py's gates: no edge patched, every edge patched, and the writes add up."""
+    if not has_qkv(model):
+        return False
+    graph = Graph(model)
+    clean, corrupt = baselines(model, pairs, "logit_diff")
+    none, every = edge_patch(model, graph, pairs, t.stack([~graph.is_edge, graph.is_edge]))
+    miss, _ = write_differences(model, graph, pairs)
+    scale = 0.01 + (clean - corrupt).abs().max()
+    return max((none - clean).abs().max() / scale, (every - corrupt).abs().max() / scale, miss) < 1e-3
+
+
+def is_streamed_right(folder: Path, theirs: t.Tensor, pairs: Pairs) -> bool:
+    with refused():
+        model = open_model(str(folder), (), "cpu", offload="on")
+        assert relative_error(model(ROW), theirs) < 1e-5
+        return not missed_gates(sweep_gates(model, pairs, "logit_diff"), model)
+    return False
+
+
+@t.no_grad()
+def measure(name: str, folder: Path) -> list[str]:
+    """A row of the table."""
+    hf = make_architecture(name, folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = open_model(str(folder), (Llama,), "cpu").requires_grad_(False)
+    except SystemExit as line:
+        if "--offload on" not in str(line):
+            return ["no"] * len(COLUMNS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = open_model(str(folder), (), "cpu", offload="on")
+        pairs = draw_pairs(model, "ioi", 3, 0)
+        streamed = is_streamed_right(folder, hf(ROW).logits, pairs)
+        return [*["no"] * (len(COLUMNS) - 1), "yes" if streamed else "no"]
+    theirs = hf(ROW).logits
+    assert relative_error(model(ROW), theirs) < 1e-5
+    pairs = draw_pairs(model, "ioi", 3, 0)
+    by_lens = reads_by_the_lens(model)
+    found = (
+        by_lens,
+        patches_the_stream(model, pairs),
+        patches_heads(model, pairs),
+        by_lens and takes_a_logit_apart(model),
+        has_circuits(model, pairs),
+        is_streamed_right(folder, theirs, pairs),
+    )
+    return ["yes" if works else "no" for works in found]
+
+
+def in_readme() -> dict[str, list[str]]:
+    """{architecture: its cells} of README's table."""
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in ARCHITECTURES and len(cells) == 1 + len(COLUMNS):
+            rows[cells[0]] = cells[1:]
+    return rows
+
+
+def test_the_table_names_every_architecture():
+    assert list(in_readme()) == list(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_does_what_the_table_says(name, tmp_path):
+    assert measure(name, tmp_path) == in_readme()[name]
+
+
+def test_a_lens_without_the_final_norm_is_no_gate(tmp_path):
+    """The gate can fail: a wrong norm is seen."""
+    make_architecture("Llama", tmp_path)
+    model = open_model(str(tmp_path), (Llama,), "cpu")
+    wrong = Lens(model, "none")(t.randn(1, 1, model.cfg.d_model))
+    right = Lens(model)(t.randn(1, 1, model.cfg.d_model))
+    assert not t.allclose(wrong, right)
+
+
+if __name__ == "__main__":  # prints the table for README
+    import tempfile
+
+    print(f"| architecture | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|")
+    for name in ARCHITECTURES:
+        print(f"| {name} | {' | '.join(measure(name, Path(tempfile.mkdtemp())))} |", flush=True)
