@@ -100,7 +100,7 @@ def test_head_scores_run_on_a_bridge(folders):
 def test_our_class_is_used_where_it_takes_the_architecture(folders):
     class Ours(t.nn.Linear):
         architectures = ("LlamaForCausalLM",)
-        cfg = SimpleNamespace(d_vocab=16)
+        cfg = SimpleNamespace(d_vocab=16, n_ctx=64)
 
         @classmethod
         def read_config(cls, config):

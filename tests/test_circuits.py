@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch as t
+from architectures import make_architecture
 from conftest import ROOT
 from test_graph import count_edges
 

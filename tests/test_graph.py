@@ -93,7 +93,7 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
     chosen = range(0, len(edges), 5)
     values = edge_patch(model, graph, pairs, masks[chosen], "logit_diff", memory_gb=1e-2)
     clean, _ = baselines(model, pairs, "logit_diff")
-    assert (values - clean).abs().max() > 0.1
+    assert (values - clean).abs().max() > 0.05
     for value, i in zip(values, chosen):
         writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
         expected = path_patch(model, graph, pairs, writer, receiver)
@@ -107,7 +107,7 @@ def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, nam
     for metric in ("logit_diff", "log_prob"):
         plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in graph.receiver_names], 1)
         plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in graph.receiver_names], 1)
-        assert plain.abs().max() > 0.1 and (plain - plain_ig).abs().max() > 0.01
+        assert plain.abs().max() > 0.05 and (plain - plain_ig).abs().max() > 0.01
         t.testing.assert_close(eap(model, graph, pairs, metric, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
         t.testing.assert_close(eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
 
