@@ -29,7 +29,7 @@ from layers import HeadWeights, attend
 from weights import read_tensors, take_tensors, tensor_table
 
 from anatomy import listening_gap
-from data import load_corpus, load_tokenizer, str_tokens, to_tokens, write_folder
+from data import bos_id, load_corpus, load_tokenizer, str_tokens, text_of, to_tokens, write_folder
 from launch import flags
 from plots import imshow, line, show, visible
 from train import TrainConfig, context_at, first_goes_on, train
@@ -839,7 +839,8 @@ if __name__ == "__main__":
     with t.no_grad():
         top = model(prompt)[0, -1].float().softmax(-1).topk(5)
     next_tokens = zip(str_tokens(tokenizer, top.indices), top.values.tolist())
-    said = "".join(str_tokens(tokenizer, model.generate(prompt, 24)[0, 1:]))
+    written = model.generate(prompt, 24)[0].tolist()
+    said = text_of(tokenizer, written[0 if bos_id(tokenizer) is None else 1 :])
     print(f"{gray}after {cfg.prompt!r}: {', '.join(f'{visible(token)} {p:.2f}' for token, p in next_tokens)}{endc}")
     print(f"{cyan}{said}{endc}")
     save_results("llama_block", cfg, **numbers)

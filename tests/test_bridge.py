@@ -116,7 +116,9 @@ def test_our_class_is_used_where_it_takes_the_architecture(folders):
             return tokens.float()
 
     ours = load_model(str(folders["llama"]), (Ours,), device="cpu")
-    assert isinstance(ours, Ours) and ours.folder == str(folders["llama"]) and not ours.training
+    assert isinstance(ours, Ours)
+    assert str(ours.folder) == str(folders["llama"])
+    assert not ours.training
     assert not isinstance(load_model(str(folders["gpt2"]), (Ours,), device="cpu"), Ours)
 
 
