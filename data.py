@@ -310,7 +310,7 @@ def find_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     Ids of the token `text`: exactly it, or with a space before it, or in another case. Ends the program where there is
     none.
     """
-    vocab = {i: tokenizer.decode([i], skip_special_tokens=False) for i in range(tokenizer.get_vocab_size())}
+    vocab = {i: token_text(tokenizer, i) for i in range(tokenizer.get_vocab_size())}
     word = text.strip().lower()
     if word:
         found = [i for i, token in vocab.items() if token.strip().lower() == word]

@@ -165,3 +165,6 @@ def test_a_tokens_text_keeps_its_space_with_sentencepiece_too():
     ids = tokenizer.encode("Once upon a time, there was").ids
     assert "".join(str_tokens(tokenizer, ids)) == "<s> Once upon a time, there was"
     assert data.token_text(tokenizer, 10**6) == ""
+    assert str_tokens(tokenizer, data.find_tokens(tokenizer, " upon")[:1]) == [" upon"]  # exactly it comes first
+    story = tokenizer.encode("there was a café", add_special_tokens=False).ids
+    assert data.text_of(tokenizer, story) == " there was a café"  # é is two bytes here, two tokens
