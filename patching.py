@@ -93,6 +93,8 @@ task, pairs, test_pairs = read_task(model, cfg)
 streamed = is_streamed(model)
 if not streamed:
     keep_freed_memory()  # blocks that come and go would leave holes
+    data, corpus = corpus_for(cfg.data, cfg.model, cfg.bos)  # for the ablations; what cannot be read is said now
+    rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
 metric = cfg.metric
 n_layers = model.cfg.n_layers
 n_heads = model.cfg.n_heads
@@ -341,8 +343,6 @@ if task == "capitals":
 
 #%% What is needed: every head and MLP taken away in four ways, with the effect on the answer and on the loss over text
 print(f"{purple}=== Ablations ==={endc}")
-data, corpus = corpus_for(cfg.data, cfg.model, cfg.bos)
-rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
 parts = {}
 for layer in range(n_layers):
     for head in range(n_heads):

@@ -119,3 +119,9 @@ def test_a_wrong_command_line_ends_in_one_line(run):
     one_line_error(run("patching.py", "--site", "resid_prre", *few), "unknown hook", "resid_prre")
     own = ("--clean", "The key", "--corrupt", "The keys", "--answer", " is")
     one_line_error(run("patching.py", *own, "--device", "cpu"), "--wrong")
+
+
+def test_text_that_cannot_be_read_is_said_before_the_sweeps(run):
+    done = run("patching.py", "--n", "4", "--held-out", "4", "--data", "./nowhere.txt", "--device", "cpu")
+    one_line_error(done, "no such file")
+    assert "gates" not in done.stdout and "=== Activation patching" not in done.stdout
