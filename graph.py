@@ -827,6 +827,8 @@ class RoleSearch:
         losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
+        if self.metric == "kl":
+            sign = -sign  # a divergence grows where the answer is lost
         effect = {head: sign * lost[self.graph.head_names.index(head)].mean() for head in heads}
         return [head for head in heads if effect[head] > bar]
 

@@ -275,6 +275,9 @@ def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[
 
 
 #%% Metrics: one number per row, from its logits where the answer is due
+UNITS = {"logit_diff": "logits", "log_prob": "nats", "kl": "nats"}
+
+
 def make_metric(pairs: Pairs, metric: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """
     fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric:
@@ -815,7 +818,7 @@ class AblatedRuns:
         return run_from(self.model, resid, self.answer_pos, part.layer, fwd_hooks=[(part.hook_name, change)])
 
     def scores(self, ablations: list[tuple[Part, str, float]], score: Callable[[Tensor], Tensor]) -> Tensor:
-        """(1 + ablation) score of the plain run's logits, and of each ablation's."""
+        """(1 + ablation, ...) score of the plain run's logits, and of each ablation's."""
         values = [score(self.plain())]
         for part, how, sigma in tqdm(ablations, desc="ablations", **BRIEF):
             values.append(score(self.ablate(part, how, sigma)))
@@ -833,9 +836,11 @@ def ablation_effects(
 ) -> list[tuple[float, float]]:
     """
     For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the
-    share of the clean metric lost, and the loss added on that text in nats per token. resample takes the row before,
-    same position.
+    share of the metric lost (0 = clean, 1 = corrupt: see normalised), and the loss added on that text in nats per
+    token. resample takes the row before, same position.
     """
+    if len(pairs) < 2 and any(how == "resample" for _, how, _ in ablations):
+        fail("resample takes what another pair has there, and there is one pair: give more with --pairs")
     ablated_hooks = unique(part.hook_name for part, _, _ in ablations)
     resampled_hooks = unique(part.hook_name for part, how, _ in ablations if how == "resample")
     floats = 2 * cached_floats(model, rows, ablated_hooks)
@@ -845,7 +850,7 @@ def ablation_effects(
     moments = moments_over_text(model, rows, ablated_hooks, text_at_once)
 
     def metric_of_pairs(index: Tensor) -> Tensor:
-        """Summed over these pairs; the pairs before them are resampled from."""
+        """(run, pair); the pairs before these are resampled from."""
         group = pairs.take(index)
         both = pairs.take(t.cat([index, index - 1]))
         tokens, other_tokens = both.clean.split(len(index))
@@ -853,9 +858,9 @@ def ablation_effects(
         metric_fn = make_metric(group, metric, runs.logits)
 
         def score(logits: Tensor) -> Tensor:
-            return metric_fn(logits, group.index).sum()
+            return metric_fn(logits, group.index)
 
-        return runs.scores(ablations, score) / len(pairs)
+        return runs.scores(ablations, score)
 
     def loss_of_text(index: Tensor) -> Tensor:
         """Summed over these rows; the rows before them are resampled from."""
@@ -867,9 +872,10 @@ def ablation_effects(
 
         return runs.scores(ablations, score) / rows[:, 1:].numel()
 
-    metric_by_run = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
+    metric_by_run = t.cat(list(in_batches(metric_of_pairs, pairs.index, pairs_at_once)), -1)
+    clean, corrupt = baselines(model, pairs, metric, memory_gb)
     loss_by_run = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
-    metric_lost = (1 - metric_by_run[1:] / metric_by_run[0]).tolist()
+    metric_lost = (1 - normalised(metric_by_run[1:], clean, corrupt)).tolist()
     nats_added = (loss_by_run[1:] - loss_by_run[0]).tolist()
     return list(zip(metric_lost, nats_added))
 

@@ -62,8 +62,8 @@ def array(x: Tensor | np.ndarray | list) -> np.ndarray:
 def color_axis(z: np.ndarray, diverging: bool, value: str, legend: bool) -> dict:
     """RdBu with midpoint 0 for diverging data, else Blues from 0; values that are not finite do not stretch it."""
     finite = z[np.isfinite(z)]
-    top = float(np.abs(finite).max()) or 1.0
-    low = -top if diverging else min(0.0, float(finite.min()))
+    top = float(np.abs(finite).max(initial=0.0)) or 1.0
+    low = -top if diverging else min(0.0, float(finite.min(initial=0.0)))
     colors = "RdBu" if diverging else "Blues"
     return {"colorscale": colors, "cmin": low, "cmax": top, "colorbar": {"title": value}, "showscale": legend}
 

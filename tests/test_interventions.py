@@ -329,12 +329,39 @@ def head(h: int):
     return lambda change: change * only
 
 
-def effects_of(model: nn.Module, pairs: Pairs, rows: t.Tensor, on_pairs: t.Tensor, on_rows: t.Tensor) -> tuple:
-    """(share of the metric lost, nats added) by ablated logits of the pairs' clean texts and of rows."""
-    clean = baselines(model, pairs, "logit_diff")[0].mean()
-    value = make_metric(pairs, "logit_diff")(on_pairs[range(3), pairs.answer_pos], pairs.index).mean()
+def effects_of(
+    model: nn.Module,
+    pairs: Pairs,
+    rows: t.Tensor,
+    on_pairs: t.Tensor,
+    on_rows: t.Tensor,
+    metric: str = "logit_diff",
+) -> tuple:
+    """(share of clean - corrupt lost, nats added) by ablated logits of the pairs' clean texts and of rows."""
+    clean, corrupt = t.stack(baselines(model, pairs, metric)).mean(1)
+    clean_logits = model(pairs.clean)[range(3), pairs.answer_pos]
+    value = make_metric(pairs, metric, clean_logits)(on_pairs[range(3), pairs.answer_pos], pairs.index).mean()
     nats = next_token_loss(on_rows, rows) - next_token_loss(model(rows), rows)
-    return (1 - value / clean).item(), nats.item()
+    return ((clean - value) / (clean - corrupt)).item(), nats.item()
+
+
+@t.no_grad()
+@pytest.mark.parametrize("metric", ["logit_diff", "log_prob", "kl"])
+def test_shares_lost_are_of_clean_less_corrupt_by_every_metric(models, pairs, metric):
+    model = models["ours"]
+    rows = t.randint(1, 250, (4, 12), generator=t.Generator().manual_seed(3))
+    part = Part("mlp_out", 1)
+    [(lost, _)] = ablation_effects(model, pairs, rows, [(part, "zero", 1.0)], metric)
+    on_pairs = ablate(model, pairs.clean, part, rows, "zero")
+    expected, _ = effects_of(model, pairs, rows, on_pairs, ablate(model, rows, part, rows, "zero"), metric)
+    assert abs(lost) > 1e-3
+    assert lost == pytest.approx(expected, abs=1e-3)
+
+
+def test_one_pair_is_not_resampled_from_itself(models, pairs):
+    rows = t.randint(1, 250, (4, 12))
+    with pytest.raises(SystemExit, match="one pair"):
+        ablation_effects(models["ours"], pairs.take(slice(0, 1)), rows, [(Part("z", 1), "resample", 1.0)], "logit_diff")
 
 
 @t.no_grad()

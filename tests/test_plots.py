@@ -21,6 +21,11 @@ def test_values_that_are_not_finite_do_not_stretch_the_scale():
     assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 2)
 
 
+def test_a_map_without_a_finite_value_is_drawn():
+    fig = imshow(t.full((2, 2), float("nan")), "t", "x", "y")
+    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (-1, 1)
+
+
 def test_panels_share_a_scale_or_have_their_own():
     z = t.tensor([[[1.0]], [[5.0]]])
     one = imshow(z, "t", "x", "y", panels=["a", "b"])
