@@ -70,29 +70,28 @@ def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Fi
     for w, r in kept.nonzero().tolist():
         writer = graph.writers[w]
         receiver = graph.receiver_names[r]
-        receiving_node = receiver.split(".")[0]
         used[writer] = coordinates[writer]
-        used[receiving_node] = coordinates[receiving_node]
         value = score[w, r].item()
         look = {
             "color": EDGE_COLORS[graph.receivers[r].input],
             "width": 1 + 7 * abs(value) / largest,
             "dash": "solid" if value > 0 else "dot",
         }
-        x, y = np.linspace(
-            coordinates[writer], coordinates[receiving_node], 3
-        ).T  # the point in the middle is there to hover over
-        fig.add_trace(
-            go.Scatter(
-                x=x,
-                y=y,
-                mode="lines",
-                opacity=0.6,
-                line=look,
-                showlegend=False,
-                hovertemplate=f"{writer} to {receiver}<br>share of the metric {value:.3f}<extra></extra>",
+        for receiving_node in graph.fed_by(r):  # several where heads share keys and values
+            used[receiving_node] = coordinates[receiving_node]
+            # the point in the middle is there to hover over
+            x, y = np.linspace(coordinates[writer], coordinates[receiving_node], 3).T
+            fig.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    mode="lines",
+                    opacity=0.6,
+                    line=look,
+                    showlegend=False,
+                    hovertemplate=f"{writer} to {receiver}<br>share of the metric {value:.3f}<extra></extra>",
+                )
             )
-        )
     x, y = zip(*used.values())
     fig.add_trace(
         go.Scatter(

@@ -1,6 +1,7 @@
 """What changes a hooked model: prompt pairs and their metrics, activation patching, ablations, attention knock-out."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -221,25 +222,78 @@ def draw_two_facts(rng: Random, facts: list[Prompt]) -> tuple[str, str, str, str
     return fact.text, other.text, fact.answer, other.answer
 
 
-def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
-    """Rows of a CSV file with the columns clean, corrupt, answer, wrong, or of a JSON list of such objects."""
-    columns = ("clean", "corrupt", "answer", "wrong")
+COLUMNS = {  # what a column of pairs is also called, in lower case: EAP-IG's files, common files of indirect objects
+    "clean": ("clean", "clean_prompt", "clean_input", "prompt", "ioi_sentences", "ioi_sentences_input"),
+    "corrupt": ("corrupt", "corrupted", "corrupt_prompt", "corrupted_prompt", "corrupted_input", "corr_ioi_sentences"),
+    "answer": ("answer", "correct", "correct_answer", "correct_idx", "io", "clean_answer"),
+    "wrong": ("wrong", "incorrect", "incorrect_answer", "wrong_answer", "incorrect_idx", "s", "corrupted_answer"),
+}
+
+
+def read_pairs(path: str, model: nn.Module | None = None) -> list[tuple[str, str, str, str]]:
+    """
+    Rows of a CSV file with the columns clean, corrupt, answer, wrong (or what COLUMNS also calls them), or of a JSON
+    list of such objects. Of correct_idx and incorrect_idx, which are token ids, the model says the text.
+    """
+    rows = read_table(Path(path))
+    if not rows:
+        fail(f"--pairs {path} holds no pair")
+    by_name = {str(name).strip().lower(): name for name in rows[0]}
+    chosen_columns = {}
+    for name, aliases in COLUMNS.items():
+        found = [by_name[alias] for alias in aliases if alias in by_name]
+        if not found:
+            fail(
+                f"--pairs {path} has no column {name} (or {', '.join(aliases[1:])}) among {', '.join(map(str, rows[0]))}"
+            )
+        chosen_columns[name] = found[0]
+    read = []
+    for i, row in enumerate(rows):
+        values = [row.get(column) for column in chosen_columns.values()]
+        for name, value in zip(chosen_columns, values):
+            if value is None or value == "":
+                fail(f"--pairs {path}: row {i + 1} lacks {name}")
+        texts = zip(chosen_columns.values(), values)
+        read.append(tuple(text_of_cell(path, column, value, model) for column, value in texts))
+    return read
+
+
+def text_of_cell(path: str, column: str, value: Any, model: nn.Module | None) -> str:
+    """A cell as text; in a column of token ids (..._idx) the token's, of a list of them (EAP-IG) the first one's."""
+    if not str(column).strip().lower().endswith("_idx"):
+        return str(value)
+    assert model is not None, "token ids need a model that says what they read"
+    first = str(value).strip("[] ").split(",")[0]
+    if not first.isdigit() or int(first) >= model.cfg.d_vocab:
+        fail(f"--pairs {path}: {value!r} in the column {column} is no token id of this model")
+    return token_text(model, int(first))
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON list of objects, or of a CSV file, whose separator is a comma, a semicolon or a tab."""
     try:
-        text = Path(path).read_text()
-        is_json = path.endswith(".json")
-        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
-    except (OSError, json.JSONDecodeError) as error:
+        text = path.read_bytes().decode("utf-8-sig")  # with or without the byte-order mark that Excel writes
+    except OSError as error:
         fail(f"--pairs {path} cannot be read: {error}")
-    for i, row in enumerate(rows or [{}]):
-        if not all(name in row and row[name] for name in columns):
-            fail(f"--pairs {path}: row {i + 1} lacks one of the columns {', '.join(columns)}")
-    return [tuple(row[name] for name in columns) for row in rows]
+    except UnicodeDecodeError:
+        fail(f"--pairs {path} is not UTF-8 text: save it as UTF-8, for instance by iconv -f latin1 -t utf-8")
+    if path.suffix.lower() == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            fail(f"--pairs {path} cannot be read: {error}")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            fail(f"--pairs {path} is no list of objects such as {{'clean': ..., 'corrupt': ..., ...}}")
+        return rows
+    header = text.split("\n", 1)[0]
+    separator = max(",;\t", key=header.count)
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
 
 
 def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
     """
     (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer,
-    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n
+    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn until these are full, or pairs drawn from cfg.task (cfg.n
     and, by the next seed, cfg.held_out of them).
     """
     own = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong)
@@ -249,12 +303,30 @@ def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
         pairs = draw_pairs(model, cfg.task, cfg.n, cfg.seed)
         test_pairs = draw_pairs(model, cfg.task, cfg.held_out, cfg.seed + 1)
         return cfg.task, pairs, test_pairs
-    rows = read_pairs(cfg.pairs) if cfg.pairs else [own]
+    rows = read_pairs(cfg.pairs, model) if cfg.pairs else [own]
+    if len(rows) > cfg.n + cfg.held_out:
+        print(
+            f"{yellow}of {len(rows)} pairs in {cfg.pairs} the first {cfg.n + cfg.held_out} are read (--n {cfg.n}, "
+            f"--held-out {cfg.held_out}){endc}"
+        )
     if len(rows) == 1:
         print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
-    pairs = make_pairs(model, rows[0::2])
-    test_pairs = make_pairs(model, rows[1::2] or rows)
+    looked_at, tested = share_out(rows, cfg.n, cfg.held_out)
+    pairs = make_pairs(model, looked_at)
+    test_pairs = make_pairs(model, tested or rows)
     return "own pairs", pairs, test_pairs
+
+
+def share_out[Row](rows: list[Row], n: int, held_out: int) -> tuple[list[Row], list[Row]]:
+    """Rows to the one and to the other in turn; when one has enough, all to the other; the rest to none."""
+    first, second = [], []
+    for row in rows:
+        takes_first = len(first) < n and (len(first) <= len(second) or len(second) >= held_out)
+        if takes_first:
+            first.append(row)
+        elif len(second) < held_out:
+            second.append(row)
+    return first, second
 
 
 #%% Pairs as a model's input, and in groups that fit into memory
@@ -599,6 +671,15 @@ def sweep_group(
 def heads_at(model: nn.Module, site: str) -> int:
     """Keys and values may have fewer heads than queries."""
     return model.blocks[0].attn.W_K.shape[0] if site in ("k", "v") else model.cfg.n_heads
+
+
+def head_names(model: nn.Module, site: str) -> list[str]:
+    """H0, H1 ...; the keys and values that several heads share are named by these: H0-1, H2-3."""
+    n = heads_at(model, site)
+    sharing = model.cfg.n_heads // n
+    if sharing == 1:
+        return [f"H{head}" for head in range(n)]
+    return [f"H{first}-{first + sharing - 1}" for first in range(0, n * sharing, sharing)]
 
 
 def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:

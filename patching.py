@@ -37,6 +37,7 @@ from interventions import (
     by_groups,
     embedding_std,
     fine_parts,
+    head_names,
     in_words,
     knock_out,
     missed_gates,
@@ -107,7 +108,6 @@ shown = pairs.take(slice(middle, middle + 1))
 about = f"{task}, {Path(cfg.model).name}, {metric}"
 units = UNITS[metric]
 layer_names = [f"L{layer}" for layer in range(n_layers)]
-head_names = [f"H{head}" for head in range(n_heads)]
 place_names = list(pairs.places)
 token_labels = label_tokens(texts(shown.clean[0]))
 numbers = {}
@@ -231,21 +231,20 @@ if head_sites:
         ),
         xlabel="head",
         ylabel="layer",
-        x=head_names,
+        x=[f"H{head}" for head in range(n_heads)],
         y=layer_names,
         panels=list(by_head),
         columns=4,
         value="share",
     )
     show(fig, "patching/heads")
-    n_of_site = len(head_by_place) // n_layers
     fig = imshow(
         head_by_place,
         title=f"Clean {head_sites[0]} of one head into the corrupt run, by place (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean)",
         xlabel="place",
         ylabel="head",
         x=place_names,
-        y=[f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_of_site)],
+        y=[layer + head for layer in layer_names for head in head_names(model, head_sites[0])],
         value="share restored",
     )
     show(fig, "patching/head_places")
@@ -260,7 +259,7 @@ if head_sites:
         patch_this_head = partial(activation_patch, model, site=site, layer=layer, head=head, metric=metric)
         values = t.cat(by_groups(patch_this_head, test_pairs, 16))
         on_test_pairs = test_restored(values).item()
-        strongest_heads.append([f"L{layer}H{head}", found[layer, head].item(), on_test_pairs])
+        strongest_heads.append([f"L{layer}{head_names(model, site)[head]}", found[layer, head].item(), on_test_pairs])
     numbers["strongest_heads"] = {site: strongest_heads}
     the_strongest = (
         f"those whose clean {site} restores most are "

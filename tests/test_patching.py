@@ -111,6 +111,7 @@ def test_where_writes_do_not_add_up_patching_holds_all_the_same(script, tmp_path
     numbers = script("--model", folder, *few, "--site", "k", "z", "--data", text_file(tmp_path))
     assert max(numbers["gates"].values()) < 1e-4
     assert len(numbers["by_head"]["k, denoise"][0]) == 2
+    assert {name[2:] for name, _, _ in numbers["strongest_heads"]["k"]} <= {"H0-1", "H2-3"}  # what a key head feeds
     assert len(numbers["ablation"]["mean"]) == 2 * 5
 
 
