@@ -16,7 +16,7 @@ from hooks import has_qkv
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
-from interventions import baselines, in_words, missed_gates, normalised, read_task, sweep_gates
+from interventions import UNITS, baselines, in_words, missed_gates, normalised, read_task, sweep_gates
 from graph import (
     WANG,
     Graph,
@@ -58,41 +58,40 @@ def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
 
 
 def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
-    """The edges kept (writer, receiver) with their scores; dotted where an edge works against the answer."""
+    """The edges kept (writer, receiver) with their scores, shares of the metric; dotted where an edge works against the answer."""
     fig = go.Figure()
     for input, color in EDGE_COLORS.items():
         legend = {"color": color, "width": 4}
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {input}"))
 
     coordinates = node_coordinates(graph)
-    largest = score[kept].abs().max().item()
+    largest = score[kept].abs().max().item() or 1.0
     used = {}  # the nodes at an end of some edge
     for w, r in kept.nonzero().tolist():
         writer = graph.writers[w]
         receiver = graph.receiver_names[r]
-        receiving_node = receiver.split(".")[0]
         used[writer] = coordinates[writer]
-        used[receiving_node] = coordinates[receiving_node]
         value = score[w, r].item()
         look = {
             "color": EDGE_COLORS[graph.receivers[r].input],
             "width": 1 + 7 * abs(value) / largest,
             "dash": "solid" if value > 0 else "dot",
         }
-        x, y = np.linspace(
-            coordinates[writer], coordinates[receiving_node], 3
-        ).T  # the point in the middle is there to hover over
-        fig.add_trace(
-            go.Scatter(
-                x=x,
-                y=y,
-                mode="lines",
-                opacity=0.6,
-                line=look,
-                showlegend=False,
-                hovertemplate=f"{writer} to {receiver}<br>score {value:.3f}<extra></extra>",
+        for receiving_node in graph.fed_by(r):  # several where heads share keys and values
+            used[receiving_node] = coordinates[receiving_node]
+            # the point in the middle is there to hover over
+            x, y = np.linspace(coordinates[writer], coordinates[receiving_node], 3).T
+            fig.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    mode="lines",
+                    opacity=0.6,
+                    line=look,
+                    showlegend=False,
+                    hovertemplate=f"{writer} to {receiver}<br>share of the metric {value:.3f}<extra></extra>",
+                )
             )
-        )
     x, y = zip(*used.values())
     fig.add_trace(
         go.Scatter(
@@ -154,6 +153,7 @@ few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches p
 graph = Graph(model)
 metric = cfg.metric
 about = f"{task}, {Path(cfg.model).name}, {metric}"
+units = UNITS[metric]
 layers = [f"L{layer}" for layer in range(graph.n_layers)]
 heads = [f"H{head}" for head in range(graph.n_heads)]
 numbers = {}
@@ -176,6 +176,8 @@ few_clean, few_corrupt = baselines(model, few, metric, cfg.memory_gb)
 faithfulness_of = partial(normalised, clean=clean, corrupt=corrupt)
 test_faithfulness_of = partial(normalised, clean=test_clean, corrupt=test_corrupt)
 faithfulness_of(clean)  # refuses equal metrics
+gap = (clean.mean() - corrupt.mean()).item()  # figures show shares of it
+few_gap = (few_clean.mean() - few_corrupt.mean()).item()
 
 of_sweeps = sweep_gates(model, few, metric, cfg.memory_gb)
 scale = 0.01 + (few_clean - few_corrupt).abs().max()
@@ -192,7 +194,7 @@ numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gat
 
 print(
     f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, "
-    f"{test_corrupt.mean():.3f}); gates: {in_words(gates)}{endc}"
+    f"{test_corrupt.mean():.3f}) {units}; gates: {in_words(gates)}{endc}"
 )
 missed = missed_gates(of_sweeps, model)
 if missed:
@@ -219,7 +221,7 @@ fig = imshow(
     t.stack(list(paths.values())),
     title=(
         f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, "
-        f"{about})"
+        f"{about}; 0 = clean, 1 = corrupt)"
     ),
     xlabel="writer",
     ylabel="inputs",
@@ -238,7 +240,7 @@ for head in by_direct_effect[:4]:
     steps_in = ", ".join(f"{graph.writers[i]} {repair.change[i]:+.2f}" for i in helpers)
     repairs.append([head, repair.lost_directly, repair.lost_in_all, steps_in])
 numbers["self_repair"] = repairs
-headers = ["set to its mean", "lost directly", "lost in all", "steps in (direct effect, logits)"]
+headers = ["set to its mean", f"lost directly ({units})", f"lost in all ({units})", "steps in (direct effect, logits)"]
 print(tabulate(repairs, headers=headers, floatfmt=".2f"))
 
 #%% Indirect objects: which roles of GPT-2's circuit exist in this model, each against a permutation null
@@ -317,8 +319,8 @@ fig = go.Figure()
 for method, estimated in estimates.items():
     fig.add_trace(
         go.Scatter(
-            x=lost_by_patching,
-            y=estimated,
+            x=lost_by_patching / few_gap,
+            y=estimated / few_gap,
             mode="markers",
             name=f"{method}, correlation {correlation[method]:.2f}",
             text=edge_names,
@@ -326,9 +328,12 @@ for method, estimated in estimates.items():
         )
     )
 fig.update_layout(
-    title=f"Metric lost by an edge, patched and estimated ({len(picked)} of {n_edges} edges, n = {len(few)}, {about})",
-    xaxis_title="lost by patching",
-    yaxis_title="estimated",
+    title=(
+        f"Share of the metric lost by an edge, patched and estimated ({len(picked)} of {n_edges} edges, "
+        f"n = {len(few)}, {about}; 0 = clean, 1 = corrupt)"
+    ),
+    xaxis_title="share lost by patching",
+    yaxis_title="share estimated",
 )
 show(fig, "circuits/attribution")
 
@@ -381,7 +386,7 @@ fig = line(
     faithfulness_by_share,
     title=f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; 0 = corrupt, 1 = clean)",
     xlabel="share of edges",
-    ylabel="metric kept",
+    ylabel="share of the metric kept",
     x=shares,
     markers=True,
     dashed=[name for name in faithfulness_by_share if not name.startswith("EAP")],
@@ -391,7 +396,7 @@ title = (
     f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by "
     f"{cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
 )
-show(draw_circuit(graph, circuit, ranking[cfg.rank_by], title), "circuits/circuit")
+show(draw_circuit(graph, circuit, ranking[cfg.rank_by] / gap, title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
 save_results("circuits", cfg, **numbers)

@@ -5,12 +5,15 @@ import hashlib
 import json
 import keyword
 import os
+import re
 import shutil
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -51,7 +54,7 @@ def read_stdlib() -> dict[str, str]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not NOT_TEXT & set(name.parts):
-            sources[str(name)] = path.read_text(errors="ignore")
+            sources[str(name)] = path.read_text(encoding="utf-8", errors="ignore")
     return sources
 
 
@@ -92,22 +95,64 @@ def stdlib_documents(sources: dict[str, str]) -> dict[str, dict[str, str]]:
 TEXT_SUFFIXES = set(".txt .md .rst .py .tex .html .csv .json .jsonl .c .h .js .rs .go .java".split())
 
 
+NOT_READ = set("venv node_modules site-packages __pycache__".split())  # folders of packages; hidden ones too
+
+
 def read_files(path: Path) -> dict[str, str]:
-    """A file or folder as documents of at most about 4000 characters, cut at blank lines."""
-    files = [path]
+    """A file or folder as documents of at most about 4000 characters, cut at blank lines; what was left out is said."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+        files, left_out = text_files(path)
+    else:
+        files, left_out = {path.name: path}, Counter()
     documents = {}
-    for file in files:
-        try:
-            text = file.read_text()
-        except UnicodeDecodeError:
-            fail(f"--data {file} is not UTF-8 text")
+    characters = 0
+    for name, file in files.items():
+        text = read_text(file)
+        characters += len(text)
         for i, document in enumerate(cut_at_blank_lines(text)):
-            documents[f"{file.name}:{i}"] = document
+            documents[f"{name}:{i}"] = document
     if not any(text.strip() for text in documents.values()):
-        fail(f"--data {path} holds no text")
+        fail(f"--data {path} holds no text{told(left_out)}")
+    if path.is_dir():
+        print(f"{gray}{path}: {len(files)} files, {characters:,} characters{told(left_out)}{endc}")
     return documents
+
+
+def text_files(folder: Path) -> tuple[dict[str, Path], Counter]:
+    """{path below the folder: file}, and how many files were left out for which reason."""
+    files = {}
+    left_out = Counter()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if not file.is_file():
+            continue
+        if any(part.startswith(".") for part in name.parts):
+            left_out["hidden"] += 1
+        elif NOT_READ & set(name.parts[:-1]):
+            left_out["of installed packages"] += 1
+        elif file.suffix.lower() not in TEXT_SUFFIXES:
+            left_out[f"ending in {file.suffix}" if file.suffix else "without an ending"] += 1
+        else:
+            files[name.as_posix()] = file
+    return files, left_out
+
+
+def told(left_out: Counter) -> str:
+    """; left out: 3 hidden, 2 ending in .png"""
+    if not left_out:
+        return ""
+    reasons = [f"{n:,} {reason}" for reason, n in left_out.most_common(6)]
+    if len(left_out) > len(reasons):
+        reasons.append("others")
+    return f"; left out: {', '.join(reasons)}"
+
+
+def read_text(file: Path) -> str:
+    """UTF-8 whatever the locale, without the byte-order mark that some editors put first."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        fail(f"--data {file} is not UTF-8 text: convert it, for instance by iconv -f latin1 -t utf-8")
 
 
 def cut_at_blank_lines(text: str, characters: int = 4000) -> list[str]:
@@ -165,9 +210,21 @@ def train_bpe(texts: Iterable[str], vocab: int, pairs: bool = False) -> Tokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_long_words(text)), trainer)
     put_first(tokenizer, tokenizer.token_to_id(OWN_BOS))
     return tokenizer
+
+
+LONG_WORD = re.compile(r"\w{256}|[^\w\s]{256}|\s{256}")
+
+
+def cut_long_words(text: str) -> list[str]:
+    """
+    The text in pieces, cut within words of more than 256 characters alone (DNA, base64): the time that BPE's training
+    takes grows with the square of a word's length.
+    """
+    cuts = [0, *(match.end() for match in LONG_WORD.finditer(text)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 def tokenizer_folder(name: str | Path) -> Path:

@@ -21,12 +21,13 @@ from torch import Tensor
 class Receiver(NamedTuple):
     """
     What reads the stream through one norm: its layer, which input it is (q, k, v, MLP, logits), and of q the head, of k
-    and v the group of heads that share it.
+    and v the group of heads that share it, and how many share it. It is named by the heads that it feeds: L4H2-3.v.
     """
 
     layer: int
     input: str
     head: int = 0
+    sharing: int = 1
 
     @property
     def name(self) -> str:
@@ -34,7 +35,13 @@ class Receiver(NamedTuple):
             return "logits"
         if self.input == "MLP":
             return f"L{self.layer} MLP"
-        return f"L{self.layer}H{self.head}.{self.input}"
+        return f"L{self.layer}H{heads_fed(self.head, self.sharing)}.{self.input}"
+
+
+def heads_fed(head: int, sharing: int) -> str:
+    """The numbers of the heads that a query, key or value head feeds: 5, or 2-3 of a key head that two share."""
+    first = head * sharing
+    return str(head) if sharing == 1 else f"{first}-{first + sharing - 1}"
 
 
 class Graph:
@@ -76,10 +83,11 @@ class Graph:
 
     def list_receivers(self) -> list[Receiver]:
         receivers = []
+        sharing = self.n_heads // self.n_kv_heads
         for layer in range(self.n_layers):
             receivers += [Receiver(layer, "q", head) for head in range(self.n_heads)]
-            receivers += [Receiver(layer, "k", head) for head in range(self.n_kv_heads)]
-            receivers += [Receiver(layer, "v", head) for head in range(self.n_kv_heads)]
+            receivers += [Receiver(layer, "k", head, sharing) for head in range(self.n_kv_heads)]
+            receivers += [Receiver(layer, "v", head, sharing) for head in range(self.n_kv_heads)]
             receivers.append(Receiver(layer, "MLP"))
         receivers.append(Receiver(self.n_layers, "logits"))
         return receivers
@@ -130,6 +138,11 @@ class Graph:
         columns = [self.writers.index(name) for name in writers]
         belongs = self.is_input_of[:, columns].any(1).tolist()
         return [receiver.name for receiver, on in zip(self.receivers, belongs) if on and receiver.input == input]
+
+    def fed_by(self, receiver: int) -> list[str]:
+        """The heads or the MLP that compute what they write from a receiver; the logits from theirs."""
+        fed = self.is_input_of[receiver].nonzero()[:, 0].tolist()
+        return [self.writers[i] for i in fed] or [self.receiver_names[receiver]]
 
     def prune(self, kept: Tensor) -> Tensor:
         """
@@ -867,6 +880,8 @@ class RoleSearch:
         losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
+        if self.metric == "kl":
+            sign = -sign  # a divergence grows where the answer is lost
         effect = {head: sign * lost[self.graph.head_names.index(head)].mean() for head in heads}
         return [head for head in heads if effect[head] > bar]
 

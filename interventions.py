@@ -1,6 +1,7 @@
 """What changes a hooked model: prompt pairs and their metrics, activation patching, ablations, attention knock-out."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -223,25 +224,78 @@ def draw_two_facts(rng: Random, facts: list[Prompt]) -> tuple[str, str, str, str
     return fact.text, other.text, fact.answer, other.answer
 
 
-def read_pairs(path: str) -> list[tuple[str, str, str, str]]:
-    """Rows of a CSV file with the columns clean, corrupt, answer, wrong, or of a JSON list of such objects."""
-    columns = ("clean", "corrupt", "answer", "wrong")
+COLUMNS = {  # what a column of pairs is also called, in lower case: EAP-IG's files, common files of indirect objects
+    "clean": ("clean", "clean_prompt", "clean_input", "prompt", "ioi_sentences", "ioi_sentences_input"),
+    "corrupt": ("corrupt", "corrupted", "corrupt_prompt", "corrupted_prompt", "corrupted_input", "corr_ioi_sentences"),
+    "answer": ("answer", "correct", "correct_answer", "correct_idx", "io", "clean_answer"),
+    "wrong": ("wrong", "incorrect", "incorrect_answer", "wrong_answer", "incorrect_idx", "s", "corrupted_answer"),
+}
+
+
+def read_pairs(path: str, model: nn.Module | None = None) -> list[tuple[str, str, str, str]]:
+    """
+    Rows of a CSV file with the columns clean, corrupt, answer, wrong (or what COLUMNS also calls them), or of a JSON
+    list of such objects. Of correct_idx and incorrect_idx, which are token ids, the model says the text.
+    """
+    rows = read_table(Path(path))
+    if not rows:
+        fail(f"--pairs {path} holds no pair")
+    by_name = {str(name).strip().lower(): name for name in rows[0]}
+    chosen_columns = {}
+    for name, aliases in COLUMNS.items():
+        found = [by_name[alias] for alias in aliases if alias in by_name]
+        if not found:
+            fail(
+                f"--pairs {path} has no column {name} (or {', '.join(aliases[1:])}) among {', '.join(map(str, rows[0]))}"
+            )
+        chosen_columns[name] = found[0]
+    read = []
+    for i, row in enumerate(rows):
+        values = [row.get(column) for column in chosen_columns.values()]
+        for name, value in zip(chosen_columns, values):
+            if value is None or value == "":
+                fail(f"--pairs {path}: row {i + 1} lacks {name}")
+        texts = zip(chosen_columns.values(), values)
+        read.append(tuple(text_of_cell(path, column, value, model) for column, value in texts))
+    return read
+
+
+def text_of_cell(path: str, column: str, value: Any, model: nn.Module | None) -> str:
+    """A cell as text; in a column of token ids (..._idx) the token's, of a list of them (EAP-IG) the first one's."""
+    if not str(column).strip().lower().endswith("_idx"):
+        return str(value)
+    assert model is not None, "token ids need a model that says what they read"
+    first = str(value).strip("[] ").split(",")[0]
+    if not first.isdigit() or int(first) >= model.cfg.d_vocab:
+        fail(f"--pairs {path}: {value!r} in the column {column} is no token id of this model")
+    return token_text(model, int(first))
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON list of objects, or of a CSV file, whose separator is a comma, a semicolon or a tab."""
     try:
-        text = Path(path).read_text()
-        is_json = path.endswith(".json")
-        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
-    except (OSError, json.JSONDecodeError) as error:
+        text = path.read_bytes().decode("utf-8-sig")  # with or without the byte-order mark that Excel writes
+    except OSError as error:
         fail(f"--pairs {path} cannot be read: {error}")
-    for i, row in enumerate(rows or [{}]):
-        if not all(name in row and row[name] for name in columns):
-            fail(f"--pairs {path}: row {i + 1} lacks one of the columns {', '.join(columns)}")
-    return [tuple(row[name] for name in columns) for row in rows]
+    except UnicodeDecodeError:
+        fail(f"--pairs {path} is not UTF-8 text: save it as UTF-8, for instance by iconv -f latin1 -t utf-8")
+    if path.suffix.lower() == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            fail(f"--pairs {path} cannot be read: {error}")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            fail(f"--pairs {path} is no list of objects such as {{'clean': ..., 'corrupt': ..., ...}}")
+        return rows
+    header = text.split("\n", 1)[0]
+    separator = max(",;\t", key=header.count)
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
 
 
 def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
     """
     (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer,
-    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn, or pairs drawn from cfg.task (cfg.n
+    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn until these are full, or pairs drawn from cfg.task (cfg.n
     and, by the next seed, cfg.held_out of them).
     """
     own = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong)
@@ -251,12 +305,30 @@ def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
         pairs = draw_pairs(model, cfg.task, cfg.n, cfg.seed)
         test_pairs = draw_pairs(model, cfg.task, cfg.held_out, cfg.seed + 1)
         return cfg.task, pairs, test_pairs
-    rows = read_pairs(cfg.pairs) if cfg.pairs else [own]
+    rows = read_pairs(cfg.pairs, model) if cfg.pairs else [own]
+    if len(rows) > cfg.n + cfg.held_out:
+        print(
+            f"{yellow}of {len(rows)} pairs in {cfg.pairs} the first {cfg.n + cfg.held_out} are read (--n {cfg.n}, "
+            f"--held-out {cfg.held_out}){endc}"
+        )
     if len(rows) == 1:
         print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
-    pairs = make_pairs(model, rows[0::2])
-    test_pairs = make_pairs(model, rows[1::2] or rows)
+    looked_at, tested = share_out(rows, cfg.n, cfg.held_out)
+    pairs = make_pairs(model, looked_at)
+    test_pairs = make_pairs(model, tested or rows)
     return "own pairs", pairs, test_pairs
+
+
+def share_out[Row](rows: list[Row], n: int, held_out: int) -> tuple[list[Row], list[Row]]:
+    """Rows to the one and to the other in turn; when one has enough, all to the other; the rest to none."""
+    first, second = [], []
+    for row in rows:
+        takes_first = len(first) < n and (len(first) <= len(second) or len(second) >= held_out)
+        if takes_first:
+            first.append(row)
+        elif len(second) < held_out:
+            second.append(row)
+    return first, second
 
 
 #%% Pairs as a model's input, and in groups that fit into memory
@@ -277,6 +349,9 @@ def by_groups[Out](fn: Callable[[Pairs], Out], pairs: Pairs, most: int) -> list[
 
 
 #%% Metrics: one number per row, from its logits where the answer is due
+UNITS = {"logit_diff": "logits", "log_prob": "nats", "kl": "nats"}
+
+
 def make_metric(pairs: Pairs, metric: str, clean_logits: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """
     fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric:
@@ -614,6 +689,15 @@ def heads_at(model: nn.Module, site: str) -> int:
     return model.blocks[0].attn.W_K.shape[0] if site in ("k", "v") else model.cfg.n_heads
 
 
+def head_names(model: nn.Module, site: str) -> list[str]:
+    """H0, H1 ...; the keys and values that several heads share are named by these: H0-1, H2-3."""
+    n = heads_at(model, site)
+    sharing = model.cfg.n_heads // n
+    if sharing == 1:
+        return [f"H{head}" for head in range(n)]
+    return [f"H{first}-{first + sharing - 1}" for first in range(0, n * sharing, sharing)]
+
+
 def can_matter(pairs: Pairs, resid: Tensor) -> Tensor:
     """
     Mask (pair, pos): from the first position at which the two runs enter differently, up to the answer. resid: (2 *
@@ -831,7 +915,7 @@ class AblatedRuns:
         return run_from(self.model, resid, self.answer_pos, part.layer, fwd_hooks=[(part.hook_name, change)])
 
     def scores(self, ablations: list[tuple[Part, str, float]], score: Callable[[Tensor], Tensor]) -> Tensor:
-        """(1 + ablation) score of the plain run's logits, and of each ablation's."""
+        """(1 + ablation, ...) score of the plain run's logits, and of each ablation's."""
         values = [score(self.plain())]
         for part, how, sigma in tqdm(ablations, desc="ablations", **BRIEF):
             values.append(score(self.ablate(part, how, sigma)))
@@ -849,9 +933,11 @@ def ablation_effects(
 ) -> list[tuple[float, float]]:
     """
     For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the
-    share of the clean metric lost, and the loss added on that text in nats per token. resample takes the row before,
-    same position.
+    share of the metric lost (0 = clean, 1 = corrupt: see normalised), and the loss added on that text in nats per
+    token. resample takes the row before, same position.
     """
+    if len(pairs) < 2 and any(how == "resample" for _, how, _ in ablations):
+        fail("resample takes what another pair has there, and there is one pair: give more with --pairs")
     ablated_hooks = unique(part.hook_name for part, _, _ in ablations)
     resampled_hooks = unique(part.hook_name for part, how, _ in ablations if how == "resample")
     floats = 2 * cached_floats(model, rows, ablated_hooks)
@@ -861,7 +947,7 @@ def ablation_effects(
     moments = moments_over_text(model, rows, ablated_hooks, text_at_once)
 
     def metric_of_pairs(index: Tensor) -> Tensor:
-        """Summed over these pairs; the pairs before them are resampled from."""
+        """(run, pair); the pairs before these are resampled from."""
         group = pairs.take(index)
         both = pairs.take(t.cat([index, index - 1]))
         tokens, other_tokens = both.clean.split(len(index))
@@ -869,9 +955,9 @@ def ablation_effects(
         metric_fn = make_metric(group, metric, runs.logits)
 
         def score(logits: Tensor) -> Tensor:
-            return metric_fn(logits, group.index).sum()
+            return metric_fn(logits, group.index)
 
-        return runs.scores(ablations, score) / len(pairs)
+        return runs.scores(ablations, score)
 
     def loss_of_text(index: Tensor) -> Tensor:
         """Summed over these rows; the rows before them are resampled from."""
@@ -883,9 +969,10 @@ def ablation_effects(
 
         return runs.scores(ablations, score) / rows[:, 1:].numel()
 
-    metric_by_run = sum(in_batches(metric_of_pairs, pairs.index, pairs_at_once))
+    metric_by_run = t.cat(list(in_batches(metric_of_pairs, pairs.index, pairs_at_once)), -1)
+    clean, corrupt = baselines(model, pairs, metric, memory_gb)
     loss_by_run = sum(in_batches(loss_of_text, t.arange(len(rows), device=rows.device), scored_text_at_once))
-    metric_lost = (1 - metric_by_run[1:] / metric_by_run[0]).tolist()
+    metric_lost = (1 - normalised(metric_by_run[1:], clean, corrupt)).tolist()
     nats_added = (loss_by_run[1:] - loss_by_run[0]).tolist()
     return list(zip(metric_lost, nats_added))
 

@@ -245,7 +245,7 @@ if __name__ == "__main__":
         parts = logit_parts(model, t.tensor([row], device=device_of(model)), answer)
     if parts is None:
         print(f"{yellow}heads are not taken apart here: they are not hooked, or have no values of their own{endc}")
-    elif parts_error(parts) > 1e-3:
+    elif not parts_error(parts) <= 1e-3:
         print(
             f"{yellow}heads are not taken apart here: with the scale of the norm frozen they miss the logit "
             f"by {parts_error(parts):.1e} (norms after attention, a soft cap, or half precision){endc}"

@@ -18,6 +18,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     purple,
     save_results,
     set_seed,
+    yellow,
 )
 from plots import imshow, label_tokens, line, show
 from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
@@ -28,6 +29,7 @@ from world import corpus_for, judging_rows
 from interventions import (
     HEADS,
     STREAM,
+    UNITS,
     Part,
     ablation_effects,
     activation_patch,
@@ -35,6 +37,7 @@ from interventions import (
     by_groups,
     embedding_std,
     fine_parts,
+    head_names,
     in_words,
     knock_out,
     missed_gates,
@@ -92,6 +95,8 @@ model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos
 task, pairs, test_pairs = read_task(model, cfg)
 if not is_streamed(model):
     keep_freed_memory()  # blocks that come and go would leave holes
+    data, corpus = corpus_for(cfg.data, cfg.model, cfg.bos)  # for the ablations; what cannot be read is said now
+    rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
 metric = cfg.metric
 n_layers = model.cfg.n_layers
 n_heads = model.cfg.n_heads
@@ -100,8 +105,8 @@ middle = len(pairs) // 2
 shown = pairs.take(slice(middle, middle + 1))
 
 about = f"{task}, {Path(cfg.model).name}, {metric}"
+units = UNITS[metric]
 layer_names = [f"L{layer}" for layer in range(n_layers)]
-head_names = [f"H{head}" for head in range(n_heads)]
 place_names = list(pairs.places)
 token_labels = label_tokens(texts(shown.clean[0]))
 numbers = {}
@@ -122,7 +127,7 @@ worst_gate = max(gates.values())
 numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}
 print(
     f"{cyan}clean {clean.mean():.3f}, corrupt {corrupt.mean():.3f} (held out {test_clean.mean():.3f}, "
-    f"{test_corrupt.mean():.3f}); gates: {in_words(gates)}{endc}"
+    f"{test_corrupt.mean():.3f}) {units}; gates: {in_words(gates)}{endc}"
 )
 missed = missed_gates(gates, model)
 if missed:
@@ -163,7 +168,7 @@ if stream_sites:
         y=layer_names,
         panels=stream_sites,
         columns=2,
-        value="restored",
+        value="share restored",
     )
     show(fig, "patching/tokens")
 
@@ -202,7 +207,7 @@ if stream_sites:
         y=layer_names,
         panels=list(by_place),
         columns=2,
-        value="metric",
+        value="share",
     )
     show(fig, "patching/places")
 
@@ -230,22 +235,21 @@ if head_sites:
         ),
         xlabel="head",
         ylabel="layer",
-        x=head_names,
+        x=[f"H{head}" for head in range(n_heads)],
         y=layer_names,
         panels=list(by_head),
         columns=4,
-        value="metric",
+        value="share",
     )
     show(fig, "patching/heads")
-    n_of_site = len(head_by_place) // n_layers
     fig = imshow(
         head_by_place,
-        title=f"Clean {head_sites[0]} of one head into the corrupt run, by place (n = {len(pairs)}, {about})",
+        title=f"Clean {head_sites[0]} of one head into the corrupt run, by place (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean)",
         xlabel="place",
         ylabel="head",
         x=place_names,
-        y=[f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_of_site)],
-        value="restored",
+        y=[layer + head for layer in layer_names for head in head_names(model, head_sites[0])],
+        value="share restored",
     )
     show(fig, "patching/head_places")
 
@@ -259,7 +263,7 @@ if head_sites:
         patch_this_head = partial(activation_patch, model, site=site, layer=layer, head=head, metric=metric)
         values = t.cat(by_groups(patch_this_head, test_pairs, 16))
         on_test_pairs = test_restored(values).item()
-        strongest_heads.append([f"L{layer}H{head}", found[layer, head].item(), on_test_pairs])
+        strongest_heads.append([f"L{layer}{head_names(model, site)[head]}", found[layer, head].item(), on_test_pairs])
     numbers["strongest_heads"] = {site: strongest_heads}
     the_strongest = (
         f"those whose clean {site} restores most are "
@@ -303,7 +307,7 @@ if task == "capitals":
         y=layer_names,
         panels=list(tracing),
         columns=3,
-        value="restored",
+        value="share restored",
     )
     show(fig, "patching/tracing")
 
@@ -339,22 +343,24 @@ if task == "capitals":
         ylabel="to",
         x=[*layer_names, "all"],
         y=list(metric_left),
-        value="metric left",
+        value="share left",
     )
     show(fig, "patching/knock_out")
 
 #%% What is needed: every head and MLP taken away in four ways, with the effect on the answer and on the loss over text
 print(f"{purple}=== Ablations ==={endc}")
-data, corpus = corpus_for(cfg.data, cfg.model, cfg.bos)
-rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
 parts = {}
 for layer in range(n_layers):
     for head in range(n_heads):
         this_head = F.one_hot(t.tensor(head), n_heads)[:, None].to(device)
         parts[f"L{layer}H{head}"] = Part("z", layer, partial(t.mul, this_head))
     parts[f"L{layer} MLP"] = Part("mlp_out", layer)
-effects = {}  # {how: {part: (share of the metric lost, nats per token added)}}
-for how in ("zero", "mean", "resample", "noise"):
+ways = ["zero", "mean", "resample", "noise"]
+if len(few) < 2:
+    ways.remove("resample")
+    print(f"{yellow}resample is left out: it takes what another pair has there, and there is one pair{endc}")
+effects = {}  # {how: {part: (share of the metric lost, 0 = clean and 1 = corrupt; nats per token added)}}
+for how in ways:
     ablations = [(part, how, 1.0) for part in parts.values()]
     effects[how] = dict(zip(parts, ablation_effects(model, few, rows, ablations, metric, cfg.memory_gb)))
 numbers["ablation"] = effects
@@ -366,7 +372,8 @@ strongest_mlp = next(name for name in hurts_most if parts[name].site == "mlp_out
 where = (
     f"n = {len(few)} prompts, {rows.numel()} held-out tokens of {data}, {about}; means and deviations over that text"
 )
-lost_titles = {"metric": "share of the metric lost", "loss": "nats per token of text lost"}
+share_lost = "share of the metric lost (0 = clean, 1 = corrupt)"
+lost_titles = {"metric": share_lost, "loss": "nats per token of text lost"}
 for i, (name, title) in enumerate(lost_titles.items()):
     fig = imshow(
         t.tensor([[effect[i] for effect in of_parts.values()] for of_parts in effects.values()]),
@@ -375,7 +382,7 @@ for i, (name, title) in enumerate(lost_titles.items()):
         ylabel="ablation",
         x=list(parts),
         y=list(effects),
-        value=title,
+        value="share lost" if name == "metric" else "nats lost",
     )
     show(fig, f"patching/ablation_{name}")
 
@@ -393,7 +400,7 @@ fig = line(
     noise_curves,
     title=f"Gaussian noise on the strongest head and MLP ({where})",
     xlabel="sigma (standard deviations)",
-    ylabel="share of the metric lost",
+    ylabel=share_lost,
     x=sigmas,
     markers=True,
 )
@@ -421,6 +428,6 @@ if stream_sites:
 if head_sites:
     print(f"{green}Of {n_layers * found.shape[1]} heads, {the_strongest}.{endc}")
 print(
-    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric, and {nats:+.2f} nats per "
+    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric (0% = clean, 100% = corrupt), and {nats:+.2f} nats per "
     f"token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
 )

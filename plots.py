@@ -2,9 +2,20 @@
 
 import html
 import json
+import os
+import re
+import time
+from collections import Counter
 from pathlib import Path
 
-from utils import endc, gray, in_kernel, wandb_run, write_aside  # first: sets OpenMP's variables before torch is loaded
+from utils import (
+    endc,
+    gray,
+    in_kernel,
+    wandb_run,
+    write_aside,
+    yellow,
+)  # first: sets OpenMP's variables before torch is loaded
 
 import numpy as np
 import plotly.graph_objects as go
@@ -17,10 +28,40 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 
 
 #%% Showing: a notebook shows figures, a script writes them
+STARTED = time.time()
+
+
 def figure_path(name: str) -> Path:
     path = Path("figs") / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
+    set_aside_earlier(path.parent)
     return path
+
+
+def set_aside_earlier(folder: Path) -> None:
+    """Figures of a run before this one go to folder/earlier, so that none stands beside this run's."""
+    before = [file for file in folder.glob("*.html") if file.stat().st_mtime < STARTED - 2]
+    if not before:
+        return
+    earlier = folder / "earlier"
+    earlier.mkdir(exist_ok=True)
+    write_plotly(earlier)
+    for file in before:
+        os.replace(file, earlier / file.name)
+    print(f"{gray}figures of an earlier run: {earlier}{endc}")
+
+
+def write_plotly(folder: Path) -> None:
+    """plotly.min.js, anew where a file of another size or version (or half of one) stands there."""
+    from plotly.offline import get_plotlyjs
+
+    wanted = get_plotlyjs().encode()
+    file = folder / "plotly.min.js"
+    if file.is_file() and file.stat().st_size == len(wanted):
+        with file.open("rb") as known:
+            if known.read(4096) == wanted[:4096]:  # it begins with its version
+                return
+    write_aside(file, lambda aside: aside.write_bytes(wanted))
 
 
 def show(fig: go.Figure, name: str) -> None:
@@ -36,6 +77,7 @@ def show(fig: go.Figure, name: str) -> None:
         fig.show()
         return
     path = figure_path(name)
+    write_plotly(path.parent)
     write_aside(path, lambda aside: fig.write_html(aside, include_plotlyjs="directory"))
     print(f"{gray}figure: {path}{endc}")
 
@@ -48,7 +90,7 @@ def show_page(page: str, name: str) -> None:
         display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="500"></iframe>'))
         return
     path = figure_path(name)
-    write_aside(path, lambda aside: aside.write_text(page))
+    write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
     print(f"{gray}page: {path}{endc}")
 
 
@@ -59,11 +101,31 @@ def array(x: Tensor | np.ndarray | list) -> np.ndarray:
     return np.asarray(x)
 
 
+def plain(label: object) -> object:
+    """A label that plotly shows letter for letter: <s>, <b> and $x$ are tokens and no markup."""
+    if not isinstance(label, str):
+        return label
+    return html.escape(label, quote=False).replace("$", "&#36;")
+
+
+def plain_apart(labels: list | None) -> list | None:
+    """Plain labels of an axis; plotly makes one cell of equal ones, so those are numbered."""
+    if labels is None or not any(isinstance(label, str) for label in labels):
+        return labels
+    times = Counter(labels)
+    seen: Counter = Counter()
+    apart = []
+    for label in labels:
+        seen[label] += 1
+        apart.append(plain(f"{label} ({seen[label]})" if times[label] > 1 else label))
+    return apart
+
+
 def color_axis(z: np.ndarray, diverging: bool, value: str, legend: bool) -> dict:
     """RdBu with midpoint 0 for diverging data, else Blues from 0; values that are not finite do not stretch it."""
     finite = z[np.isfinite(z)]
-    top = float(np.abs(finite).max()) or 1.0
-    low = -top if diverging else min(0.0, float(finite.min()))
+    top = float(np.abs(finite).max(initial=0.0)) or 1.0
+    low = -top if diverging else min(0.0, float(finite.min(initial=0.0)))
     colors = "RdBu" if diverging else "Blues"
     return {"colorscale": colors, "cmin": low, "cmax": top, "colorbar": {"title": value}, "showscale": legend}
 
@@ -109,8 +171,8 @@ def imshow(
         axis = "coloraxis" if one_scale or i == 0 else f"coloraxis{i + 1}"
         heatmap = go.Heatmap(
             z=panel,
-            x=x,
-            y=y,
+            x=plain_apart(x),
+            y=plain_apart(y),
             text=None if text is None else text[i],
             hovertemplate=f"{cell}<extra></extra>",
             coloraxis=axis,
@@ -144,10 +206,10 @@ def line(
             go.Scatter(
                 x=None if x is None else array(x),
                 y=array(y),
-                name=name,
+                name=plain(name),
                 mode="lines+markers" if markers else "lines",
                 line={"dash": dash},
-                hovertemplate=f"{name}<br>{xlabel} %{{x}}<br>{ylabel} %{{y:.4f}}<extra></extra>",
+                hovertemplate=f"{plain(name)}<br>{xlabel} %{{x}}<br>{ylabel} %{{y:.4f}}<extra></extra>",
             )
         )
     fig.update_layout(title=title, xaxis_title=xlabel, yaxis_title=ylabel)
@@ -175,7 +237,7 @@ def bar(
         if errors and name in errors:
             above, below = errors[name]
             error = {"array": array(above), "arrayminus": array(below)}
-        fig.add_trace(go.Bar(x=x, y=array(heights), name=name, error_y=error, hovertemplate=hover))
+        fig.add_trace(go.Bar(x=plain_apart(x), y=array(heights), name=plain(name), error_y=error, hovertemplate=hover))
     fig.update_layout(title=title, xaxis_title=xlabel, yaxis_title=ylabel)
     return fig
 
@@ -190,12 +252,24 @@ def label_tokens(tokens: list[str]) -> list[str]:
     return [f"{visible(token)}_{i}" for i, token in enumerate(tokens)]
 
 
+LONGEST_DRAWN = 256  # tokens; a page of all heads grows with the square
+
+
+def first_tokens(tokens: list[str], title: str) -> tuple[int, str]:
+    """How many tokens are drawn, and the title, which says (as does a printed line) what is left out."""
+    if len(tokens) <= LONGEST_DRAWN:
+        return len(tokens), title
+    print(f"{yellow}of {len(tokens)} tokens the first {LONGEST_DRAWN} are drawn{endc}")
+    return LONGEST_DRAWN, f"{title} (the first {LONGEST_DRAWN} of {len(tokens)} tokens)"
+
+
 #%% Pages: features to search and attention to hover
 def fill_page(name: str, title: str, data: list | dict) -> str:
     """A page of pages/ with its title and its data, which can hold any text: it cannot end the script."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = (PAGES / f"{name}.html").read_text(encoding="utf-8")
-    return page.replace("TITLE", html.escape(title)).replace("DATA", text)
+    filled = {"TITLE": html.escape(title), "DATA": text}
+    return re.sub("TITLE|DATA", lambda place: filled[place[0]], page)  # in one pass: a title can hold DATA
 
 
 def feature_page(entries: list[dict], title: str) -> str:
@@ -205,6 +279,9 @@ def feature_page(entries: list[dict], title: str) -> str:
 
 def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title: str, start: int = 0) -> str:
     """Self-contained HTML for patterns (head, query, key), one button per head name."""
+    n, title = first_tokens(tokens, title)
+    tokens = tokens[:n]
+    patterns = patterns[:, :n, :n]
     percent = [
         [[round(100 * weight) for weight in row[: query + 1]] for query, row in enumerate(head)]
         for head in patterns.tolist()

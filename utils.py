@@ -10,12 +10,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import dataclasses
 import importlib.metadata
 import json
+import math
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch as t
@@ -116,12 +117,25 @@ def save_results(script: str, config: object, **numbers) -> None:
     path = Path("results") / f"{script}.json"
     path.parent.mkdir(exist_ok=True)
     everything = {**numbers, "config": dataclasses.asdict(config), "versions": versions()}
-    text = json.dumps(everything, indent=1, default=lambda x: x.tolist())
+    text = json.dumps(finite(everything), indent=1, allow_nan=False)
     write_aside(path, lambda aside: aside.write_text(text + "\n"))
     board = wandb_run()
     if board:
         board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
     print(f"{gray}numbers: {path}{endc}")
+
+
+def finite(x: Any) -> Any:
+    """What JSON can hold: null for NaN and infinities, which its standard does not know, and lists for arrays."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(value) for value in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    if hasattr(x, "tolist"):
+        return finite(x.tolist())
+    return x
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:

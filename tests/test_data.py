@@ -1,4 +1,9 @@
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -168,3 +173,42 @@ def test_a_tokens_text_keeps_its_space_with_sentencepiece_too():
     assert str_tokens(tokenizer, data.find_tokens(tokenizer, " upon")[:1]) == [" upon"]  # exactly it comes first
     story = tokenizer.encode("there was a café", add_special_tokens=False).ids
     assert data.text_of(tokenizer, story) == " there was a café"  # é is two bytes here, two tokens
+
+
+def test_files_of_one_name_in_two_folders_are_both_read(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "readme.txt").write_text(f"text of {folder}")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
+    assert data.read_files(tmp_path) == {"a/readme.txt:0": "text of a", "b/readme.txt:0": "text of b"}
+    assert "2 files, 18 characters; left out: 1 ending in .png" in capsys.readouterr().out
+
+
+def test_what_is_not_text_of_the_folder_is_left_out(tmp_path, capsys):
+    for folder in ("weird.py", ".venv/lib", ".git", "venv/lib"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("BOOK.TXT", "weird.py/a.txt", ".venv/lib/x.py", ".git/y.md", "venv/lib/z.py"):
+        (tmp_path / name).write_text("words")
+    assert list(data.read_files(tmp_path)) == ["BOOK.TXT:0", "weird.py/a.txt:0"]
+    assert "left out: 2 hidden, 1 of installed packages" in capsys.readouterr().out
+
+
+def test_text_is_utf8_whatever_the_locale_and_a_byte_order_mark_is_none(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_bytes("\ufeffnaïve".encode())
+    code = f"import data, pathlib; assert data.read_files(pathlib.Path({str(file)!r})) == {{'t.txt:0': 'na\\xefve'}}"
+    environment = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_long_words_are_cut_for_training_and_short_ones_left(monkeypatch):
+    text = "x = " + "ACGT" * 200 + " some words\n\n" + "-" * 300
+    pieces = data.cut_long_words(text)
+    assert "".join(pieces) == text and len(pieces) > 1
+    assert max(len(word) for piece in pieces for word in piece.split()) <= 512
+    assert data.cut_long_words(WORDS) == [WORDS]
+    dna = "".join(random.Random(0).choice("ACGT") for _ in range(200_000))
+    start = time.perf_counter()
+    train_bpe([dna], 400)
+    assert time.perf_counter() - start < 10  # uncut, it takes minutes

@@ -74,7 +74,7 @@ def test_the_edges_are_counted_named_and_linked(models, world):
     assert graph.receivers_of(["L1H2", "L2 MLP"], "k") == ["L1H2.k"]
     assert graph.receivers_of(["L1H2", "L2 MLP"], "MLP") == ["L2 MLP"]
     grouped = Graph(models["ours"])  # four heads, two groups
-    assert grouped.receivers_of(["L1H2", "L1H3"], "k") == ["L1H1.k"] and grouped.receivers_of(["L1H1"], "q") == [
+    assert grouped.receivers_of(["L1H2", "L1H3"], "k") == ["L1H2-3.k"] and grouped.receivers_of(["L1H1"], "q") == [
         "L1H1.q"
     ]
     assert graph.serial and not Graph(models["gpt_neox"]).serial
@@ -161,7 +161,8 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
         def put_head(x, hook):
             return x.index_copy(2, t.tensor([head]), new[:, :, None])
 
-        expected[f"L2H{head}.{input}"] = value(run_with_hooks(model, pairs.clean, [(act_name(input, 2), put_head)]))
+        name = f"L2H{head}.q" if input == "q" else f"L2H{2 * head}-{2 * head + 1}.{input}"
+        expected[name] = value(run_with_hooks(model, pairs.clean, [(act_name(input, 2), put_head)]))
     new_mlp = block.mlp(block.ln2(clean["resid_mid", 2] + change))
     put_mlp = [("blocks.2.hook_mlp_out", lambda x, hook: new_mlp)]
     expected["L2 MLP"] = value(run_with_hooks(model, pairs.clean, put_mlp))
@@ -372,3 +373,14 @@ def test_areas_and_top_edges_by_hand(models):
     masks = top_edges(graph, score, [0, 1, 1000])
     assert masks.sum((1, 2)).tolist() == [0, 1, int(graph.is_edge.sum())]
     assert masks[1].flatten().nonzero().item() == graph.is_edge.flatten().nonzero().max()
+
+
+def test_shared_keys_are_named_and_drawn_by_the_heads_that_they_feed(models):
+    graph = Graph(models["ours"])
+    assert graph.n_kv_heads == 2 and graph.n_heads == 4
+    r = graph.receiver_names.index("L1H2-3.v")
+    assert graph.fed_by(r) == ["L1H2", "L1H3"]
+    assert graph.fed_by(graph.receiver_names.index("L1H2.q")) == ["L1H2"]
+    assert graph.fed_by(graph.receiver_names.index("logits")) == ["logits"]
+    assert graph.receivers_of(["L1H3"], "k") == ["L1H2-3.k"]
+    assert "L1H1.v" not in graph.receiver_names

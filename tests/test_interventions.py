@@ -3,6 +3,8 @@ Interventions: the fast forms against the plain ones, against transformer_lens.p
 by hand.
 """
 
+import csv
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -33,7 +35,9 @@ from interventions import (
     noised_pairs,
     normalised,
     position_masks,
+    read_pairs,
     read_task,
+    share_out,
     sweep,
     sweep_gates,
 )
@@ -329,12 +333,39 @@ def head(h: int):
     return lambda change: change * only
 
 
-def effects_of(model: nn.Module, pairs: Pairs, rows: t.Tensor, on_pairs: t.Tensor, on_rows: t.Tensor) -> tuple:
-    """(share of the metric lost, nats added) by ablated logits of the pairs' clean texts and of rows."""
-    clean = baselines(model, pairs, "logit_diff")[0].mean()
-    value = make_metric(pairs, "logit_diff")(on_pairs[range(3), pairs.answer_pos], pairs.index).mean()
+def effects_of(
+    model: nn.Module,
+    pairs: Pairs,
+    rows: t.Tensor,
+    on_pairs: t.Tensor,
+    on_rows: t.Tensor,
+    metric: str = "logit_diff",
+) -> tuple:
+    """(share of clean - corrupt lost, nats added) by ablated logits of the pairs' clean texts and of rows."""
+    clean, corrupt = t.stack(baselines(model, pairs, metric)).mean(1)
+    clean_logits = model(pairs.clean)[range(3), pairs.answer_pos]
+    value = make_metric(pairs, metric, clean_logits)(on_pairs[range(3), pairs.answer_pos], pairs.index).mean()
     nats = next_token_loss(on_rows, rows) - next_token_loss(model(rows), rows)
-    return (1 - value / clean).item(), nats.item()
+    return ((clean - value) / (clean - corrupt)).item(), nats.item()
+
+
+@t.no_grad()
+@pytest.mark.parametrize("metric", ["logit_diff", "log_prob", "kl"])
+def test_shares_lost_are_of_clean_less_corrupt_by_every_metric(models, pairs, metric):
+    model = models["ours"]
+    rows = t.randint(1, 250, (4, 12), generator=t.Generator().manual_seed(3))
+    part = Part("mlp_out", 1)
+    [(lost, _)] = ablation_effects(model, pairs, rows, [(part, "zero", 1.0)], metric)
+    on_pairs = ablate(model, pairs.clean, part, rows, "zero")
+    expected, _ = effects_of(model, pairs, rows, on_pairs, ablate(model, rows, part, rows, "zero"), metric)
+    assert abs(lost) > 1e-3
+    assert lost == pytest.approx(expected, abs=1e-3)
+
+
+def test_one_pair_is_not_resampled_from_itself(models, pairs):
+    rows = t.randint(1, 250, (4, 12))
+    with pytest.raises(SystemExit, match="one pair"):
+        ablation_effects(models["ours"], pairs.take(slice(0, 1)), rows, [(Part("z", 1), "resample", 1.0)], "logit_diff")
 
 
 @t.no_grad()
@@ -470,7 +501,7 @@ def test_bad_input_is_answered_in_one_clear_line(models, pairs, world, tmp_path)
         (lambda: normalised(t.zeros(3), t.ones(3), t.ones(3)), "same metric"),
         (lambda: make_pairs(world, [("Mary left", "Mary left", " the", " a")]), "the same"),
         (lambda: read_task(world, Asked(clean="Mary left")), "needs all of --clean"),
-        (lambda: read_task(world, Asked(pairs=str(file))), "row 1 lacks one of the columns"),
+        (lambda: read_task(world, Asked(pairs=str(file))), "has no column wrong"),
         (lambda: read_task(world, Asked(pairs="nowhere.csv")), "cannot be read"),
         (lambda: sweep(world, pairs, "z", places={"odd": pairs.clean[:, :2] > 0}), "place 'odd' is not a mask"),
     ]
@@ -484,3 +515,48 @@ def test_bad_input_is_answered_in_one_clear_line(models, pairs, world, tmp_path)
             sweep(models[name], pairs, site)
     with pytest.raises(ValueError, match="unknown metric"):
         make_metric(pairs, "logit_dif")
+
+
+# %% Files of pairs
+ROW = ("Two lines.\nThen John gave René to", "Two lines.\nThen Mary gave René to", " Mary", " John")
+HEADER = ("clean", "corrupt", "answer", "wrong")
+
+
+def write_csv(path, header, rows, encoding="utf-8", delimiter=","):
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return str(path)
+
+
+def test_line_breaks_byte_order_marks_and_separators_of_tables(tmp_path):
+    assert read_pairs(write_csv(tmp_path / "plain.csv", HEADER, [ROW])) == [ROW]
+    assert read_pairs(write_csv(tmp_path / "excel.csv", HEADER, [ROW], encoding="utf-8-sig")) == [ROW]
+    assert read_pairs(write_csv(tmp_path / "german.csv", HEADER, [ROW], delimiter=";")) == [ROW]
+    (tmp_path / "UP.JSON").write_text(json.dumps([dict(zip(HEADER, ROW))]))
+    assert read_pairs(str(tmp_path / "UP.JSON")) == [ROW]
+
+
+def test_other_names_of_columns_are_understood(tmp_path, world):
+    mary, john = (world.tokenizer.encode(name, add_special_tokens=False).ids[0] for name in (" Mary", " John"))
+    eap_ig = ("", "clean", "corrupted", "corrected_hard", "correct_idx", "incorrect_idx")
+    rows = [(0, *ROW[:2], "x", mary, f"[{john}, 5]")]
+    assert read_pairs(write_csv(tmp_path / "eap.csv", eap_ig, rows), world) == [ROW]
+    assert read_pairs(write_csv(tmp_path / "ioi.csv", ("Prompt", "Corrupted", "IO", "S"), [ROW])) == [ROW]
+
+
+def test_tables_that_are_no_pairs_are_refused_in_one_line(tmp_path):
+    cases = {
+        "no column corrupt": write_csv(tmp_path / "a.csv", ("clean", "foil", "answer", "wrong"), [ROW]),
+        "not UTF-8": write_csv(tmp_path / "b.csv", HEADER, [ROW], encoding="latin-1"),
+        "row 1 lacks wrong": write_csv(tmp_path / "c.csv", HEADER, [ROW[:3]]),
+        "holds no pair": write_csv(tmp_path / "d.csv", HEADER, []),
+    }
+    for message, path in cases.items():
+        with pytest.raises(SystemExit, match=message) as error:
+            read_pairs(path)
+        assert "\n" not in str(error.value)
+
+
+def test_n_and_held_out_hold_for_files_too():
+    assert share_out(list(range(10)), 2, 5) == ([0, 2], [1, 3, 4, 5, 6])
+    assert share_out(list(range(5)), 32, 100) == ([0, 2, 4], [1, 3])

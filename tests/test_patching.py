@@ -113,6 +113,7 @@ def test_where_writes_do_not_add_up_patching_holds_all_the_same(script, tmp_path
     numbers = script("--model", folder, *few, "--site", "k", "z", "--data", text_file(tmp_path))
     assert max(numbers["gates"].values()) < 1e-4
     assert len(numbers["by_head"]["k, denoise"][0]) == 2
+    assert {name[2:] for name, _, _ in numbers["strongest_heads"]["k"]} <= {"H0-1", "H2-3"}  # what a key head feeds
     assert len(numbers["ablation"]["mean"]) == 2 * 5
 
 
@@ -125,3 +126,9 @@ def test_a_wrong_command_line_ends_in_one_line(run):
     )
     own = ("--clean", "The key", "--corrupt", "The keys", "--answer", " is")
     one_line_error(run("patching.py", *own, "--device", "cpu"), "--wrong")
+
+
+def test_text_that_cannot_be_read_is_said_before_the_sweeps(run):
+    done = run("patching.py", "--n", "4", "--held-out", "4", "--data", "./nowhere.txt", "--device", "cpu")
+    one_line_error(done, "no such file")
+    assert "gates" not in done.stdout and "=== Activation patching" not in done.stdout

@@ -1,10 +1,12 @@
 """Figures: scales, labels, and pages that no text can break."""
 
+import json
+import os
 import re
 
 import torch as t
 
-from plots import COLORS, attention_page, bar, feature_page, imshow, label_tokens, line
+from plots import COLORS, attention_page, bar, feature_page, imshow, label_tokens, line, show
 
 
 def test_imshow_is_diverging_around_zero():
@@ -19,6 +21,11 @@ def test_labels_keep_repeats_apart():
 def test_values_that_are_not_finite_do_not_stretch_the_scale():
     fig = imshow(t.tensor([[float("inf"), 2.0], [float("nan"), 1.0]]), "t", "x", "y", diverging=False)
     assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 2)
+
+
+def test_a_map_without_a_finite_value_is_drawn():
+    fig = imshow(t.full((2, 2), float("nan")), "t", "x", "y")
+    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (-1, 1)
 
 
 def test_panels_share_a_scale_or_have_their_own():
@@ -68,3 +75,45 @@ def test_no_token_ends_a_pages_script():
     for page in (attention, feature_page([entry], evil)):
         assert page.count("</script>") == 1
         assert "TITLE" not in page and not re.search(r"= DATA", page)
+
+
+def test_half_written_plotly_is_written_anew(tmp_path, monkeypatch):
+    from plotly.offline import get_plotlyjs
+
+    monkeypatch.chdir(tmp_path)
+    fig = imshow(t.ones(1, 1), "t", "x", "y")
+    show(fig, "story/a")
+    script = tmp_path / "figs/story/plotly.min.js"
+    for broken in (script.read_bytes()[:1000], b"v0" + script.read_bytes()[2:]):
+        script.write_bytes(broken)
+        show(fig, "story/a")
+        assert script.read_bytes() == get_plotlyjs().encode()
+
+
+def test_figures_of_an_earlier_run_do_not_stand_beside_this_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "figs/story"
+    folder.mkdir(parents=True)
+    (folder / "old.html").write_text("old")
+    os.utime(folder / "old.html", (1, 1))
+    for name in ("a", "b"):
+        show(imshow(t.ones(1, 1), "t", "x", "y"), f"story/{name}")
+    assert sorted(file.name for file in folder.glob("*.html")) == ["a.html", "b.html"]
+    assert (folder / "earlier/old.html").read_text() == "old"
+
+
+def test_equal_labels_are_cells_of_their_own_and_tokens_no_markup():
+    fig = imshow(t.ones(3, 3), "t", "x", "y", x=["\ufffd", "\ufffd", "<s>"], y=["$x$", "a", "<br>"])
+    assert list(fig.data[0].x) == ["\ufffd (1)", "\ufffd (2)", "&lt;s&gt;"]
+    assert list(fig.data[0].y) == ["&#36;x&#36;", "a", "&lt;br&gt;"]
+    bars = bar({"<b>": [1.0, 2.0]}, "t", "x", "y", x=["a", "a"])
+    assert bars.data[0].name == "&lt;b&gt;" and len(set(bars.data[0].x)) == 2
+    assert line({"<i>": [1.0]}, "t", "x", "y").data[0].name == "&lt;i&gt;"
+
+
+def test_a_title_can_hold_the_name_of_a_place_and_a_long_text_is_cut(capsys):
+    page = attention_page(["a"] * 300, t.ones(1, 300, 300).tril() / 300, ["L0H0"], "/mnt/DATA/TITLE")
+    assert page.count("/mnt/DATA/TITLE (the first 256 of 300 tokens)") == 2
+    assert page.count("const page = {") == 1
+    assert len(json.loads(re.search("const page = (.*);", page)[1])["tokens"]) == 256
+    assert "the first 256" in capsys.readouterr().out

@@ -100,3 +100,15 @@ def test_write_aside_leaves_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(OSError):
         write_aside(path, broken)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path, monkeypatch):
+    import dataclasses
+
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.make_dataclass("Config", [("x", float)])(x=float("inf"))
+    utils.save_results("story", config, a=float("nan"), b=[t.tensor([1.0, float("nan")])], c=(1, {"d": t.tensor(2)}))
+    text = (tmp_path / "results/story.json").read_text()
+    saved = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (saved["a"], saved["b"], saved["c"]) == (None, [[1.0, None]], [1, {"d": 2}])
+    assert saved["config"] == {"x": None}
