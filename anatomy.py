@@ -610,7 +610,7 @@ def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, con
     peak, position = cache["post", layer].float().max(1)  # row neuron
     strength = peak.amax(0) * W_out.norm(dim=-1)
     found = []
-    for neuron in strength.topk(n).indices.tolist():
+    for neuron in strength.topk(min(n, len(strength))).indices.tolist():
         best_rows = peak[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
         peaks = [(peak[row, neuron].item(), row, position[row, neuron].item()) for row in best_rows]
         effect = W_out[neuron] @ unembedding

@@ -753,7 +753,7 @@ if __name__ == "__main__" and histories:
             if key in history["watch"][-1]:  # short contexts have no ICL score
                 name = f"{key.replace('_', ' ')}, {counted_layers(depth)}"
                 curves[name] = [seen[key] for seen in history["watch"]]
-    width = min(10, cfg.steps)
+    width = min(10, max(1, cfg.steps))
     smooth_loss = {
         counted_layers(depth): np.convolve(history["loss"], np.ones(width) / width, "valid")
         for depth, history in histories.items()

@@ -449,6 +449,8 @@ if __name__ == "__main__" and not cfg.model:
         "tiny_transformer",
         shape=dataclasses.asdict(model.cfg),
         data=corpus.key,
+        repeats=cfg.repeats,
+        english=cfg.english,
     )
     folder = Path("checkpoints/tiny_transformer")
     model.to_hf(folder)
