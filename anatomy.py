@@ -51,18 +51,49 @@ def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None 
     return t.cat([t.full((batch, 1), bos), twice], dim=1)
 
 
-def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: int = 100) -> Tensor:
+def known_tokens(corpus: object, at_least: int = 100) -> Tensor:
     """
-    (rows, 1 + 2 * half): beginning-of-text and random tokens said twice, drawn from those that training has seen.
-    Seen is `at_least` times, since an untrained embedding tells nothing; where the text is small, the 50 most frequent.
-    corpus: a data.Corpus.
+    Ids of the tokens that training has seen `at_least` times, since an untrained embedding tells nothing; where the
+    text is small, the 50 most frequent. corpus: a data.Corpus.
     """
     counts = sum(np.bincount(part, minlength=corpus.d_vocab) for part in corpus.train.values())
     if corpus.bos is not None:
         counts[corpus.bos] = 0
     fiftieth = np.sort(counts)[-min(50, len(counts))]
-    known = np.flatnonzero(counts >= min(at_least, fiftieth))
-    return repeated_tokens(rows, half, t.from_numpy(known), corpus.bos, seed)
+    known = np.flatnonzero((counts >= min(at_least, fiftieth)) & (counts > 0))
+    return t.from_numpy(known)
+
+
+def spaced_repeats(batch: int, half: int, pool: Tensor, bos: int | None = None, seed: int = 0) -> Tensor:
+    """
+    (batch, [bos] + 2 * half): random tokens, of which the last half // 2 (at least 2) have been said once before, in
+    each row at its own distance. A head that looks back over one fixed distance, whatever stands there, finds the
+    earlier copy in few rows. Each row's tokens differ otherwise, where the pool (ids) has enough of them.
+    """
+    generator = t.Generator().manual_seed(seed)
+    said = max(2, half // 2)
+    length = 2 * half
+    if length < 2 * said:
+        fail(f"rows of {length} tokens have no place for a repeat: give longer rows (--contexts)")
+    distances = t.randint(said, length - said + 1, (batch,), generator=generator).tolist()
+    rows = []
+    for distance in distances:
+        if len(pool) >= length:
+            row = pool[t.randperm(len(pool), generator=generator)[:length]]
+        else:
+            row = pool[t.randint(len(pool), (length,), generator=generator)]
+        start = length - said - distance
+        row[-said:] = row[start : start + said].clone()
+        rows.append(row)
+    rows = t.stack(rows)
+    if bos is None:
+        return rows
+    return t.cat([t.full((batch, 1), bos), rows], dim=1)
+
+
+def random_repeats(corpus: object, rows: int, half: int, seed: int, at_least: int = 100) -> Tensor:
+    """spaced_repeats of tokens that training has seen. corpus: a data.Corpus."""
+    return spaced_repeats(rows, half, known_tokens(corpus, at_least), corpus.bos, seed)
 
 
 #%% Head scores on repeated random tokens, one function per kind: pattern (batch, head, query, key) -> (head) in 0..1
@@ -94,11 +125,16 @@ def first_token_score(pattern: Tensor) -> Tensor:
     return pattern[:, :, 2:, 0].mean((0, 2))
 
 
-def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int) -> dict[str, Tensor]:
+def head_scores(model: nn.Module, n_layers: int, tokens: Tensor, half: int | None = None) -> dict[str, Tensor]:
     """
     {'prefix_matching', 'previous_token', 'duplicate_token', 'first_token': (layer, head) in 0..1}, on the CPU.
-    tokens (batch, pos) as repeated_tokens makes them, half as it was given.
+    With half: by the field's stripes, of tokens (batch, pos) as repeated_tokens makes them. Without: attention to
+    where each role looks in whatever rows (role_targets), as spaced_repeats needs it.
     """
+    if half is None:
+        with t.no_grad():
+            found = attention_scores(model, tokens, {role: [mask] for role, mask in role_targets(tokens).items()})
+        return {SCORE_NAMES[role]: looked[0] for role, looked in found.items()}
     with t.no_grad():
         _, cache = run_with_cache(model, tokens, [act_name("pattern", layer) for layer in range(n_layers)])
     patterns = [cache["pattern", layer].float() for layer in range(n_layers)]
@@ -321,10 +357,18 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
 
 
 #%% Head catalogue: where each kind of head looks, True in (row, query, key) of tokens (row, pos)
-FLOORS = {"previous token": 0.3, "duplicate token": 0.3, "induction": 0.3, "text-begin sink": 0.5, "copying": 0.95}
-BY_POSITION = ("previous token", "text-begin sink")  # their null: each query's keys shuffled
-BY_CONTENT = ("duplicate token", "induction")  # their null: the tokens behind the first shuffled
+# What a role must at least be worth, whatever chance gives: a share of attention; of copying, a rank.
+FLOORS = {"previous token": 0.3, "duplicate token": 0.1, "induction": 0.1, "text-begin sink": 0.5, "copying": 0.95}
+BY_POSITION = ("previous token", "text-begin sink")  # their null: for each query one of its keys at random
+BY_CONTENT = ("duplicate token", "induction")  # their null: each row's looks are another row's
+SCORE_NAMES = {
+    "previous token": "previous_token",
+    "duplicate token": "duplicate_token",
+    "induction": "prefix_matching",
+    "text-begin sink": "first_token",
+}
 COPIED = 256  # places whose tokens a copying head is asked to copy
+CONTROLS = 4  # runs on rows without a repeat
 
 
 def places_back(tokens: Tensor) -> Tensor:
@@ -401,18 +445,77 @@ def attention_scores(model: nn.Module, rows: Tensor, looks: dict[str, list[Tenso
     return {role: t.stack(scores, 1) for role, scores in by_layer.items()}
 
 
-def shuffled_keys(tokens: Tensor, generator: t.Generator) -> Tensor:
-    """(row, query, key): for each query its visible keys in a random order, the hidden ones behind them."""
-    rows, length = tokens.shape
-    hidden = t.ones(length, length, dtype=t.bool).triu(1)
-    draws = t.rand((rows, length, length), generator=generator).masked_fill(hidden, 2.0)
-    return draws.argsort(-1).to(tokens.device)
+def without_repeats(tokens: Tensor, generator: t.Generator) -> Tensor:
+    """The rows (row, pos), in which what is said again later is replaced by another of their tokens at random."""
+    said_again = (same_token(tokens) & (places_back(tokens) < 0)).any(-1)
+    said_again[:, 0] = False
+    drawn = t.randint(tokens.numel(), tokens.shape, generator=generator).to(tokens.device)
+    return t.where(said_again, tokens.flatten()[drawn], tokens)
 
 
-def shuffled_tokens(tokens: Tensor, generator: t.Generator) -> Tensor:
-    """The rows with all tokens behind the first in a random order."""
-    order = t.rand(tokens[:, 1:].shape, generator=generator).argsort(1).to(tokens.device)
-    return t.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1)
+def control_scores(model: nn.Module, tokens: Tensor, generator: t.Generator) -> dict[str, Tensor]:
+    """
+    {role by content: (layer, head)}: each head's attention to the same places of rows in which nothing is repeated,
+    mean of CONTROLS runs. A head that looks there by position alone has its whole score here.
+    """
+    targets = role_targets(tokens)
+    looks = {role: [targets[role]] for role in BY_CONTENT}
+    runs = [attention_scores(model, without_repeats(tokens, generator), looks) for _ in range(CONTROLS)]
+    return {role: t.cat([run[role] for run in runs]).mean(0) for role in BY_CONTENT}
+
+
+#%% ... two permutation nulls from the patterns of one run, so that a thousand shuffles cost little
+def other_rows_null(pattern: Tensor, targets: Tensor, orders: Tensor) -> Tensor:
+    """
+    (shuffle, head): attention_on where each row's targets are those of another row.
+    pattern (row, head, query, key); targets (row, query, key); orders (shuffle, row), each a permutation of the rows.
+    """
+    paid = einsum(pattern, targets.to(pattern.dtype), "row head query key, other query key -> head row other")
+    rows = t.arange(len(pattern), device=pattern.device)
+    permuted = paid[:, rows, orders].sum(-1)  # (head, shuffle)
+    return permuted.T / targets.any(-1).sum()
+
+
+def overlap(targets: Tensor) -> float:
+    """Share of a row's targets (row, query, key) that another row has too, mean over pairs of rows."""
+    by_place = targets.sum(0).float()
+    shared = (by_place * (by_place - 1)).sum() / max(1, len(targets) - 1)
+    return (shared / targets.sum()).item()
+
+
+def random_keys_null(pattern: Tensor, targets: Tensor, draws: Tensor) -> Tensor:
+    """
+    (shuffle, head): attention_on where each query that has a target has one of its visible keys at random instead.
+    pattern (row, head, query, key); draws (shuffle, row, query) in 0..1.
+    """
+    asked = targets.any(-1).to(pattern.dtype)
+    visible = t.arange(1, pattern.shape[-1] + 1, device=pattern.device)
+    keys = (draws * visible).long().permute(1, 2, 0)  # (row, query, shuffle)
+    by_head = []
+    for head in range(pattern.shape[1]):
+        paid = pattern[:, head].gather(-1, keys)
+        by_head.append(einsum(paid, asked, "row query shuffle, row query -> shuffle") / asked.sum())
+    return t.stack(by_head, 1)
+
+
+def attention_nulls(
+    model: nn.Module, tokens: Tensor, targets: dict[str, Tensor], shuffles: int, generator: t.Generator
+) -> dict[str, Tensor]:
+    """{role by attention: (shuffle, layer, head)}: the scores with the role's structure shuffled away."""
+    n_rows, length = tokens.shape
+    orders = t.rand((shuffles, n_rows), generator=generator).argsort(1).to(tokens.device)
+    draws = t.rand((shuffles, n_rows, length), generator=generator).to(tokens.device)
+    by_layer: dict[str, list[Tensor]] = {role: [] for role in targets}
+
+    def shuffle(pattern: Tensor, hook: nn.Module) -> None:
+        for role in BY_CONTENT:
+            by_layer[role].append(other_rows_null(pattern.float(), targets[role], orders).cpu())
+        for role in BY_POSITION:
+            by_layer[role].append(random_keys_null(pattern.float(), targets[role], draws).cpu())
+
+    with hooks(model, [(act_name("pattern", layer), shuffle) for layer in range(model.cfg.n_layers)]):
+        model(tokens)
+    return {role: t.stack(nulls, 1) for role, nulls in by_layer.items()}
 
 
 def copying_ranks(model: nn.Module, tokens: Tensor, places: Tensor, ids: Tensor) -> list[Tensor]:
@@ -455,38 +558,32 @@ def copying_scores(ranks: list[Tensor], namings: list[Tensor]) -> Tensor:
 
 @t.no_grad()
 def catalogue(
-    model: nn.Module, tokens: Tensor, shuffles: int = 20, seed: int = 0
+    model: nn.Module, tokens: Tensor, shuffles: int = 1000, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
     Which head plays which role: (scores {role: (layer, head)}, bars {role: float}, names {head: its roles}).
-    tokens (batch, pos): rows that start with beginning-of-text and repeat (repeated_tokens). Ours or a
-    TransformerBridge.
+    tokens (batch, pos): rows that repeat tokens, each at its own distance (spaced_repeats). Ours or a TransformerBridge.
     Scores of the roles by attention: attention to where the role looks (role_targets). 'copying' is by OV score: of the
     other tokens in the rows, the share whose logit the head's value-output map, fed a token, raises less than that
     token's own; 0.5 is chance (copying_ranks).
-    A bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads.
-    Shuffled are each query's keys (previous token, sink), the tokens behind the first (duplicate, induction) or the
-    tokens' names (copying).
+    A bar is the larger of the role's floor and the 99th percentile, over shuffles, of the maximum over all heads
+    (which_bar says which). Shuffled are each query's keys (previous token, sink), which row looks where (duplicate,
+    induction) or the tokens' names (copying). Of duplicate and induction, what must lie above the bar is the score less
+    the same head's where nothing is repeated (control_scores).
     """
     generator = t.Generator().manual_seed(seed)
     targets = role_targets(tokens)
     if not targets["induction"].any():
-        fail("the head catalogue needs rows that repeat tokens: repeated_tokens")
+        fail("the head catalogue needs rows that repeat tokens: spaced_repeats")
     places = t.randperm(tokens.numel(), generator=generator)[:COPIED].to(tokens.device)
 
-    # roles by attention: first as they are, then with keys shuffled (one run serves all looks), then with tokens
-    # shuffled (a run each)
-    looks = {role: [mask] for role, mask in targets.items()}
-    for _ in range(shuffles):
-        order = shuffled_keys(tokens, generator)
-        for role in BY_POSITION:
-            looks[role].append(targets[role].gather(-1, order))
-    found = attention_scores(model, tokens, looks)  # role: (real and then its shuffles, layer, head)
-    content = {role: [targets[role]] for role in BY_CONTENT}
-    for _ in range(shuffles):
-        null = attention_scores(model, shuffled_tokens(tokens, generator), content)
-        for role in BY_CONTENT:
-            found[role] = t.cat([found[role], null[role]])
+    found = attention_scores(model, tokens, {role: [mask] for role, mask in targets.items()})
+    scores = {role: looked[0] for role, looked in found.items()}
+    nulls = attention_nulls(model, tokens, targets, shuffles, generator)
+    for role in BY_CONTENT:
+        if overlap(targets[role]) > 0.5:  # one distance in all rows: shuffling them says nothing, the control does
+            nulls[role] = nulls[role][:0]
+    control = control_scores(model, tokens, generator)
 
     # copying: the tokens' own names, then shuffled names
     ids, own = tokens.flatten()[places].unique(return_inverse=True)
@@ -494,11 +591,13 @@ def catalogue(
     for _ in range(shuffles):
         order = t.randperm(len(own), generator=generator).to(own.device)
         namings.append(own[order])
-    found["copying"] = copying_scores(copying_ranks(model, tokens, places, ids), namings)
+    by_naming = copying_scores(copying_ranks(model, tokens, places, ids), namings)
+    scores["copying"] = by_naming[0]
+    nulls["copying"] = by_naming[1:]
 
-    scores = {role: looked[0] for role, looked in found.items()}
-    bars = {role: role_bar(role, looked[1:]) for role, looked in found.items()}
-    return scores, bars, roles_above(scores, bars)
+    bars = {role: role_bar(role, null) for role, null in nulls.items()}
+    above_control = {role: score - control.get(role, 0.0) for role, score in scores.items()}
+    return scores, bars, roles_above(above_control, bars)
 
 
 def role_bar(role: str, null: Tensor) -> float:
@@ -506,8 +605,21 @@ def role_bar(role: str, null: Tensor) -> float:
     The larger of the role's floor and the 99th percentile, over shuffles, of the best of all heads.
     null (shuffle, layer, head): the scores with the role's structure shuffled away.
     """
+    if len(null) == 0:
+        return FLOORS[role]
     best_of_heads = null.flatten(1).amax(1)
     return max(FLOORS[role], best_of_heads.quantile(0.99).item())
+
+
+def which_bar(role: str, bar: float) -> str:
+    """Which of the two decided."""
+    return "floor" if bar == FLOORS[role] else "null"
+
+
+def heads_of_role(role: str, roles: dict[str, list[str]], scores: dict[str, Tensor]) -> list[str]:
+    """The heads that are named for the role, strongest first; roles and scores as catalogue gives them."""
+    strength = dict(zip(roles, scores[role].flatten().tolist()))
+    return sorted((name for name in roles if role in roles[name]), key=lambda name: -strength[name])
 
 
 def roles_above(scores: dict[str, Tensor], bars: dict[str, float]) -> dict[str, list[str]]:
@@ -535,7 +647,7 @@ def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, con
     peak, position = cache["post", layer].float().max(1)  # row neuron
     strength = peak.amax(0) * W_out.norm(dim=-1)
     found = []
-    for neuron in strength.topk(n).indices.tolist():
+    for neuron in strength.topk(min(n, len(strength))).indices.tolist():
         best_rows = peak[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
         peaks = [(peak[row, neuron].item(), row, position[row, neuron].item()) for row in best_rows]
         effect = W_out[neuron] @ unembedding

@@ -14,6 +14,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
+    gray,
     green,
     pick_device,
     purple,
@@ -30,7 +31,16 @@ from plots import attention_page, imshow, label_tokens, line, show, show_page, v
 from data import Corpus, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
-from anatomy import head_scores, listening_gap, random_repeats
+from anatomy import (
+    catalogue,
+    head_scores,
+    heads_of_role,
+    known_tokens,
+    listening_gap,
+    random_repeats,
+    repeated_tokens,
+    which_bar,
+)
 
 import numpy as np
 import torch as t
@@ -461,7 +471,7 @@ def zero_head(layer: int, head: int) -> tuple[str, Callable]:
     return act_name("z", layer), zero
 
 
-def ablated_scores(model: nn.Module, tokens: Tensor, half: int, layer: int, head: int) -> dict[str, Tensor]:
+def ablated_scores(model: nn.Module, tokens: Tensor, half: int | None, layer: int, head: int) -> dict[str, Tensor]:
     with hooks(model, [zero_head(layer, head)]):
         return head_scores(model, model.cfg.n_layers, tokens, half)
 
@@ -588,7 +598,7 @@ def train_own(cfg: Config, n_layers: int, corpus: Corpus, device: str) -> tuple[
     natural = t.from_numpy(corpus.rows(np.random.default_rng(cfg.seed), 48, n_ctx, "heldout")).to(device)
 
     def watch(step: int) -> dict:
-        scores = head_scores(model, n_layers, probe, half)
+        scores = head_scores(model, n_layers, probe)
         seen = {
             "prefix_matching": scores["prefix_matching"].max().item(),
             "previous_token": scores["previous_token"][0].max().item(),
@@ -658,7 +668,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
     half = min(50, (n_ctx - 1) // 2)
-    repeats = random_repeats(corpus, 64, half, seed=cfg.seed).to(device)
+    # said twice, the second time right after the first (what the model predicts), and each row at its own distance
+    # (where heads look: one that looks back over a fixed distance finds nothing there)
+    repeats = repeated_tokens(64, half, known_tokens(corpus), corpus.bos, cfg.seed).to(device)
+    spaced = random_repeats(corpus, 64, half, seed=cfg.seed).to(device)
 
     with t.no_grad():
         _, cache = run_with_cache(model, repeats)
@@ -684,20 +697,24 @@ if __name__ == "__main__":
 #%% Which heads look where, on random tokens said twice: previous-token heads and induction heads
 if __name__ == "__main__":
     print(f"{purple}=== Heads ==={endc}")
-    scores = head_scores(model, n_layers, repeats, half)
+    scores = head_scores(model, n_layers, spaced)
+    _, bars, roles = catalogue(model, spaced)
     scores["copying"] = copying_scores(model, repeats).cpu()
     scores["OV eigenvalues"] = eigenvalue_copying(model)
     prefix = scores["prefix_matching"]  # (layer, head)
-    strongest_first = prefix.flatten().argsort(descending=True).tolist()
-    induction_heads = [head_names[i] for i in strongest_first if prefix.flatten()[i] > 0.3]
+    found = {"induction": prefix, "previous token": scores["previous_token"]}
+    induction_heads = heads_of_role("induction", roles, found)
+    previous_heads = heads_of_role("previous token", roles, found)
     best_layer, best_head = divmod(int(prefix.argmax()), n_heads)
     best = f"L{best_layer}H{best_head}"
     previous = int(scores["previous_token"][0].argmax())  # layer 0's previous-token head
     numbers["best_prefix_matching"] = prefix.max().item()
     if control is not None:
-        control_prefix = head_scores(control, 1, repeats, half)["prefix_matching"].max().item()
+        control_prefix = head_scores(control, 1, spaced)["prefix_matching"].max().item()
         numbers["best_prefix_matching_1_layer"] = control_prefix
     numbers["induction_heads"] = induction_heads
+    numbers["induction_bar"] = bars["induction"]
+    numbers["previous_token_heads"] = previous_heads
     numbers["previous_token_score"] = scores["previous_token"][0, previous].item()
     numbers["copying_of_best_head"] = scores["copying"][best_layer, best_head].item()
     numbers["ov_eigenvalue_copying_of_best_head"] = scores["OV eigenvalues"][best_layer, best_head].item()
@@ -706,12 +723,18 @@ if __name__ == "__main__":
     print(tabulate(rows, headers=["head", *scores]))
     beside = "" if control is None else f"; 1-layer control {control_prefix:.3f}"
     print(f"{cyan}best prefix matching {prefix.max():.3f} in {best}{beside}{endc}")
+    bar = bars["induction"]
+    print(
+        f"{gray}a head is named for induction above {bar:.2f}, its {which_bar('induction', bar)} (99th percentile of the "
+        "best head when rows look where other rows would), less the same head's score where nothing is repeated: "
+        f"{', '.join(induction_heads) or 'none'}{endc}"
+    )
 
 #%% ... as maps of layers and heads
 if __name__ == "__main__":
     fig = imshow(
         t.stack(list(scores.values())),
-        f"Head scores on {len(repeats)} x {half} random tokens said twice ({about})",
+        f"Head scores on {len(spaced)} rows of random tokens said twice, each row at its own distance ({about})",
         xlabel="head",
         ylabel="layer",
         x=[f"H{head}" for head in range(n_heads)],
@@ -730,7 +753,7 @@ if __name__ == "__main__" and histories:
             if key in history["watch"][-1]:  # short contexts have no ICL score
                 name = f"{key.replace('_', ' ')}, {counted_layers(depth)}"
                 curves[name] = [seen[key] for seen in history["watch"]]
-    width = min(10, cfg.steps)
+    width = min(10, max(1, cfg.steps))
     smooth_loss = {
         counted_layers(depth): np.convolve(history["loss"], np.ones(width) / width, "valid")
         for depth, history in histories.items()
@@ -817,7 +840,7 @@ if __name__ == "__main__" and n_layers == 2:
     print(f"{purple}=== Which layer-0 head does induction need? ==={endc}")
     without = []
     for head in range(n_heads):
-        left = ablated_scores(model, repeats, half, layer=0, head=head)["prefix_matching"][1]  # (layer-1 head)
+        left = ablated_scores(model, spaced, None, layer=0, head=head)["prefix_matching"][1]  # (layer-1 head)
         without.append(left)
         numbers_of_head = f"previous-token score {scores['previous_token'][0, head]:.2f}"
         print(f"{cyan}without L0H{head} ({numbers_of_head}): best prefix matching {left.max():.3f}{endc}")
@@ -832,7 +855,7 @@ if __name__ == "__main__" and n_layers == 2:
 if __name__ == "__main__" and n_layers == 2:
     fig = imshow(
         t.cat([prefix[1:], without]),
-        f"Prefix matching of layer-1 heads when one layer-0 head is zeroed ({len(repeats)} rows)",
+        f"Prefix matching of layer-1 heads when one layer-0 head is zeroed ({len(spaced)} rows)",
         xlabel="layer-1 head",
         ylabel="zeroed",
         x=second_layer,
@@ -844,8 +867,8 @@ if __name__ == "__main__" and n_layers == 2:
 
 #%% The path: previous-token head -> key of the induction head, seen by patching one input at a time
 if __name__ == "__main__" and n_layers == 2:
-    other = random_repeats(corpus, len(repeats), half, seed=cfg.seed + 1).to(device)
-    corrupt = t.cat([repeats[:, :1], other[:, 1 : half + 1], repeats[:, half + 1 :]], 1)
+    other = repeated_tokens(len(repeats), half, known_tokens(corpus), corpus.bos, cfg.seed + 1).to(device)
+    corrupt = t.cat([other[:, :-half], repeats[:, -half:]], 1)
     lost, clean_log_prob, corrupt_log_prob = path_patch(model, repeats, corrupt, half)
     shares = t.stack(list(lost.values()))  # (query key value, sender, receiver)
     room, sender, receiver = (int(i) for i in t.unravel_index(shares.argmax(), shares.shape))
@@ -1055,13 +1078,16 @@ if __name__ == "__main__":
     save_results("attn_only", cfg, **numbers)
 
     if not induction_heads:
-        conclusion = f"no induction head (best prefix matching {prefix.max():.2f})"
+        conclusion = f"no induction head (best prefix matching {prefix.max():.2f}, bar {bars['induction']:.2f})"
     else:
         are = "are induction heads" if len(induction_heads) > 1 else "is an induction head"
-        conclusion = f"{', '.join(induction_heads)} {are} (prefix matching {prefix.max():.2f})"
-    if n_layers == 2 and induction_heads:
-        conclusion += f", fed by the previous-token head L0H{previous} through {strongest_path}"
-        conclusion += f": without it {best_without[previous]:.2f}"
+        strongest = prefix.flatten()[head_names.index(induction_heads[0])]
+        conclusion = f"{', '.join(induction_heads)} {are} (prefix matching up to {strongest:.2f})"
+    if n_layers == 2 and induction_heads and not previous_heads:
+        conclusion += ", though no head attends to the previous token above its bar"
+    if n_layers == 2 and induction_heads and f"L0H{previous}" in previous_heads:
+        conclusion += f", and the previous-token head of layer 0 is L0H{previous}; strongest path: {strongest_path}"
+        conclusion += f"; without L0H{previous} prefix matching is {best_without[previous]:.2f}"
         if others:
             conclusion += f", without another layer-0 head at least {min(others):.2f}"
     if control is not None:

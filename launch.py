@@ -25,7 +25,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
-from train import FREE, in_queue, processes
+from train import FREE, check_settings, in_queue, processes
 
 from tabulate import tabulate
 
@@ -97,6 +97,7 @@ def flags[Config](
         fail(f"{script.name} has no --hpc preset")
     defaults = hpc if "--hpc" in argv else config()
     cfg, launch = parse(argv, config, defaults, description)
+    check_settings(cfg)
     launch.slurm |= launch.slurm_wait
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and hasattr(cfg, "resume"):
         cfg = dataclasses.replace(cfg, resume=True)
@@ -108,11 +109,12 @@ def flags[Config](
         return cfg
 
     results = Path("results").absolute() / script.stem
-    place = results / f"{'sweep' if axes else 'run'}-{settings_key(cfg, axes)}"
+    place = results / f"{'sweep' if axes else 'run'}-{settings_key(cfg, axes, script)}"
     tasks = {}
     for name, args in sweep_runs(cfg, axes, argv, script.stem).items():
-        parse(args, config, defaults, description)  # refuses a wrong value now
-        tasks[name] = make_task(name, args, script, place, elsewhere=bool(axes) and not own)
+        run_cfg, _ = parse(args, config, defaults, description)
+        check_settings(run_cfg)  # refuses a wrong value now
+        tasks[name] = make_task(name, args, run_cfg, axes, script, place, elsewhere=bool(axes) and not own)
     if axes:
         print(f"{purple}=== {len(tasks)} runs of {script.name}, kept in {place} ==={endc}")
     before = finished(tasks) if axes else {}
@@ -158,10 +160,43 @@ def spell_out_choices(args: list[str], config: type) -> list[str]:
     return spelled
 
 
-def settings_key(cfg: object, axes: dict[str, list[str]]) -> str:
-    """Names a sweep by the settings that all its runs share."""
+def settings_key(cfg: object, axes: dict[str, list[str]], script: Path) -> str:
+    """Names a sweep by what all its runs share: the settings, the files that these name, and the code."""
     fixed = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in (*axes, *FREE)}
-    return hashlib.sha256(json.dumps([fixed, sorted(axes)], default=str).encode()).hexdigest()[:8]
+    read = [fingerprint(path) for name in READS if name not in axes for path in named_paths(cfg, name)]
+    code = [fingerprint(path) for path in sorted({script, *Path(__file__).parent.glob("*.py")}) if path.exists()]
+    return short_hash([fixed, sorted(axes), read, code])
+
+
+READS = ("data", "model", "models", "tokenizer", "others", "pairs", "sae")  # settings that may name files to read
+WRITES = ("out",)  # and files to write
+OWN_WORDS = ("stdlib", "world")  # texts that are not files, even where a file has this name
+WHOLE = 2**26  # bytes up to which a file is known by its content, above by size and time
+
+
+def short_hash(x: object) -> str:
+    return hashlib.sha256(json.dumps(x, default=str).encode()).hexdigest()[:8]
+
+
+def named_paths(cfg: object, name: str) -> list[Path]:
+    """The files and folders here that a setting names, absolute; none where it names anything else (a hub model)."""
+    value = getattr(cfg, name, None)
+    words = value if isinstance(value, tuple) else (value,)
+    paths = [Path(word).expanduser().absolute() for word in words if word and word not in OWN_WORDS]
+    return [path for path in paths if path.exists()]
+
+
+def fingerprint(path: Path) -> list:
+    """Changes when the file, or one in the folder, does."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        stat = file.stat()
+        known = stat.st_mtime_ns
+        if stat.st_size <= WHOLE:
+            known = hashlib.sha256(file.read_bytes()).hexdigest()
+        found.append([file.name, stat.st_size, known])
+    return found
 
 
 def sweep_runs(cfg: object, axes: dict[str, list[str]], argv: list[str], stem: str) -> dict[str, list[str]]:
@@ -174,13 +209,43 @@ def sweep_runs(cfg: object, axes: dict[str, list[str]], argv: list[str], stem: s
     return runs
 
 
-def make_task(name: str, args: list[str], script: Path, place: Path, elsewhere: bool) -> Task:
-    """elsewhere: the run works in its own folder, so that paths among its arguments must be absolute."""
+def make_task(
+    name: str,
+    args: list[str],
+    cfg: object,
+    axes: dict[str, list[str]],
+    script: Path,
+    place: Path,
+    elsewhere: bool,
+) -> Task:
+    """elsewhere: the run works in its own folder, where it also writes; paths that it reads must be absolute."""
+    read = [fingerprint(path) for axis in axes if axis in READS for path in named_paths(cfg, axis)]
     folder = place / name.replace("/", "-")
+    if read or "/" in name:
+        folder = place / f"{name.replace('/', '-')}-{short_hash([name, read])}"
     if not elsewhere:
         return Task(str(script), args, Path.cwd(), folder)
-    absolute = [str(Path(arg).absolute()) if "/" in arg and Path(arg).exists() else arg for arg in args]
-    return Task(str(script), absolute, folder, folder)
+    return Task(str(script), [*args, *own_paths(cfg, name)], folder, folder)
+
+
+def own_paths(cfg: object, run: str) -> list[str]:
+    """Flags, to stand behind all others, that make a run in another folder read what was named and write only there."""
+    flags_of_paths = []
+    for name in READS:
+        paths = named_paths(cfg, name)
+        if not paths:
+            continue
+        value = getattr(cfg, name)
+        words = value if isinstance(value, tuple) else (value,)
+        words = [
+            str(Path(word).expanduser().absolute()) if Path(word).expanduser().exists() else word for word in words
+        ]
+        flags_of_paths += [f"--{name}", *words]
+    for name in WRITES:
+        value = getattr(cfg, name, None)
+        if value and (Path(value).expanduser().is_absolute() or ".." in Path(value).parts):
+            flags_of_paths += [f"--{name}", str(Path(value).expanduser().resolve() / run.replace("/", "-"))]
+    return flags_of_paths
 
 
 def finished(tasks: dict[str, Task]) -> dict[str, Task]:
@@ -207,14 +272,45 @@ def read_sweep(given: tuple[str, ...], cfg: object) -> dict[str, list[str]]:
                 f"--sweep {name}={values}: write a setting and its values, as in --sweep seed=0,1,2; "
                 f"settings: {settings}"
             )
-        axes[name] = list(dict.fromkeys(values.split(",")))
+        if name in axes:
+            fail(f"--sweep gives {name} twice: write all its values in one, as in --sweep {name}={values}")
+        given_values = [spelled(cfg, name, value) for value in values.split(",")]
+        same = [as_number(value) for value in given_values]
+        twice = [value for i, value in enumerate(given_values) if same[i] in same[:i]]
+        if twice:
+            fail(f"--sweep {name}={values} gives {twice[0]} twice: each value is one run")
+        axes[name] = given_values
     return axes
+
+
+def as_number(value: str) -> float | str:
+    """The number that the words say, since 0.01 and 1e-2 are one run; or the words."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def is_yes_or_no(cfg: object, name: str) -> bool:
+    (kind,) = (field.type for field in dataclasses.fields(cfg) if field.name == name)
+    return kind == bool | None or isinstance(getattr(cfg, name), bool)
+
+
+def spelled(cfg: object, name: str, value: str) -> str:
+    """A value of an axis as its label and its flag say it: yes and no are true and false."""
+    if not is_yes_or_no(cfg, name):
+        return value
+    if value.lower() in ("true", "yes", "on", "1"):
+        return "true"
+    if value.lower() in ("false", "no", "off", "0"):
+        return "false"
+    fail(f"--sweep {name}={value}: {name} is true or false")
 
 
 def as_flag(cfg: object, name: str, value: str) -> list[str]:
     flag = name.replace("_", "-")
-    if isinstance(getattr(cfg, name), bool):
-        return [f"--{flag}" if value.lower() == "true" else f"--no-{flag}"]
+    if is_yes_or_no(cfg, name):
+        return [f"--{flag}" if value == "true" else f"--no-{flag}"]
     return [f"--{flag}", value]
 
 
@@ -362,6 +458,19 @@ def say_how_it_ended(name: str, task: Task) -> None:
         show_end(name, log)
 
 
+def single_numbers(numbers: dict, before: str = "") -> dict[str, float]:
+    """The numbers by themselves, those in dictionaries too ('layer_writes L0'); lists, settings and words are left out."""
+    found = {}
+    for key, value in numbers.items():
+        if not before and key in ("config", "versions"):
+            continue
+        if isinstance(value, dict):
+            found |= single_numbers(value, f"{before}{key} ")
+        elif isinstance(value, int | float):
+            found[before + key] = value
+    return found
+
+
 def gather(done: dict[str, Task], place: Path) -> None:
     """The single numbers of all runs as a table, and everything they wrote in sweep.json."""
     found: dict[str, dict] = {}
@@ -369,12 +478,11 @@ def gather(done: dict[str, Task], place: Path) -> None:
         found[name] = {}
         for file in sorted((task.cwd / "results").glob("*.json")):
             found[name] |= json.loads(file.read_text())
-    keys = dict.fromkeys(key for numbers in found.values() for key in numbers)
+    by_run = {name: single_numbers(numbers) for name, numbers in found.items()}
+    keys = dict.fromkeys(key for numbers in by_run.values() for key in numbers)
     table = []
     for key in keys:
-        row = [numbers.get(key) for numbers in found.values()]
-        if any(isinstance(number, int | float) for number in row):
-            table.append([key, *row])
+        table.append([key, *(numbers.get(key) for numbers in by_run.values())])
     print(tabulate(table, headers=["", *found], floatfmt=".4g"))
     write_aside(place / "sweep.json", lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     print(f"{gray}numbers: {place / 'sweep.json'}{endc}")

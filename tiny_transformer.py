@@ -40,6 +40,7 @@ from anatomy import (
     neuron_catalogue,
     parts_error,
     random_repeats,
+    which_bar,
 )
 from data import bos_id, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens, write_folder
 from launch import flags
@@ -448,6 +449,8 @@ if __name__ == "__main__" and not cfg.model:
         "tiny_transformer",
         shape=dataclasses.asdict(model.cfg),
         data=corpus.key,
+        repeats=cfg.repeats,
+        english=cfg.english,
     )
     folder = Path("checkpoints/tiny_transformer")
     model.to_hf(folder)
@@ -621,10 +624,10 @@ if __name__ == "__main__":
     table = []
     for i, name in enumerate(head_names):
         table.append([name, *(f"{x.flatten()[i]:.2f}" for x in scores.values()), ", ".join(roles[name])])
-    table.append(["bar", *(f"{x:.2f}" for x in bars.values()), ""])
+    table.append(["bar", *(f"{bar:.2f} ({which_bar(role, bar)})" for role, bar in bars.items()), ""])
     print(
-        f"{purple}=== Heads on {len(rows)} x {half} random tokens said twice; a role is named above its bar "
-        f"(floor, or 99th percentile of the best head under shuffling) ==={endc}"
+        f"{purple}=== Heads on {len(rows)} rows of random tokens said twice, each row at its own distance; a role is "
+        f"named above its bar (floor, or null: 99th percentile of the best head under shuffling) ==={endc}"
     )
     print(tabulate(table, headers=["head", *scores, "named"]))
     numbers |= {
@@ -637,7 +640,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     fig = imshow(
         t.stack(list(scores.values())),
-        f"Head scores on {len(rows)} x {half} random tokens said twice ({about})",
+        f"Head scores on {len(rows)} rows of random tokens said twice, each at its own distance ({about})",
         "head",
         "layer",
         [f"H{head}" for head in range(n_heads)],

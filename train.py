@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
@@ -47,7 +47,8 @@ from tqdm import trange
 
 @dataclass
 class TrainConfig:
-    steps: int = 400
+    least_context: ClassVar[int] = 8  # tokens that a row of this script must have
+    steps: int = 400  # 0 trains nothing: the untrained control
     tokens_per_step: int = 4096
     contexts: tuple[int, ...] = (64, 256)  # context lengths, one stage after the other
     context_steps: tuple[float, ...] = (0.6,)  # share of the steps at which the next stage begins
@@ -73,6 +74,64 @@ class TrainConfig:
     resume: bool = False  # go on from the checkpoint of the same config
     seed: int = 0
     device: str = "auto"
+
+
+#%% Settings that cannot be run are refused before anything is read or trained
+AT_LEAST_1 = (
+    "tokens_per_step accumulate n_layers n_heads n_kv_heads d_model d_mlp d_expert n_experts top_k vocab rows top"
+).split()
+AT_LEAST_0 = "steps save_every seed lr muon_lr weight_decay clip shared aux_coef".split()
+SHARES = "warmup decay repeats english rotary_share".split()
+
+
+def check_settings(cfg: object) -> None:
+    """One line for a number out of its range, and for settings that contradict each other; cfg: any TrainConfig."""
+    if not isinstance(cfg, TrainConfig):
+        return
+    for name, value in vars(cfg).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag} is {value}: give a number")
+        if name in AT_LEAST_1 and value < 1:
+            fail(f"{flag} is {value}: it must be at least 1")
+        if name in AT_LEAST_0 and value < 0:
+            fail(f"{flag} is {value}: it must be at least 0")
+        if name in SHARES and not 0 <= value <= 1:
+            fail(f"{flag} is {value}: it is a share, from 0 to 1")
+        if name == "rope_base" and value <= 0:
+            fail(f"{flag} is {value}: it must be above 0")
+        if name == "prompt" and not value.strip():
+            fail(f"{flag} is empty: give a few words")
+    if getattr(cfg, "n_heads", 1) > getattr(cfg, "d_model", math.inf):
+        fail(f"--n-heads {cfg.n_heads} is more than --d-model {cfg.d_model}: a head has at least one dimension")
+    if getattr(cfg, "n_heads", 1) % getattr(cfg, "n_kv_heads", 1):
+        fail(f"--n-heads {cfg.n_heads} is not a multiple of --n-kv-heads {cfg.n_kv_heads}")
+    if getattr(cfg, "top_k", 1) > getattr(cfg, "n_experts", math.inf):
+        fail(f"--top-k {cfg.top_k} is more than --n-experts {cfg.n_experts}")
+    check_contexts(cfg)
+
+
+def check_contexts(cfg: TrainConfig) -> None:
+    if not cfg.contexts:
+        fail("--contexts is empty: give the length of the rows, as in --contexts 64 256")
+    if cfg.least_context <= 1:
+        return  # of no effect
+    if min(cfg.contexts) < cfg.least_context:
+        fail(f"--contexts {min(cfg.contexts)} is too short: rows have at least {cfg.least_context} tokens")
+    begins = cfg.context_steps[: len(cfg.contexts) - 1]
+    if len(begins) < len(cfg.contexts) - 1:
+        fail(
+            f"--contexts has {len(cfg.contexts)} stages and --context-steps says where {len(begins)} of the "
+            f"{len(cfg.contexts) - 1} after the first begin: give a share of the steps for each, as in --context-steps "
+            + " ".join(f"{(i + 1) / len(cfg.contexts):.2g}" for i in range(len(cfg.contexts) - 1))
+        )
+    if list(begins) != sorted(begins) or not all(0 <= share < 1 for share in begins):
+        fail(f"--context-steps {' '.join(map(str, begins))}: shares of the steps from 0 to below 1, ascending")
+    if cfg.tokens_per_step // cfg.accumulate < max(cfg.contexts):
+        fail(
+            f"--tokens-per-step {cfg.tokens_per_step} in --accumulate {cfg.accumulate} parts has no whole row of "
+            f"--contexts {max(cfg.contexts)} tokens: raise the first, or lower another"
+        )
 
 
 #%% Speed on a CPU: keep freed memory, and use bfloat16 where a 10 ms probe finds it faster
@@ -452,6 +511,9 @@ def train(
     The checkpoint is checkpoints/<name>.pt; fits: what else it must share with the run (data, model shape).
     """
     run = Run(model, cfg, name, fits)
+    if cfg.steps == 0:
+        run.look_untrained(batch, loss_fn, watch)
+        return run.finish()
     bar = trange(run.first, cfg.steps, initial=run.first, total=cfg.steps, desc=name, disable=run.rank > 0, **BAR)
     with caught_signals() as caught:
         for step in bar:
@@ -560,6 +622,21 @@ class Run:
             total += loss.item()
         return total
 
+    @t.no_grad()
+    def look_untrained(self, batch: Callable[[int], Tensor], loss_fn: Callable, watch: Callable | None) -> None:
+        """The history of no step: the loss of the first batch, and what is watched."""
+        self.note(0, loss_fn(self.forward, batch(0).to(self.device)).item())
+        if watch:
+            self.watch(0, watch)
+
+    def refuse_not_finite(self) -> None:
+        """The last step may break what the loss before it could not show."""
+        if self.cfg.fsdp:
+            return
+        for name, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                fail(f"the weights are NaN or infinite after training ({name}): lower --lr and --muon-lr")
+
     def update(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}: lower --lr and --muon-lr")
@@ -601,6 +678,7 @@ class Run:
     def save(self, done: int) -> bool:
         """Whether the checkpoint stands; the first process writes it."""
         self.history["seconds"] = time.perf_counter() - self.start
+        self.refuse_not_finite()
         if self.cfg.fsdp:
             collect(self.model, self.work)
         states = [whole_state(optimizer) for optimizer in self.optimizers]
@@ -613,6 +691,7 @@ class Run:
         self.history["seconds"] = time.perf_counter() - self.start
         if self.cfg.fsdp:
             collect(self.model.to(self.device), self.work)
+        self.refuse_not_finite()
         if self.cfg.activation_checkpointing and not self.cfg.fsdp:
             for block in self.model.blocks:
                 del block.forward  # of recompute_blocks

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
@@ -65,6 +65,7 @@ class ZeroLayer(nn.Module):
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
+    least_context: ClassVar[int] = 1
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
     tokenizer: str | None = None
@@ -286,8 +287,8 @@ HPC = Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
 if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     first_goes_on()
-    if min(cfg.steps, cfg.d_model, cfg.vocab, cfg.tokens_per_step, *cfg.ranks) < 1:
-        fail("--steps, --d-model, --vocab, --tokens-per-step and --ranks must be at least 1")
+    if min(cfg.ranks, default=1) < 1:
+        fail(f"--ranks {min(cfg.ranks)}: a rank is at least 1")
     set_seed(cfg.seed)
     print(f"{purple}Zero layers: W_E -> W_U{endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
@@ -436,7 +437,7 @@ if __name__ == "__main__":
 
 #%% The rank limit: d_model dimensions hold only so much of the table, and the SVD of the log-table wastes them
 if __name__ == "__main__":
-    ranks = [rank for rank in cfg.ranks if rank <= d_vocab]
+    ranks = sorted({min(rank, d_vocab) for rank in cfg.ranks})  # no table has a rank above its width
     fitted: dict[int, float] = {}  # KL in bits per token by d_model
     closed: dict[int, float] = {}
     svd_effort = None
@@ -457,7 +458,7 @@ if __name__ == "__main__" and d_vocab <= DENSE:
         f"{gray}next tokens of P at most 1% are {cyan}{svd_effort:.0%}{gray} of the squared log-table, which SVD fits, "
         f"and {cyan}{text_share:.0%}{gray} of the text, which counts in KL{endc}"
     )
-    short = dataclasses.replace(cfg, steps=max(1, cfg.steps // 2), save_every=0, resume=False, wandb=False)
+    short = dataclasses.replace(cfg, steps=-(-cfg.steps // 2), save_every=0, resume=False, wandb=False)
     for rank in ranks:
         narrow, _ = fit(dataclasses.replace(short, d_model=rank), streams, counts, f"d_model {rank}")
         fitted[rank] = (measure(narrow, counts) - floor) / math.log(2)
@@ -468,7 +469,7 @@ if __name__ == "__main__" and d_vocab <= DENSE:
         )
 
 #%% ... as curves over d_model
-if __name__ == "__main__" and d_vocab <= DENSE:
+if __name__ == "__main__" and fitted:
     fig = line(
         {
             "fitted to next tokens": list(fitted.values()),

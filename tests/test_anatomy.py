@@ -7,6 +7,7 @@ import pytest
 import torch as t
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import tiny_attn_only
 
 # ruff: noqa: F811  a fixture is imported by name and taken as an argument of that name
 from test_tiny_transformer import V, bridge, folder, small, small_llama, tokens  # noqa: F401  fixtures and models
@@ -18,6 +19,7 @@ from anatomy import (
     fold_norm,
     folded_W_U,
     head_scores,
+    heads_of_role,
     listening_gap,
     logit_parts,
     mixing,
@@ -25,7 +27,9 @@ from anatomy import (
     parts_error,
     repeated_tokens,
     role_targets,
+    spaced_repeats,
     stripe,
+    which_bar,
 )
 from hooks import HookPoint, hook_points, run_with_cache
 from tiny_transformer import TinyConfig, TinyTransformer
@@ -232,7 +236,68 @@ def test_a_positional_head_is_not_named_for_what_it_happens_to_hit():
             5 * t.eye(48 - half),
         )
     scores, bars, roles = catalogue(model, repeated_tokens(8, half, t.arange(1, 32), 0))
-    assert scores["duplicate token"][0, 0] > 0.7 and bars["duplicate token"] > 0.6 and roles["L0H0"] == []
+    assert scores["duplicate token"][0, 0] > 0.7 and roles["L0H0"] == []
+
+
+def test_a_head_that_looks_back_over_a_fixed_distance_scores_nothing_where_distances_are_drawn():
+    model, half = hand_made(), 23
+    with t.no_grad():
+        attn = model.blocks[0].attn
+        attn.q.weight[:48], attn.k.weight[:48] = 0, 0
+        attn.q.weight[: 48 - half + 1, 63 + half : 112], attn.k.weight[: 48 - half + 1, 64 : 113 - half] = (
+            5 * t.eye(48 - half + 1),
+            5 * t.eye(48 - half + 1),
+        )
+    fixed = repeated_tokens(64, half, t.arange(1, 32), 0)
+    spaced = spaced_repeats(64, half, t.arange(1, 32), 0)
+    assert head_scores(model, 2, fixed, half)["prefix_matching"][0, 0] > 0.9
+    assert head_scores(model, 2, spaced)["prefix_matching"][0, 0] < 0.15
+    for rows in (fixed, spaced):
+        assert "induction" not in catalogue(model, rows)[2]["L0H0"]
+
+
+def test_spaced_repeats_have_a_distance_of_their_own_in_each_row():
+    rows = spaced_repeats(40, 20, t.arange(100, 200), bos=1)
+    assert rows.shape == (40, 41) and (rows[:, 0] == 1).all()
+    distances = set()
+    for row in rows:
+        (first, *_), again = (row == row[-1]).nonzero().flatten().tolist()[0:1], 40
+        distances.add(again - first)
+        assert t.equal(row[first - 9 : first + 1], row[-10:]) and len(row.unique()) == 31
+    assert len(distances) > 10 and min(distances) >= 10
+
+
+def test_three_heads_that_share_the_work_are_all_named():
+    """Each pays about a fifth of its attention to the token after the earlier copy; a fourth looks nowhere."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cfg = TinyConfig(1, 4, 16, 4, 200, 41)
+            self.W_U = t.randn(16, 200)
+            self.ln_final = nn.Identity()
+            attn = nn.Module()
+            attn.hook_pattern, attn.hook_v, attn.W_O = HookPoint(), HookPoint(), t.randn(4, 4, 16)
+            self.blocks = nn.ModuleList([nn.ModuleDict({"attn": attn})])
+            self.blocks[0].attn = attn
+
+        def forward(self, tokens):
+            attn, mask = self.blocks[0].attn, role_targets(tokens)["induction"].float()[:, None]
+            uniform = t.ones(tokens.shape[1], tokens.shape[1]).tril()
+            uniform = uniform / uniform.sum(-1, keepdim=True)
+            share = t.tensor([0.23, 0.22, 0.2, 0.0])[None, :, None, None] * mask.amax(-1, keepdim=True)
+            attn.hook_v(t.randn(*tokens.shape, 4, 4, generator=t.Generator().manual_seed(0)))
+            return attn.hook_pattern(share * mask + (1 - share) * uniform)
+
+    scores, bars, roles = catalogue(Shared(), spaced_repeats(32, 20, t.arange(1, 200), 0))
+    assert heads_of_role("induction", roles, scores) == ["L0H0", "L0H1", "L0H2"]
+    assert which_bar("induction", bars["induction"]) == "floor" and which_bar("induction", 0.2) == "null"
+
+
+def test_the_catalogue_opens_our_attention_only_models():
+    model = tiny_attn_only()
+    scores, bars, roles = catalogue(model, spaced_repeats(8, 15, t.arange(1, 20), 0), shuffles=20)
+    assert len(roles) == 8 and set(scores) == set(bars) and all(x.isfinite().all() for x in scores.values())
 
 
 @pytest.mark.parametrize("make", [small, small_llama])

@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import launch
 from launch import flags
 from train import TrainConfig
 
@@ -106,6 +107,11 @@ def test_wrong_launches_get_one_line(monkeypatch, capsys):
         (["--sweep", "sed=1,2"], "sed=1,2: write a setting"),
         (["--sweep", "seed"], "seed=0,1,2"),
         (["--slurm"], "no sbatch here"),
+        (["--sweep", "seed=1,2", "seed=3"], "gives seed twice"),
+        (["--sweep", "seed=1,2,1"], "gives 1 twice"),
+        (["--sweep", "lr=0.01,1e-2"], "gives 1e-2 twice"),
+        (["--sweep", "tied=true,1"], "gives true twice"),
+        (["--sweep", "tied=maybe"], "tied is true or false"),
     ]:
         monkeypatch.setenv("PATH", "")
         with pytest.raises(SystemExit, match=words):
@@ -149,3 +155,79 @@ def test_a_sweep_goes_on_after_a_failure_and_computes_only_what_is_missing(tmp_p
     assert "2 of 2 runs are done" in again.stdout, again.stdout
     assert "77" in again.stdout, again.stdout
     assert "===" not in again.stdout.split("\n", 1)[1], again.stdout
+
+
+def tasks_of(monkeypatch, *args: str) -> dict:
+    """What a sweep would run, without running it."""
+    kept = {}
+
+    def keep(tasks, launch, logs):
+        kept.update(tasks)
+
+    monkeypatch.setattr(launch, "compute", keep)
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["script.py", *args])
+        flags(Paths, "A script.")
+    return kept
+
+
+@dataclasses.dataclass
+class Paths(Settings):
+    data: str = "stdlib"
+    model: str | None = None
+    prompt: str = "mine.txt"
+    out: str = "checkpoints/model"
+
+
+def last_of(args: list[str], flag: str) -> str:
+    return args[len(args) - args[::-1].index(flag)]
+
+
+@pytest.mark.parametrize("given", [("--data", "mine.txt"), ("--data=mine.txt",), ("--data", "./mine.txt")])
+def test_a_run_elsewhere_reads_the_files_that_were_named_here(monkeypatch, tmp_path, given):
+    (tmp_path / "mine.txt").write_text("text")
+    (tmp_path / "mymodel").mkdir()
+    for task in tasks_of(monkeypatch, *given, "--model", "mymodel", "--sweep", "seed=0,1").values():
+        cfg, _ = launch.parse(task.args, Paths, Paths(), "")
+        assert cfg.data == str(tmp_path / "mine.txt") and cfg.model == str(tmp_path / "mymodel")
+        assert cfg.prompt == "mine.txt" and cfg.out == "checkpoints/model"
+
+
+@pytest.mark.parametrize("out", ["{}/kept", "../kept", "kept"])
+def test_no_two_runs_write_to_one_place(monkeypatch, tmp_path, out):
+    (tmp_path / "kept").mkdir()
+    tasks = tasks_of(monkeypatch, "--out", out.format(tmp_path), "--sweep", "seed=0,1")
+    places = {(task.cwd / launch.parse(task.args, Paths, Paths(), "")[0].out).resolve() for task in tasks.values()}
+    assert len(places) == 2 and tmp_path / "kept" not in places
+
+
+def test_a_yes_or_no_is_what_its_label_says(monkeypatch):
+    for name, task in tasks_of(monkeypatch, "--sweep", "tied=1,no").items():
+        cfg, _ = launch.parse(task.args, Paths, Paths(), "")
+        assert name == f"tied={str(cfg.tied).lower()}"
+
+
+def test_other_text_or_other_code_is_another_sweep(monkeypatch, tmp_path):
+    (tmp_path / "script.py").write_text("one")
+    (tmp_path / "mine.txt").write_text("text")
+    given = ("--data", "mine.txt", "--sweep", "seed=0")
+
+    def folders(*given: str) -> set:
+        return {task.folder for task in tasks_of(monkeypatch, *given).values()}
+
+    first = folders(*given)
+    assert folders(*given) == first
+    (tmp_path / "mine.txt").write_text("other text")
+    second = folders(*given)
+    (tmp_path / "script.py").write_text("two")
+    third = folders(*given)
+    assert len(first | second | third) == 3
+    axis = ("--sweep", "data=mine.txt")
+    before = folders(*axis)
+    (tmp_path / "mine.txt").write_text("text again")
+    assert folders(*axis) != before
+
+
+def test_numbers_in_dictionaries_are_shown():
+    numbers = {"a": 1, "writes": {"L0": 0.5, "word": "x"}, "curve": [1, 2], "config": {"seed": 0}}
+    assert launch.single_numbers(numbers) == {"a": 1, "writes L0": 0.5}
