@@ -793,18 +793,28 @@ def change(sae, feature: int, how: str, x: Tensor, amount: float) -> Tensor:
     What to add to x (..., d_in). add: amount times the unit direction; clamp: the feature becomes amount; ablate: zero;
     project: nothing of x is left along it.
     """
-    row = sae.W_dec[feature].float()
-    unit = F.normalize(row, dim=0)
+    unit = F.normalize(sae.W_dec[feature].float(), dim=0)
     if how == "add":
         return amount * unit.expand_as(x)
     if how == "project":
         return -(x @ unit)[..., None] * unit
-    now = sae.encode(x)[..., feature]
     if how == "clamp":
-        return (amount - now)[..., None] * row
+        return decoded_change(sae, feature, x, amount)
     if how == "ablate":
-        return (0.0 - now)[..., None] * row
+        return decoded_change(sae, feature, x, 0.0)
     raise ValueError(f"unknown edit {how!r}")
+
+
+def decoded_change(sae, feature: int, x: Tensor, to: float) -> Tensor:
+    """
+    By how much the SAE's output for x (..., d_in) moves when the feature becomes `to`. Both codes are decoded at once,
+    since some SAEs keep of an encoding the norms of x, and one decoding puts them back and forgets them.
+    """
+    acts = sae.encode(x)
+    edited = acts.clone()
+    edited[..., feature] = to
+    after, before = sae.decode(t.stack([edited, acts])).float()
+    return after - before
 
 
 class Attribution:

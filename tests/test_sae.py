@@ -427,6 +427,22 @@ def test_edits_do_what_they_say(loaded):
         change(sae, f, "remove", x, 1.0)
 
 
+@pytest.mark.parametrize("how, to", [("ablate", 0.0), ("clamp", 9.0)])
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
+def test_an_edit_of_a_feature_is_what_decoding_the_edited_codes_adds(saelens, norm, how, to):
+    t.manual_seed(0)
+    config = saelens.StandardSAEConfig(d_in=16, d_sae=64, normalize_activations=norm, metadata=saelens.Metadata())
+    sae = saelens.StandardSAE(config).requires_grad_(False)
+    x = 7 * t.randn(1, 5, 16) + 1
+    acts = sae.encode(x)
+    f = int(acts.sum((0, 1)).argmax())
+    before = sae.decode(acts.clone())
+    acts[..., f] = to
+    sae.encode(x)  # keeps the norms again, which decoding forgets
+    expected = sae.decode(acts) - before
+    t.testing.assert_close(change(sae, f, how, x, 9.0), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_edit_is_put_from_its_first_position_on():
     x = t.randn(2, 5, 16)
     y = put(lambda x: x * 0, 1)(x, hook=None)
