@@ -36,6 +36,7 @@ from sae import (
     variant,
     with_sparsity,
 )
+from lens import knows_world
 from probes import (
     KS,
     harvest_labelled,
@@ -130,7 +131,7 @@ if __name__ == "__main__":
 
 #%% Labelled tokens: the codes of this SAE and of a random-weight model's, neurons, every layer's residual stream
 if __name__ == "__main__":
-    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed)
+    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed, knows_world(model))
     last_layer = model.cfg.n_layers - 1
     residual = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
     residual.append(act_name("resid_post", last_layer))
