@@ -86,13 +86,13 @@ if __name__ == "__main__":
 
 #%% Judged on held-out text, and the gate: no feature is read of an SAE that does not rebuild what the model lives on
 if __name__ == "__main__":
-    judged, codes = judge(model, sae, subject.rows, subject.first)
+    judged, codes = judge(model, sae, subject.rows, subject.first, subject.corpus.bos)
     print(
         f"{purple}=== {subject.about}, as reopened from disk, on {judged['n_tokens']:,} held-out tokens ==={endc}{cyan}"
     )
     print(tabulate([[key.replace("_", " "), value] for key, value in judged.items()], floatfmt=".4f") + endc)
     require_good_sae(judged, cfg, hook)
-    density = codes.getnnz(0) / codes.shape[0]  # share of tokens, by feature
+    density = codes.getnnz(0) / judged["n_tokens"]  # share of tokens, by feature
     nearest_cosines = {
         "decoder rows": array(neighbours(sae.W_dec).max(1).values),
         "random directions": array(neighbours(t.randn_like(sae.W_dec)).max(1).values),
@@ -228,7 +228,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     of_concepts = [f for probe in probes.values() for f in (probe["feature"], *probe["features"])]
     chosen = sorted({*firing_order(codes)[:1024], *of_concepts})
-    read = read_features(model, sae, codes, subject.rows, subject.tokenizer, chosen)
+    read = read_features(model, sae, codes, subject.rows, subject.tokenizer, chosen, judged["n_tokens"])
     entries = {entry["id"]: entry for entry in read}
     for name, probe in probes.items():
         entries[probe["feature"]]["concepts"].append(f"{name} {best_auroc[name]:.2f}")
@@ -259,7 +259,7 @@ if __name__ == "__main__" and not pretrained:
     for text in cfg.variants:
         other = variant(text, cfg)
         other_sae = fit_sae(model, other, subject.corpus, subject.name, device)
-        other_judged, _ = judge(model, other_sae, subject.rows, subject.first)
+        other_judged, _ = judge(model, other_sae, subject.rows, subject.first, subject.corpus.bos)
         other_codes = labelled_codes(other_sae, other.hook)
         other_auroc = {}
         for name, concept in labelled.concepts.items():

@@ -72,7 +72,7 @@ if __name__ == "__main__":
     model = subject.model
     sae = subject.sae
     hook = subject.hook
-    judged, codes = judge(model, sae, subject.rows, subject.first)
+    judged, codes = judge(model, sae, subject.rows, subject.first, subject.corpus.bos)
     print(
         f"{purple}=== {subject.about}: {cyan}L0 {judged['l0']:.1f}, "
         f"{judged['ce_recovered']:.1%} of the cross-entropy recovered{purple} ==={endc}"
