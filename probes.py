@@ -44,13 +44,16 @@ def draw_sentences(n: int, seed: int) -> list[Prompt]:
     return prompts
 
 
-def labelled_tokens(tokenizer, corpus: Corpus, n: int, seed: int) -> Labelled:
+def labelled_tokens(tokenizer, corpus: Corpus, n: int, seed: int, knows_world: bool = True) -> Labelled:
     """
     Tokens of n sentences of each kind, and of 60 rows of text whose tokens have no label; at most 6000 without a label
-    are kept.
+    are kept. knows_world: the model learned the world; what is true of that corpus alone is not asked of other models.
     """
     natural = judging_rows(corpus, 60, 64, seed + 1)[:, 1:]
-    return label_sentences(tokenizer, draw_sentences(n, seed), natural, 6000, seed)
+    labelled = label_sentences(tokenizer, draw_sentences(n, seed), natural, 6000, seed)
+    if not knows_world:
+        labelled.concepts.pop("known both ways")  # in which directions the world teaches a capital
+    return labelled
 
 
 def harvest_labelled(

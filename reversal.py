@@ -48,6 +48,7 @@ from llama_block import Llama
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch as t
 import torch.nn as nn
 from tabulate import tabulate
 from torch import Tensor
@@ -88,8 +89,9 @@ def make_question(model: nn.Module, country: int, prompt: Prompt, filler: str, k
 def make_questions(model: nn.Module, countries: list[dict[str, str]], forms: int, known: bool) -> pd.DataFrame:
     """
     A row for every country x direction x form x filler; forms alternate between those models/world was taught and those
-    it was not. answer: its tokens; the lens follows the first. control: the row of the same question about another
-    country of the part. known: part and taught are true of this model.
+    it was not. answer: its tokens. control: the row of the same question about another country of the part; telling:
+    which token of the answer is the first that tells it from the control's. Questions whose answer no other can be
+    told from are left out. known: part and taught are true of this model.
     """
     rows = []
     for task, filler, held_out, i in itertools.product(DIRECTIONS, FILLERS, (False, True), range(len(countries))):
@@ -103,51 +105,78 @@ def make_questions(model: nn.Module, countries: list[dict[str, str]], forms: int
     for _, same_question in frame.groupby(["task", "form", "filler", "part"]):
         for question, control in find_controls(same_question.answer).items():
             frame.loc[question, "control"] = control
-    return frame.astype({"control": int})
+    frame = frame.astype({"control": int})
+    frame["telling"] = [
+        first_difference(frame.answer[i], frame.answer[control]) for i, control in frame.control.items()
+    ]
+    alone = (frame.control == frame.index) & (frame.answer.map(len) == 1)  # no other country; its token is all of it
+    frame.loc[alone, "telling"] = 0
+    return without_untold(frame)
+
+
+def first_difference(answer: list[int], other: list[int]) -> float:
+    """The first place at which both have a token, and not the same; nan where there is none."""
+    return next((float(i) for i, (a, b) in enumerate(zip(answer, other)) if a != b), np.nan)
+
+
+def without_untold(frame: pd.DataFrame) -> pd.DataFrame:
+    """The questions whose answer can be told from the control's, numbered anew."""
+    kept = frame[frame.telling.notna()]
+    number = dict(zip(kept.index, range(len(kept))))
+    kept = kept.assign(control=kept.control.map(number)).reset_index(drop=True)
+    return kept.astype({"control": int, "telling": int})
 
 
 def find_controls(answers: pd.Series) -> dict[int, int]:
     """
-    For each question the next one, around the corner, whose answer begins with another token; itself if there is none.
+    For each question the next one, around the corner, whose answer begins with another token, or, where all begin alike
+    (a bare space, a letter), has another later; itself if there is none.
     """
     order = list(answers.index)
     controls = {}
     for n, question in enumerate(order):
         others = order[n + 1 :] + order[:n]
-        different = [other for other in others if answers[other][0] != answers[question][0]]
-        controls[question] = different[0] if different else question
+        differs_at = {other: first_difference(answers[question], answers[other]) for other in others}
+        at_once = [other for other in others if differs_at[other] == 0]
+        later = [other for other in others if differs_at[other] > 0]
+        controls[question] = [*at_once, *later, question][0]
     return controls
 
 
-#%% Asking: the lens at the first token of each answer, and whether the whole answer is said
+#%% Asking: the lens at the token that tells each answer, and whether the whole answer is said
 def ask(
     model: nn.Module, lens: Lens, frame: pd.DataFrame, top: int, threshold: float
 ) -> tuple[pd.DataFrame, dict[str, Tensor], dict[int, str]]:
     """
-    The questions with what was found, the reading at the first token of each answer, and the texts of its tokens.
+    The questions with what was found, the reading of each answer, and the texts of its tokens: at the token that tells
+    it from the control's, the tokens before it given; answer_logp is of all its tokens together.
     recall: the whole answer is said greedily. margin: the answer's probability minus that of the same answer at the
     control question.
     """
     rows = [(ids + answer)[:-1] for ids, answer in zip(frame.ids, frame.answer)]
-    answer_places = []  # where each token of each answer is about to be said
+    at_control = [(frame.ids[control] + answer)[:-1] for control, answer in zip(frame.control, frame.answer)]
+    answer_places = []  # where each token of each answer is about to be said, then the same at the control questions
     answer_tokens = []
     starts = [0]  # of each question's tokens among them
-    for i, (ids, answer) in enumerate(zip(frame.ids, frame.answer)):
-        answer_places += [(i, len(ids) - 1 + j) for j in range(len(answer))]
+    for i, (row, answer) in enumerate(zip(rows + at_control, [*frame.answer, *frame.answer])):
+        begins = len(row) - len(answer)  # one before the answer's first token
+        answer_places += [(i, begins + j) for j in range(len(answer))]
         answer_tokens += answer
         starts.append(len(answer_tokens))
-    control_places = [(control, len(frame.ids[control]) - 1) for control in frame.control]
-    first_tokens = [answer[0] for answer in frame.answer]
-    whole = read(model, lens, rows, answer_places + control_places, answer_tokens + first_tokens, top)
+    whole = read(model, lens, rows + at_control, answer_places, answer_tokens, top)
 
-    found = {name: x[:, starts[:-1]] for name, x in whole.items()}
+    telling = [start + token for start, token in zip(starts, frame.telling)]
+    found = {name: x[:, telling] for name, x in whole.items()}
+    logp = [whole["answer_logp"][:, start:end].sum(1) for start, end in itertools.pairwise(starts)]
+    found["answer_logp"] = t.stack(logp[: len(frame)], 1)
+    logp_at_control = t.stack(logp[len(frame) :], 1)
     texts = token_texts(model, found["ids"])
     categories = [CATEGORIES[task] for task in frame.task]
     reached = milestones(found, texts, list(frame.text), categories, threshold)
     said = whole["rank"][-1] == 0
-    recall = [float(said[start:end].all()) for start, end in itertools.pairwise(starts)]
-    at_control = whole["answer_logp"][:, starts[-1] :].exp()
-    margin = found["answer_logp"].exp() - at_control
+    of_questions = itertools.pairwise(starts[: len(frame) + 1])
+    recall = [float(said[start:end].all()) for start, end in of_questions]
+    margin = found["answer_logp"].exp() - logp_at_control.exp()
     n_layers = model.cfg.n_layers
     columns = {
         **reached,
@@ -237,6 +266,9 @@ def layer_curves(found: dict[str, Tensor], rows: pd.DataFrame) -> dict[str, list
     return curves
 
 
+ENOUGH = 0.1  # share of answers that must settle before a mean depth of theirs is said
+
+
 def summarise(frame: pd.DataFrame, found: dict[str, Tensor], draws: int, known: bool) -> dict:
     """Means with intervals; milestones are those of plain questions in taught directions."""
     mean = partial(interval, draws=draws)
@@ -249,6 +281,7 @@ def summarise(frame: pd.DataFrame, found: dict[str, Tensor], draws: int, known: 
     plain = frame[frame.filler == "plain"]
     fair = plain[plain.taught]  # asked in a direction that was taught
     fair_filled = frame[frame.taught & (frame.filler == "filler")]
+    enough_settle = fair.settles.mean() >= ENOUGH
     both_forward = fair[(fair.part == "both") & (fair.task == "forward")]
     both_reverse = fair[(fair.part == "both") & (fair.task == "reverse")]
     groups = by_direction(plain, known)
@@ -264,6 +297,8 @@ def summarise(frame: pd.DataFrame, found: dict[str, Tensor], draws: int, known: 
     }
     for column in ("depth", "settles", "copies", "named", "ahead", "margin", "margin_depth"):
         out[column] = mean(fair, column)
+    if not enough_settle:
+        out |= {"semantic_layer": None, "depth_fraction": None, "depth": [None] * 3}
     out["reverse_minus_forward"] = {x: mean(both_reverse, x, minus=both_forward) for x in ("recall", "depth")}
     out["filler_minus_plain"] = {x: mean(fair_filled, x, minus=fair) for x in ("recall", "depth")}
     out["forms"] = {}
@@ -337,6 +372,14 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
     known = knows_world(model)
     countries = choose_countries(cfg)
     questions = make_questions(model, countries, cfg.forms, known)
+    n_left_out = len(countries) * 2 * cfg.forms * len(FILLERS) - len(questions)
+    if questions.empty:
+        fail(f"{slug(name)}: no answer can be told from another country's: ask about more --countries")
+    if n_left_out:
+        print(
+            f"{yellow}{slug(name)}: {len(questions)} questions remain, {n_left_out} are left out whose answer's tokens "
+            f"cannot be told from another country's{endc}"
+        )
     longest = max(map(len, questions.ids + questions.answer))
     if longest > model.cfg.n_ctx:
         fail(
@@ -355,6 +398,7 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
         "known_corpus": known,
         "n_countries": len(countries),
         "n_questions": len(frame),
+        "n_left_out": n_left_out,
         "last_layer_gate_error": gate_error,
         **summarise(frame, found, cfg.draws, known),
         "examples": make_examples(frame, found, texts),
@@ -424,7 +468,8 @@ def example_section(example: dict, n_layers: int) -> list[str]:
 def report(study: dict) -> str:
     """One model's milestones, anomalies and per-layer top-k, as Markdown."""
     about = (
-        f"{study['n_questions']} questions about {study['n_countries']} countries, {study['n_layers']} layers, "
+        f"{study['n_questions']} questions ({study['n_left_out']} left out, whose answers cannot be told apart) about "
+        f"{study['n_countries']} countries, {study['n_layers']} layers, "
         f"norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. "
         "Means with 95% intervals, bootstrap over countries."
     )
@@ -479,8 +524,9 @@ def compare(studies: list[dict]) -> str:
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     title = "# Logit lens, model against model"
     about = (
-        "Answer depth: layer from which the answer's first token is top-1 / layers, mean over the questions that "
-        "settle, with 95% bootstrap intervals over countries."
+        "Answer depth: layer from which the answer's token that tells it from the control's is top-1 / layers, mean "
+        f"over the questions that settle (none where fewer than {ENOUGH:.0%} do), with 95% bootstrap intervals over "
+        "countries."
     )
     rules = "\n".join(explain_rules())
     path = Path("results/reversal/cross-model.md")
@@ -576,7 +622,7 @@ if __name__ == "__main__":
     n_plain = study["n_questions"] // len(FILLERS)
     about = f"{name}, n = {n_plain} plain questions about {study['n_countries']} countries"
     for curve, what in (
-        ("probability", "mean probability of the answer's first token"),
+        ("probability", "mean probability of the answer"),
         ("rank", "median rank of the answer (1 is top)"),
         ("kl", "mean KL of the final distribution from the layer's (nats)"),
         ("entropy", "mean entropy (nats)"),
@@ -607,7 +653,7 @@ if __name__ == "__main__":
     mean, low, high = np.array([recall[group] for group in curves], float).T
     whole_answer = "whole answer said, 95% interval"
     fig = bar(
-        {whole_answer: mean, "first token top-1, at the best layer": list(best.values())},
+        {whole_answer: mean, "telling token top-1, at the best layer": list(best.values())},
         f"Recall by direction ({about})",
         xlabel="direction asked and taught" if study["known_corpus"] else "direction asked",
         ylabel="share of questions",
@@ -634,7 +680,10 @@ if __name__ == "__main__":
             f"{green}It says {says(recall['asked forward'], percent=True)} of the capitals and "
             f"{says(recall['asked reverse'], percent=True)} of the countries asked for in reverse.{endc}"
         )
+    settle = f"Answers settle at {says(study['depth'])} of the depth"
+    if study["depth"][0] is None:
+        settle = f"Only {says(study['settles'], percent=True)} of the answers settle: too few to say at what depth"
     print(
-        f"{green}Answers settle at {says(study['depth'])} of the depth. "
+        f"{green}{settle}. "
         f"Gate: last-layer lens = own logits to {study['last_layer_gate_error']:.0e}; {study['bos']}.{endc}"
     )

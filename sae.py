@@ -7,13 +7,11 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     gray,
     load_model,
     set_seed,
+    write_aside,
     yellow,
 )
 from plots import array, visible
@@ -34,7 +33,8 @@ from data import Corpus, str_tokens
 from train import start_wandb
 from anatomy import folded_W_U, harvest
 from world import corpus_for, judging_rows
-from interventions import loss_of, put
+from layers import next_token_loss
+from interventions import put
 
 import numpy as np
 import torch as t
@@ -117,20 +117,46 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train_own(
-    data: Iterator[Tensor], d_sae: int, k: int, steps: int, lr: float, dead_window: int
+    data: Iterator[Tensor],
+    d_sae: int,
+    k: int,
+    steps: int,
+    lr: float,
+    dead_window: int,
+    parts: Path | None = None,
+    checkpoints: int = 0,
 ) -> tuple[OwnSAE, Tensor]:
     """
     The objective, minimised over batches x (row, d_in) of data. Also returns the factor that every x is multiplied by
     before the SAE sees it, which brings the mean norm of the first batch to sqrt(d_in). A feature is dead that has not
-    fired for dead_window steps.
+    fired for dead_window steps. With parts, `checkpoints` times on the way all that training knows is kept there (data
+    is an ActivationStream then), and a run that was cut off goes on from it as if it had not been.
     """
-    x = next(data)
-    d_in = x.shape[1]
-    scale = math.sqrt(d_in) / x.norm(dim=1).mean()
-    sae = OwnSAE(d_in, d_sae, k).to(x.device)
-    idle = t.zeros(d_sae, device=x.device)  # steps since each feature fired
+    kept = parts / "own.pt" if parts else None
+    before = t.load(kept) if kept and kept.is_file() else None
+    if before is None:
+        x = next(data)
+        d_in = x.shape[1]
+        scale = math.sqrt(d_in) / x.norm(dim=1).mean()
+        first_step = 0
+    else:
+        d_in = before["sae"]["b_dec"].shape[0]
+        scale = before["scale"]
+        first_step = before["step"]
+        data.load_state_dict(before["data"])
+        print(f"{gray}going on from step {first_step} of {kept}{endc}")
+    sae = OwnSAE(d_in, d_sae, k).to(scale.device)
+    idle = t.zeros(d_sae, device=scale.device)  # steps since each feature fired
     optimizer = t.optim.Adam(sae.parameters(), lr=lr)
-    for step in trange(steps, desc="own objective", **BAR):
+    if before is not None:
+        sae.load_state_dict(before["sae"])
+        optimizer.load_state_dict(before["optimizer"])
+        idle = before["idle"]
+    every = max(1, math.ceil(steps / (checkpoints + 1)))
+    for step in trange(first_step, steps, desc="own objective", **BAR):
+        if kept and checkpoints and step > first_step and step % every == 0:
+            state = {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(), "idle": idle, "scale": scale}
+            keep_state(kept, state | {"step": step, "data": data.state_dict()})
         optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, steps)
         x = next(data) * scale
         sae_loss(sae, x, dead=idle > dead_window).backward()
@@ -141,6 +167,11 @@ def train_own(
             fired = (sae.encode(x) > 0).any(0)
         idle = t.where(fired, 0.0, idle + 1)
     return sae, scale
+
+
+def keep_state(path: Path, state: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: t.save(state, aside))
 
 
 #%% Settings: which SAE of which model, how it is trained, and when it is good enough to be read
@@ -237,25 +268,76 @@ def label_of(cfg: SAEConfig) -> str:
 
 
 #%% Training by SAELens, or by the objective above; with checkpoints; the result is always opened again from disk
-def stream(
-    model: nn.Module, hook: str, batch: Callable[[int], Tensor], size: int, buffer: int, seed: int
-) -> Iterator[Tensor]:
+def text_places(rows: Tensor, first: int, bos: int | None) -> Tensor:
     """
-    Shuffled activations (size, d_in) without end, about `buffer` of them in memory. batch(i) gives rows of tokens, with
-    beginning-of-text at their head, which is no text and left out.
+    True (row, pos) where rows (row, pos) hold text: from position `first` on, and no beginning-of-text token, which
+    also stands inside rows, and whose activation is like no other's.
     """
-    generator = t.Generator().manual_seed(seed)
-    store = t.empty(0)
-    for i in itertools.count():
-        new = harvest(model, batch(i), [hook])[hook][:, 1:].flatten(0, 1)
-        store = t.cat([store.to(new), new])
-        if len(store) < buffer:
-            continue
-        order = t.randperm(len(store), generator=generator)
-        store = store[order.to(store.device)]
-        while len(store) > max(buffer // 2, size):  # the rest stays, to be shuffled with what comes
-            yield store[:size]
-            store = store[size:]
+    places = t.arange(rows.shape[1], device=rows.device).expand_as(rows) >= first
+    return places if bos is None else places & (rows != bos)
+
+
+class ActivationStream:
+    """
+    Shuffled activations (size, d_in) without end, about `buffer` of them in memory. batch(i) gives rows of tokens, of
+    which the first token and every beginning-of-text are no text and left out. Its state can be kept and put back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hook: str,
+        batch: Callable[[int], Tensor],
+        size: int,
+        buffer: int,
+        seed: int,
+        bos: int | None,
+    ):
+        self.model = model
+        self.hook = hook
+        self.batch = batch
+        self.size = size
+        self.buffer = buffer
+        self.bos = bos
+        self.generator = t.Generator().manual_seed(seed)
+        self.store = t.empty(0)
+        self.i = 0  # the next rows
+        self.full = False
+
+    def __iter__(self) -> "ActivationStream":
+        return self
+
+    def __next__(self) -> Tensor:
+        at_rest = max(self.buffer // 2, self.size)  # so many stay, to be shuffled with what comes
+        while not (self.full and len(self.store) > at_rest):
+            self.take_rows()
+        out = self.store[: self.size]
+        self.store = self.store[self.size :]
+        return out
+
+    def take_rows(self) -> None:
+        rows = self.batch(self.i)
+        self.i += 1
+        new = harvest(self.model, rows, [self.hook])[self.hook]
+        self.store = t.cat([self.store.to(new), new[text_places(rows, 1, self.bos)]])
+        self.full = len(self.store) >= self.buffer
+        if self.full:
+            order = t.randperm(len(self.store), generator=self.generator)
+            self.store = self.store[order.to(self.store.device)]
+
+    def state_dict(self) -> dict:
+        return {
+            "store": self.store.clone(),  # of a slice, all that it was cut from would be written
+            "i": self.i,
+            "full": self.full,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.store = state["store"]
+        self.i = state["i"]
+        self.full = state["full"]
+        self.generator.set_state(state["generator"].cpu())
 
 
 def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
@@ -307,10 +389,11 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
     raise ValueError(f"SAELens trains no {cfg.architecture!r}")
 
 
-def train_by_saelens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: SAEConfig, parts: Path, device: str):
+def train_by_saelens(sae, data: Iterator[Tensor], cfg: SAEConfig, parts: Path, device: str):
     """
-    SAELens's own loop, with checkpoints under parts; it goes on from the last one of a run that was cut off.
-    batches(step): the data from that step on.
+    SAELens's own loop, with checkpoints under parts. A run that was cut off goes on from the last one as if it had not
+    been: beside SAELens's state are kept the weights as they are trained, the random numbers, and the data's state
+    (data is an ActivationStream where there are checkpoints).
     """
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -329,15 +412,28 @@ def train_by_saelens(sae, batches: Callable[[int], Iterator[Tensor]], cfg: SAECo
         checkpoint_path=str(parts),
         logger=LoggingConfig(log_to_wandb=cfg.wandb),
     )
-    trainer = SAETrainer(settings, sae, batches(0))
-    finished = [path.parent for path in parts.glob("*/activation_scaler.json")]  # written last
-    if finished:
-        last = max(finished, key=lambda path: int(path.name))
-        sae.load_weights_from_checkpoint(last)
+
+    def keep_exact(checkpoint_path: Path) -> None:
+        state = {"sae": sae.state_dict(), "rng": t.get_rng_state(), "data": data.state_dict()}
+        keep_state(Path(checkpoint_path) / EXACT, state)  # last: with it the checkpoint is whole
+
+    trainer = SAETrainer(settings, sae, data, save_checkpoint_fn=keep_exact)
+    whole = [path.parent for path in parts.glob(f"*/{EXACT}")]
+    if whole:
+        last = max(whole, key=lambda path: int(path.name))
+        exact = t.load(last / EXACT, map_location=device)
+        sae.load_state_dict(exact["sae"])
+        data.load_state_dict(exact["data"])
+        t.set_rng_state(exact["rng"].cpu())
         trainer.load_trainer_state(last)
-        trainer.data_provider = batches(trainer.n_training_steps)
+        trainer.n_training_steps += 1  # it is written before the step is counted
+        seen = trainer.n_training_samples
+        trainer.checkpoint_thresholds = [samples for samples in trainer.checkpoint_thresholds if samples >= seen]
         print(f"{gray}going on from {last}{endc}")
     return trainer.fit()
+
+
+EXACT = "exact.pt"  # beside SAELens's checkpoint: what it takes to go on as if nothing had happened
 
 
 def as_saelens(own: OwnSAE, scale: Tensor, metadata: dict, device: str):
@@ -395,6 +491,7 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
         "data": corpus.key,
     }
     identity = metadata | {field: getattr(cfg, field) for field in IDENTITY}
+    identity["text"] = "without beginning-of-text"  # also inside rows
     key = key_of(cfg, identity)
     folder = Path("checkpoints/sae_probe") / key
     if folder.is_dir():
@@ -405,25 +502,31 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
     set_seed(cfg.seed)
     n_rows = max(1, cfg.buffer // 4 // cfg.context)
 
-    def token_rows(step: int, i: int) -> Tensor:
-        """The i-th rows of tokens of a run that starts, or goes on, at `step`."""
-        rng = np.random.default_rng((cfg.seed, step, i))
+    def token_rows(i: int) -> Tensor:
+        rng = np.random.default_rng((cfg.seed, 0, i))
         return corpus.batch(rng, n_rows, cfg.context).to(device)
 
-    def batches(step: int) -> Iterator[Tensor]:
-        return stream(model, cfg.hook, partial(token_rows, step), cfg.batch, cfg.buffer, cfg.seed + step)
-
+    data = ActivationStream(model, cfg.hook, token_rows, cfg.batch, cfg.buffer, cfg.seed, corpus.bos)
     parts = folder.with_name(f"{key}.parts")
     aside = folder.with_name(f".{key}")
     if cfg.architecture == "own":
-        own, scale = train_own(batches(0), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
+        own, scale = train_own(
+            data,
+            d_sae=cfg.d_sae,
+            k=int(cfg.sparsity),
+            steps=cfg.steps,
+            lr=cfg.lr,
+            dead_window=cfg.dead_window,
+            parts=parts,
+            checkpoints=cfg.checkpoints,
+        )
         as_saelens(own, scale, metadata, device).save_model(aside)
     else:
         if cfg.wandb:
             start_wandb("sae_probe", identity)
-        d_in = harvest(model, token_rows(0, 0)[:1], [cfg.hook])[cfg.hook].shape[-1]
+        d_in = harvest(model, token_rows(0)[:1], [cfg.hook])[cfg.hook].shape[-1]
         sae = training_sae(cfg, d_in, metadata, device)
-        train_by_saelens(sae, batches, cfg, parts, device).save_inference_model(aside)
+        train_by_saelens(sae, data, cfg, parts, device).save_inference_model(aside)
     sae = open_folder(aside, device)
     if not all(p.isfinite().all() for p in sae.parameters()):
         fail(f"training {label_of(cfg)} diverged: lower --lr")
@@ -619,22 +722,26 @@ def sparse(acts: Tensor) -> csr_matrix:
 
 
 @t.no_grad()
-def encode_rows(model: nn.Module, sae, rows: Tensor, first: int) -> tuple[csr_matrix, float, Tensor]:
+def encode_rows(
+    model: nn.Module, sae, rows: Tensor, first: int, bos: int | None = None
+) -> tuple[csr_matrix, float, Tensor]:
     """
-    Codes (token, feature) of rows from position `first` on; the fraction of variance unexplained; the mean activation
-    (d_in).
+    Codes (token, feature) of rows from position `first` on, zero where no text stands (text_places); of the text, the
+    fraction of variance unexplained and the mean activation (d_in).
     """
     hook = sae.cfg.metadata.hook_name
 
     def rebuild(part: Tensor) -> tuple[csr_matrix, float, float, Tensor]:
-        x = harvest(model, part, [hook])[hook][:, first:].flatten(0, 1)
+        x = harvest(model, part, [hook])[hook][:, first:]
+        is_text = text_places(part, first, bos)[:, first:, None]
         acts = sae.encode(x)
-        missed = (x - sae.decode(acts)).pow(2).sum().item()
-        return sparse(acts), missed, x.pow(2).sum().item(), x.sum(0)
+        missed = ((x - sae.decode(acts)) * is_text).pow(2).sum().item()
+        text = x * is_text
+        return sparse((acts * is_text).flatten(0, 1)), missed, text.pow(2).sum().item(), text.sum((0, 1))
 
     parts, missed, squares, totals = zip(*in_batches(rebuild, rows, 64))
     codes = vstack(parts, format="csr")
-    n_tokens = codes.shape[0]
+    n_tokens = int(text_places(rows, first, bos).sum())
     mean = sum(totals) / n_tokens
     variance = sum(squares) - n_tokens * mean.pow(2).sum().item()
     return codes, sum(missed) / variance, mean
@@ -651,19 +758,26 @@ def recovered(clean: float, spliced: float, removed: float) -> float:
 
 
 @t.no_grad()
-def judge(model: nn.Module, sae, rows: Tensor, first: int, ce_rows: int = 256) -> tuple[dict[str, float], csr_matrix]:
+def judge(
+    model: nn.Module, sae, rows: Tensor, first: int, bos: int | None = None, ce_rows: int = 256
+) -> tuple[dict[str, float], csr_matrix]:
     """
-    Numbers for rows it was not trained on, from position `first` on, and their codes (token, feature). Cross-entropies,
-    in nats, are of the first ce_rows: of the model as it is, with the SAE's reconstruction in the place of the
-    activation, and with its mean or zero there.
+    Numbers for the text (text_places) of rows it was not trained on, and their codes (token, feature) from position
+    `first` on. Cross-entropies, in nats, are of the first ce_rows: of the model as it is, with the SAE's reconstruction
+    in the place of the text's activations, and with their mean or zero there.
     """
     hook = sae.cfg.metadata.hook_name
-    codes, fvu, mean = encode_rows(model, sae, rows, first)
-    n_tokens = codes.shape[0]
+    codes, fvu, mean = encode_rows(model, sae, rows, first, bos)
+    n_tokens = int(text_places(rows, first, bos).sum())
     density = codes.getnnz(0) / n_tokens
 
     def loss_with(new: Callable[[Tensor], Tensor]) -> float:
-        return loss_of(model, rows[:ce_rows], [(hook, put(new, first))])
+        def summed_loss(part: Tensor) -> float:
+            is_text = text_places(part, first, bos)[..., None]
+            edit = put(lambda x: t.where(is_text, new(x), x))
+            return next_token_loss(run_with_hooks(model, part, [(hook, edit)]), part, "sum").item()
+
+        return sum(in_batches(summed_loss, rows[:ce_rows], 64)) / rows[:ce_rows, 1:].numel()
 
     clean = loss_with(lambda x: x)
     spliced = loss_with(lambda x: sae.decode(sae.encode(x)))
@@ -730,11 +844,19 @@ def strongest_places(column: csc_matrix, width: int, n: int = 8) -> list[tuple[i
     return [divmod(int(token), width) for token in tokens[np.sort(best_of_row)][:n]]
 
 
-def read_features(model: nn.Module, sae, codes: csr_matrix, rows: Tensor, tokenizer, chosen: list[int]) -> list[dict]:
+def read_features(
+    model: nn.Module,
+    sae,
+    codes: csr_matrix,
+    rows: Tensor,
+    tokenizer,
+    chosen: list[int],
+    n_text: int | None = None,
+) -> list[dict]:
     """
     One entry of the page for each chosen feature of codes (token, feature), which are of the last tokens of each of
     rows. Contexts are from different rows, with shades in per cent of the feature's largest code; 'with' is the share
-    of tokens with either feature that have both.
+    of tokens with either feature that have both. n_text: how many of the tokens are text; None is all.
     """
     n_tokens, n_features = codes.shape
     width = n_tokens // len(rows)  # tokens of a row that have codes
@@ -763,7 +885,7 @@ def read_features(model: nn.Module, sae, codes: csr_matrix, rows: Tensor, tokeni
         others = np.arange(n_features) != f
         entry = {
             "id": f,
-            "density": counts[f] / n_tokens,
+            "density": counts[f] / (n_text or n_tokens),
             "max": round(top, 2),
             "contexts": [context(f, row, pos, top) for row, pos in strongest_places(column, width)],
             "histogram": np.histogram(column.data, 20, (0, top or 1.0))[0].tolist(),
@@ -793,18 +915,28 @@ def change(sae, feature: int, how: str, x: Tensor, amount: float) -> Tensor:
     What to add to x (..., d_in). add: amount times the unit direction; clamp: the feature becomes amount; ablate: zero;
     project: nothing of x is left along it.
     """
-    row = sae.W_dec[feature].float()
-    unit = F.normalize(row, dim=0)
+    unit = F.normalize(sae.W_dec[feature].float(), dim=0)
     if how == "add":
         return amount * unit.expand_as(x)
     if how == "project":
         return -(x @ unit)[..., None] * unit
-    now = sae.encode(x)[..., feature]
     if how == "clamp":
-        return (amount - now)[..., None] * row
+        return decoded_change(sae, feature, x, amount)
     if how == "ablate":
-        return (0.0 - now)[..., None] * row
+        return decoded_change(sae, feature, x, 0.0)
     raise ValueError(f"unknown edit {how!r}")
+
+
+def decoded_change(sae, feature: int, x: Tensor, to: float) -> Tensor:
+    """
+    By how much the SAE's output for x (..., d_in) moves when the feature becomes `to`. Both codes are decoded at once,
+    since some SAEs keep of an encoding the norms of x, and one decoding puts them back and forgets them.
+    """
+    acts = sae.encode(x)
+    edited = acts.clone()
+    edited[..., feature] = to
+    after, before = sae.decode(t.stack([edited, acts])).float()
+    return after - before
 
 
 class Attribution:

@@ -36,6 +36,7 @@ from sae import (
     variant,
     with_sparsity,
 )
+from lens import knows_world
 from probes import (
     KS,
     harvest_labelled,
@@ -85,13 +86,13 @@ if __name__ == "__main__":
 
 #%% Judged on held-out text, and the gate: no feature is read of an SAE that does not rebuild what the model lives on
 if __name__ == "__main__":
-    judged, codes = judge(model, sae, subject.rows, subject.first)
+    judged, codes = judge(model, sae, subject.rows, subject.first, subject.corpus.bos)
     print(
         f"{purple}=== {subject.about}, as reopened from disk, on {judged['n_tokens']:,} held-out tokens ==={endc}{cyan}"
     )
     print(tabulate([[key.replace("_", " "), value] for key, value in judged.items()], floatfmt=".4f") + endc)
     require_good_sae(judged, cfg, hook)
-    density = codes.getnnz(0) / codes.shape[0]  # share of tokens, by feature
+    density = codes.getnnz(0) / judged["n_tokens"]  # share of tokens, by feature
     nearest_cosines = {
         "decoder rows": array(neighbours(sae.W_dec).max(1).values),
         "random directions": array(neighbours(t.randn_like(sae.W_dec)).max(1).values),
@@ -130,7 +131,7 @@ if __name__ == "__main__":
 
 #%% Labelled tokens: the codes of this SAE and of a random-weight model's, neurons, every layer's residual stream
 if __name__ == "__main__":
-    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed)
+    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed, knows_world(model))
     last_layer = model.cfg.n_layers - 1
     residual = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
     residual.append(act_name("resid_post", last_layer))
@@ -227,7 +228,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     of_concepts = [f for probe in probes.values() for f in (probe["feature"], *probe["features"])]
     chosen = sorted({*firing_order(codes)[:1024], *of_concepts})
-    read = read_features(model, sae, codes, subject.rows, subject.tokenizer, chosen)
+    read = read_features(model, sae, codes, subject.rows, subject.tokenizer, chosen, judged["n_tokens"])
     entries = {entry["id"]: entry for entry in read}
     for name, probe in probes.items():
         entries[probe["feature"]]["concepts"].append(f"{name} {best_auroc[name]:.2f}")
@@ -258,7 +259,7 @@ if __name__ == "__main__" and not pretrained:
     for text in cfg.variants:
         other = variant(text, cfg)
         other_sae = fit_sae(model, other, subject.corpus, subject.name, device)
-        other_judged, _ = judge(model, other_sae, subject.rows, subject.first)
+        other_judged, _ = judge(model, other_sae, subject.rows, subject.first, subject.corpus.bos)
         other_codes = labelled_codes(other_sae, other.hook)
         other_auroc = {}
         for name, concept in labelled.concepts.items():

@@ -11,6 +11,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     BRIEF,
     cyan,
     endc,
+    fail,
     green,
     pick_device,
     purple,
@@ -36,6 +37,7 @@ from sae import (
     sparse,
     with_sparsity,
 )
+from lens import knows_world
 from probes import TEST, TRAIN, concepts_of_features, harvest_labelled, labelled_tokens, split
 from llama_block import Llama
 
@@ -70,7 +72,7 @@ if __name__ == "__main__":
     model = subject.model
     sae = subject.sae
     hook = subject.hook
-    judged, codes = judge(model, sae, subject.rows, subject.first)
+    judged, codes = judge(model, sae, subject.rows, subject.first, subject.corpus.bos)
     print(
         f"{purple}=== {subject.about}: {cyan}L0 {judged['l0']:.1f}, "
         f"{judged['ce_recovered']:.1%} of the cross-entropy recovered{purple} ==={endc}"
@@ -79,7 +81,7 @@ if __name__ == "__main__":
 
 #%% Which feature stands for which concept: chosen on validation entities as in sae_probe.py, without its probes
 if __name__ == "__main__":
-    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed)
+    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed, knows_world(model))
     activations = harvest_labelled(model, labelled, [hook], subject.bos, device)[hook]  # (labelled token, d_in)
     labelled_codes = sparse(sae.encode(activations.to(device)))
     concepts_of = concepts_of_features(labelled, labelled_codes, cfg.seed)
@@ -89,55 +91,106 @@ if __name__ == "__main__":
 
 
 #%% Steering: the prompts about test countries, and the directions from where a country is to each other continent
-def country_prompts(tokenizer, prompts: list[Prompt], bos: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    Tokens (prompt, pos), padded on the right; each prompt's last position; and 1.0 (prompt, pos, 1) from its country's
-    last token on.
-    """
-    encodings = [tokenizer.encode(prompt.text, add_special_tokens=False) for prompt in prompts]
+@dataclass
+class Asked:
+    """Every prompt with one word after it, less the word's last token."""
+
+    tokens: Tensor  # (prompt, pos), padded on the right
+    places: Tensor  # (prompt, pos, 1): 1.0 from the country's last token on
+    last: Tensor  # (prompt) the prompt's last position, where the word begins to be said
+
+    @classmethod
+    def of(cls, rows: list[list[int]], starts: list[int], lengths: list[int], device: str) -> "Asked":
+        """rows: tokens of each prompt with what follows it; starts: of the push; lengths: of the prompts alone."""
+        tokens = nn.utils.rnn.pad_sequence([t.tensor(row) for row in rows], batch_first=True)
+        from_country = t.arange(tokens.shape[1]) >= t.tensor(starts)[:, None]
+        last = t.tensor(lengths) - 1
+        return cls(tokens.to(device), from_country.float()[..., None].to(device), last.to(device))
+
+
+def push_starts(tokenizer, prompts: list[Prompt], bos: list[int]) -> list[int]:
+    """Of each prompt the position of its country's last token."""
     starts = []
-    for prompt, encoding in zip(prompts, encodings):
+    for prompt in prompts:
         country = prompt.labels["country"]
         end_of_country = prompt.text.index(country) + len(country)
-        last_token = next(i for i, (_, end) in enumerate(encoding.offsets) if end >= end_of_country)
+        offsets = tokenizer.encode(prompt.text, add_special_tokens=False).offsets
+        last_token = next(i for i, (_, end) in enumerate(offsets) if end >= end_of_country)
         starts.append(len(bos) + last_token)
-    rows = [t.tensor(bos + encoding.ids) for encoding in encodings]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    last = t.tensor([len(row) - 1 for row in rows])
-    from_country = t.arange(tokens.shape[1]) >= t.tensor(starts)[:, None]
-    return tokens, last, from_country.float()[..., None]
+    return starts
+
+
+def word_tokens(tokenizer, text: str, word: str) -> list[int]:
+    """All tokens of a word that follows the text."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(f"{text} {word}", add_special_tokens=False).ids
+    if whole[: len(ids)] != ids or len(whole) == len(ids):
+        fail(f"the tokenizer joins the end of {text[-12:]!r} and {word!r} into one token: the word cannot be asked for")
+    return whole[len(ids) :]
 
 
 class ContinentQuestions:
     """
     Prompts that ask for a country's continent; what the model answers when its stream is edited from the country on.
+    A continent is its whole word: the log-probabilities of all its tokens are summed.
     """
 
     def __init__(self, subject: Subject, prompts: list[Prompt], continents: list[str], device: str):
         self.model = subject.model
         self.hook = subject.hook
-        tokens, last, places = country_prompts(subject.tokenizer, prompts, subject.bos)
-        self.tokens = tokens.to(device)
-        self.last = last.to(device)
-        self.places = places.to(device)
-        ids = [subject.tokenizer.encode(f" {name}", add_special_tokens=False).ids[0] for name in continents]
-        self.ids = t.tensor(ids, device=device)
+        tokenizer = subject.tokenizer
+        starts = push_starts(tokenizer, prompts, subject.bos)
+        asked = [subject.bos + tokenizer.encode(prompt.text, add_special_tokens=False).ids for prompt in prompts]
+        lengths = [len(row) for row in asked]
+        self.words = []  # by continent, (prompt, token) padded by -1
+        self.passes: list[tuple[Asked, list[int]]] = []  # rows, and the continents whose words are read from them
+        said_before: dict[str, int] = {}  # the pass of these rows: of one-token words it is one for all
+        for i, name in enumerate(continents):
+            words = [word_tokens(tokenizer, prompt.text, name) for prompt in prompts]
+            padded = nn.utils.rnn.pad_sequence([t.tensor(word) for word in words], True, -1)
+            self.words.append(padded.to(device))
+            rows = [row + word[:-1] for row, word in zip(asked, words)]
+            if str(rows) not in said_before:
+                said_before[str(rows)] = len(self.passes)
+                self.passes.append((Asked.of(rows, starts, lengths, device), []))
+            self.passes[said_before[str(rows)]][1].append(i)
         right = [continents.index(prompt.labels["continent"]) for prompt in prompts]
         self.right = t.tensor(right, device=device)  # (prompt)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.right)
 
     @t.no_grad()
     def answers(self, delta: Callable[[Tensor], Tensor] = t.zeros_like) -> Tensor:
         """
-        (prompt, continent) logits less the right continent's, after delta(x) is added to the stream x from the country
-        on.
+        (prompt, continent) log-probabilities less the right continent's, after delta(x) is added to the stream x from
+        the country on. For words of one token that is the difference of their logits.
         """
-        edit = put(lambda x: x + delta(x) * self.places)
-        logits = run_with_hooks(self.model, self.tokens, [(self.hook, edit)])
-        of_continents = logits[t.arange(len(self)), self.last][:, self.ids].float()
-        return of_continents - of_continents.gather(1, self.right[:, None])
+        said = t.empty(len(self), len(self.words), device=self.right.device)
+        for asked, continents in self.passes:
+            edit = put(lambda x: x + delta(x) * asked.places)  # noqa: B023  used within this turn
+            logits = run_with_hooks(self.model, asked.tokens, [(self.hook, edit)])
+            for i in continents:
+                said[:, i] = self.log_p(logits, asked.last, self.words[i])
+        return said - said.gather(1, self.right[:, None])
+
+    def log_p(self, logits: Tensor, last: Tensor, words: Tensor) -> Tensor:
+        """(prompt) of words (prompt, token), the first of which is said at position `last`."""
+        places = last[:, None] + t.arange(words.shape[1], device=last.device)
+        places = places.clamp(max=logits.shape[1] - 1)  # beyond the end nothing is said
+        at_word = logits[t.arange(len(words))[:, None], places].float().log_softmax(-1)
+        by_token = at_word.gather(2, words.clamp(min=0)[..., None])[..., 0]
+        return by_token.masked_fill(words < 0, 0.0).sum(1)
+
+
+def require_telling_words(plain: Tensor) -> None:
+    """The gate: answers (prompt, continent) differ between continents, else every effect is zero by itself."""
+    spread = plain.std(1).max().item()
+    if not spread > 1e-4:
+        fail(
+            f"gate: without a push the model's answers differ between continents by {spread:.0e} nats: its tokenizer "
+            "or the model does not tell their words apart, and no effect on them can be read"
+        )
 
 
 def continent_means(activations: Tensor, labelled: Labelled, continents: list[str], seed: int, device: str) -> Tensor:
@@ -212,6 +265,11 @@ def steering_effect(
 
 if __name__ == "__main__":
     plain = questions.answers()
+    require_telling_words(plain)
+    right_before = (plain.argmax(1) == questions.right).float().mean().item()
+    print(
+        f"{cyan}without a push {right_before:.1%} of the answers are right, {1 / len(continents):.1%} by chance{endc}"
+    )
     steered: dict[str, dict[float, tuple[float, float]]] = {}  # kind: strength: (rise, turned)
     strengths = sorted({1.0, *cfg.strengths})
     for kind, of_kind in tqdm(directions.items(), desc="steering", **BRIEF):
@@ -227,6 +285,7 @@ if __name__ == "__main__":
         "steering_effect": rise_at_1[best],
         "steering_effect_random": by_chance,
         "steering_direction": best,
+        "right_before": right_before,
         "steering": {kind: {str(s): effect for s, effect in effects.items()} for kind, effects in steered.items()},
     }
     table = []

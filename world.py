@@ -781,10 +781,12 @@ def label_sentences(tokenizer, prompts: list[Prompt], natural: Tensor, limit: in
         rows.append(encodings[i].ids)
         table += [(i, pos, role, group) for pos, (role, group) in enumerate(labels)]
     entity_words = {word.lower() for name in roles for word in name.split()}
+    bos = bos_id(tokenizer)
     for i, ids in enumerate(natural.tolist(), len(rows)):
         rows.append(ids)
         for pos, word in enumerate(str_tokens(tokenizer, ids)):
-            role = "skip" if word.strip().lower() in entity_words else "natural"
+            no_word = ids[pos] == bos or word.strip().lower() in entity_words
+            role = "skip" if no_word else "natural"
             table.append((i, pos, role, f"row {i}"))
 
     is_plain = np.isin([role for _, _, role, _ in table], ("", "skip", "natural"))

@@ -2,6 +2,8 @@
 
 from random import Random
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch as t
@@ -13,6 +15,7 @@ import world
 from anatomy import harvest
 from llama_block import Llama
 from probes import (
+    labelled_tokens,
     TEST,
     TRAIN,
     VALIDATION,
@@ -251,3 +254,11 @@ def test_a_random_twin_has_the_models_shape_and_scale_and_nothing_else_of_it(mod
             assert abs(t.corrcoef(t.stack([p.flatten(), drawn.flatten()]))[0, 1]) < 0.05, name
         else:
             assert drawn.equal(p), name
+
+
+def test_what_is_true_of_the_worlds_corpus_alone_is_not_asked_of_other_models(tokenizer):
+    corpus = SimpleNamespace(rows=lambda rng, n, ctx, split: rng.integers(1, 3000, (n, ctx)))
+    concepts = labelled_tokens(tokenizer, corpus, 5, 0).concepts
+    assert "known both ways" in concepts
+    of_others = labelled_tokens(tokenizer, corpus, 5, 0, knows_world=False).concepts
+    assert set(concepts) - set(of_others) == {"known both ways"}

@@ -78,6 +78,47 @@ def test_asking_reads_the_answer_its_control_and_whether_all_of_it_is_said(world
     assert set(texts) == set(found["ids"].unique().tolist())
 
 
+def test_answers_that_begin_with_a_bare_space_are_followed_to_where_they_differ(tmp_path):
+    answers = pd.Series({3: [1, 7, 4], 5: [1, 7, 5], 8: [1, 7]})
+    assert rv.find_controls(answers) == {3: 5, 5: 3, 8: 8}
+    assert rv.first_difference([1, 7, 4], [1, 7, 5]) == 2
+    frame = pd.DataFrame({"answer": answers, "control": {3: 5, 5: 3, 8: 8}, "telling": {3: 2.0, 5: 2.0, 8: np.nan}})
+    told = rv.without_untold(frame)
+    assert told.control.tolist() == [1, 0]
+    assert told.telling.tolist() == [2, 2]
+
+
+def test_a_whole_answer_is_read_at_the_token_that_tells_it(world_model):
+    """Answers of three tokens, of which the first two are the same for all, as a tokenizer that spells makes them."""
+    frame = rv.make_questions(world_model, read_countries()[:6], 1, known=False)
+    frame = frame.assign(answer=[[5, 9, *answer] for answer in frame.answer], telling=2)
+    frame = frame.loc[[i for i in frame.index if frame.control[i] != i]].head(4)
+    frame = frame.assign(control=[1, 0, 3, 2], telling=2).reset_index(drop=True)
+    asked, found, _ = rv.ask(world_model, Lens(world_model), frame, 5, 0.5)
+    for i, row in enumerate(asked.itertuples()):
+        logp = []
+        for ids in (row.ids, frame.ids[row.control]):
+            whole = t.tensor([ids + row.answer])
+            with t.no_grad():
+                by_token = world_model(whole)[0, len(ids) - 1 : -1].log_softmax(-1)
+            logp.append(by_token[t.arange(len(row.answer)), row.answer])
+            if ids is row.ids:
+                assert found["rank"][-1, i] == (by_token[2] > by_token[2, row.answer[2]]).sum()
+        assert found["answer_logp"][-1, i].item() == pytest.approx(logp[0].sum().item(), abs=1e-3)
+        assert row.margin == pytest.approx((logp[0].sum().exp() - logp[1].sum().exp()).item(), abs=1e-5)
+
+
+def test_no_depth_is_said_of_a_few_per_cent(world_model):
+    frame = rv.make_questions(world_model, read_countries()[:24], 1, known=False)
+    frame, found, _ = rv.ask(world_model, Lens(world_model), frame, 5, 0.5)
+    frame["semantic"] = np.where(frame.index == 0, 3.0, np.nan)
+    frame["depth"] = frame.semantic / 4
+    study = rv.summarise(frame, found, 20, known=False)
+    assert study["depth"] == [None] * 3
+    assert study["depth_fraction"] is None
+    assert study["semantic_layer"] is None
+
+
 def test_a_model_that_reads_too_little_gets_one_line(tmp_path):
     save_model("GPT2LMHeadModel", tmp_path)
     model = load_model(str(tmp_path), device="cpu")

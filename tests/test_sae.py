@@ -18,6 +18,8 @@ from hooks import run_with_hooks
 from interventions import put
 from llama_block import Llama
 from sae import (
+    ActivationStream,
+    encode_rows,
     IDENTITY,
     SPARSITY,
     Attribution,
@@ -36,7 +38,6 @@ from sae import (
     read_features,
     require_good_sae,
     sae_loss,
-    stream,
     train_by_saelens,
     train_own,
     training_sae,
@@ -171,17 +172,17 @@ def test_true_features_are_recovered(saelens, tmp_path, architecture):
     )
     t.manual_seed(0)
 
-    def batches(step):
+    def samples():
         while True:
             yield truth.sample(512)
 
     k = truth.activation_generator(4096).bool().sum(1).float().mean().round()
     cfg = variant(f"{architecture}:{k:g}", SAEConfig(steps=500, batch=512, lr=3e-3, checkpoints=0, d_sae=32))
     if architecture == "own":
-        own, scale = train_own(batches(0), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
+        own, scale = train_own(samples(), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
         sae = as_saelens(own, scale, {}, "cpu")
     else:
-        sae = train_by_saelens(training_sae(cfg, 24, {}, "cpu"), batches, cfg, tmp_path, "cpu")
+        sae = train_by_saelens(training_sae(cfg, 24, {}, "cpu"), samples(), cfg, tmp_path, "cpu")
     true_directions = F.normalize(truth.feature_dict.feature_vectors, dim=1)
     cosines = true_directions @ F.normalize(sae.W_dec.detach(), dim=1).T
     assert cosines.max(1).values.mean() >= 0.9
@@ -240,13 +241,77 @@ def test_the_stream_is_shuffled_and_complete(loaded):
     """
     _, model, rows = loaded
     straight = harvest(model, rows, [HOOK])[HOOK][:, 1:].flatten(0, 1)
-    batches = stream(model, HOOK, lambda i: rows[(4 * i) % 40 :][:4], 10, 200, 0)
+    batches = ActivationStream(model, HOOK, lambda i: rows[(4 * i) % 40 :][:4], 10, 200, 0, None)
     taken = t.cat([next(batches) for _ in range(70)])
     gap, match = t.cdist(taken, straight, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     assert gap.max() < 1e-4
     assert (match[1:] - match[:-1] == 1).float().mean() < 0.1
     assert np.bincount(match.numpy()).max() <= 2
     assert len(set(match[:700].tolist())) > 600
+
+
+def with_bos_inside(rows: t.Tensor) -> t.Tensor:
+    rows = rows.clone()
+    rows[:, 9] = 0
+    rows[::2, 15] = 0
+    return rows
+
+
+def test_beginning_of_text_inside_rows_is_no_text(loaded):
+    """Not in what a SAE is trained on, not in what is averaged when it is judged."""
+    sae, model, rows = loaded
+    rows = with_bos_inside(rows)
+    x = harvest(model, rows, [HOOK])[HOOK]
+    text = x[rows != 0]
+    batches = ActivationStream(model, HOOK, lambda i: rows, 50, 200, 0, 0)
+    taken = t.cat([next(batches) for _ in range(10)])
+    assert t.cdist(taken, text, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-4
+    codes, _, mean = encode_rows(model, sae, rows, 1, 0)
+    t.testing.assert_close(mean, text.mean(0), rtol=1e-4, atol=1e-5)
+    assert codes.shape[0] == rows[:, 1:].numel()  # a code for every place; none fires where no text stands
+    assert codes.getnnz(1)[(rows[:, 1:] == 0).flatten().numpy()].sum() == 0
+    half = copy.deepcopy(sae)
+    half.W_dec.data /= 2
+    numbers, _ = judge(model, half, rows, 1, 0)
+    assert numbers["n_tokens"] == len(text)
+    assert numbers["l0"] == pytest.approx(16, abs=0.01)
+    expected = (text / 2).pow(2).sum() / (text - text.mean(0)).pow(2).sum()
+    assert numbers["fvu"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["own", "batchtopk", "jumprelu"])
+def test_training_that_was_killed_ends_with_the_same_weights(loaded, folder, tmp_path, monkeypatch, architecture):
+    _, model, rows = loaded
+    rows = with_bos_inside(rows)
+    calls = 0
+
+    def batch(rng, n, ctx):
+        nonlocal calls
+        calls += 1
+        if calls in killed:
+            raise KeyboardInterrupt
+        return rows[t.from_numpy(rng.integers(0, 40, 8))]
+
+    corpus = SimpleNamespace(batch=batch, bos=0, key="rows")
+    settings = SAEConfig(steps=100, batch=32, buffer=300, context=24, d_sae=32, checkpoints=9, hook=HOOK)
+    cfg = variant(f"{architecture}:{3 if SPARSITY[architecture] > 2 else ''}", settings)
+    killed = set()
+    weights = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        calls = 0
+        for attempt in range(4):
+            killed = {(10, 4, 4, 0)[attempt]} if name == "killed" and attempt < 3 else set()
+            calls = 0
+            try:
+                weights.append(fit_sae(model, cfg, corpus, folder, "cpu").state_dict())
+                break
+            except KeyboardInterrupt:
+                assert list(Path("checkpoints/sae_probe").glob("*.parts/**/*.pt"))
+        assert attempt == (3 if name == "killed" else 0)
+    for name, p in weights[0].items():
+        assert t.equal(p, weights[1][name]), name
 
 
 def test_heldout_rows_hold_the_tokens_asked_for_with_and_without_beginning_of_text():
@@ -425,6 +490,22 @@ def test_edits_do_what_they_say(loaded):
     t.testing.assert_close(change(sae, f, "add", x, 2.5).norm(dim=-1), t.full(x.shape[:2], 2.5))
     with pytest.raises(ValueError, match="unknown edit 'remove'"):
         change(sae, f, "remove", x, 1.0)
+
+
+@pytest.mark.parametrize("how, to", [("ablate", 0.0), ("clamp", 9.0)])
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
+def test_an_edit_of_a_feature_is_what_decoding_the_edited_codes_adds(saelens, norm, how, to):
+    t.manual_seed(0)
+    config = saelens.StandardSAEConfig(d_in=16, d_sae=64, normalize_activations=norm, metadata=saelens.Metadata())
+    sae = saelens.StandardSAE(config).requires_grad_(False)
+    x = 7 * t.randn(1, 5, 16) + 1
+    acts = sae.encode(x)
+    f = int(acts.sum((0, 1)).argmax())
+    before = sae.decode(acts.clone())
+    acts[..., f] = to
+    sae.encode(x)  # keeps the norms again, which decoding forgets
+    expected = sae.decode(acts) - before
+    t.testing.assert_close(change(sae, f, how, x, 9.0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_is_put_from_its_first_position_on():

@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 import sae_probe
 import steering
 from anatomy import harvest
-from llama_block import Llama
+from llama_block import Llama, LlamaConfig
 from sae import SAEConfig
 from steering import (
+    Asked,
     ContinentQuestions,
     continent_means,
-    country_prompts,
     log_p_right,
+    push_starts,
     same_length,
     steering_directions,
     steering_effect,
@@ -34,7 +35,7 @@ def tokenizer():
     return Tokenizer.from_file(str(ROOT / "models/world/tokenizer.json"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def questions(tokenizer):
     model = Llama.from_folder(str(ROOT / "models/world")).eval().requires_grad_(False)
     subject = SimpleNamespace(model=model, hook=HOOK, tokenizer=tokenizer, bos=[0])
@@ -51,9 +52,10 @@ def test_the_settings_that_choose_the_sae_are_those_of_sae_probe():
 
 def test_the_push_begins_at_the_last_token_of_the_country(tokenizer):
     prompts = fact_prompts(read_countries(), "continent", True)
-    tokens, last, places = country_prompts(tokenizer, prompts, [0])
-    assert (tokens[:, 0] == 0).all()
-    for prompt, row, end, mask in zip(prompts, tokens, last.tolist(), places[..., 0]):
+    starts = push_starts(tokenizer, prompts, [0])
+    rows = [[0, *tokenizer.encode(prompt.text, add_special_tokens=False).ids] for prompt in prompts]
+    asked = Asked.of(rows, starts, [len(row) for row in rows], "cpu")
+    for prompt, row, end, mask in zip(prompts, asked.tokens, asked.last.tolist(), asked.places[..., 0]):
         assert tokenizer.decode(row[1 : end + 1].tolist()) == prompt.text
         start = int(mask.argmax())
         before = tokenizer.decode(row[1 : start + 1].tolist())
@@ -63,12 +65,58 @@ def test_the_push_begins_at_the_last_token_of_the_country(tokenizer):
         assert (mask[start:] == 1).all()
 
 
+@pytest.fixture(scope="module")
+def spelling():
+    """Questions to a random model whose tokenizer spells letter by letter, with a bare space before each word."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted({c for p in fact_prompts(read_countries(), "continent", True) for c in p.sentence} | {"A", "O"})
+    speller = Tokenizer(models.BPE({c: i for i, c in enumerate(["<unk>", *letters])}, [], unk_token="<unk>"))
+    speller.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    speller.decoder = decoders.Fuse()
+    t.manual_seed(0)
+    model = Llama(LlamaConfig(d_model=32, n_layers=2, d_vocab=speller.get_vocab_size(), n_ctx=256)).eval()
+    prompts = fact_prompts(read_countries(), "continent", True)[:8]
+    for p in model.parameters():
+        p.data += 0.2 * t.randn_like(p)
+    model.requires_grad_(False)
+    subject = SimpleNamespace(model=model, hook="blocks.1.hook_resid_pre", tokenizer=speller, bos=[])
+    return ContinentQuestions(subject, prompts, CONTINENTS, "cpu"), speller, prompts
+
+
+def test_a_continent_is_its_whole_word_where_all_begin_with_a_bare_space(spelling):
+    questions, speller, prompts = spelling
+    plain = questions.answers()
+    steering.require_telling_words(plain)
+    for prompt, said, right in zip(prompts, plain, questions.right):
+        log_p = []
+        for name in CONTINENTS:
+            ids = t.tensor([speller.encode(f"{prompt.text} {name}").ids])
+            n_word = len(name) + 1
+            by_token = questions.model(ids)[0, -n_word - 1 : -1].log_softmax(-1)
+            log_p.append(by_token.gather(1, ids[0, -n_word:, None]).sum())
+        t.testing.assert_close(said, t.stack(log_p) - log_p[right], rtol=1e-4, atol=1e-3)
+    pushed = questions.answers(lambda x: 3 * t.ones_like(x).cumsum(-1))
+    assert (pushed - plain).abs().max() > 1e-2
+
+
+def test_words_that_the_baseline_does_not_tell_apart_stop_the_study():
+    with pytest.raises(SystemExit, match="differ between continents by 0"):
+        steering.require_telling_words(t.zeros(5, 6))
+    with pytest.raises(SystemExit, match="differ between continents by nan"):
+        steering.require_telling_words(t.full((5, 6), t.nan))
+
+
 def test_answers_are_the_plain_models_less_the_right_ones(questions):
     plain = questions.answers()
+    asked, of_one_token = questions.passes[0]
+    ids = t.stack([questions.words[i][0, 0] for i in of_one_token])
     for i in range(0, len(questions), 7):
-        tokens = questions.tokens[i : i + 1, : int(questions.last[i]) + 1]
-        logits = questions.model(tokens)[0, -1, questions.ids]
-        t.testing.assert_close(plain[i], logits - logits[questions.right[i]], rtol=1e-3, atol=1e-3)
+        tokens = asked.tokens[i : i + 1, : int(asked.last[i]) + 1]
+        logits = questions.model(tokens)[0, -1, ids]
+        of_these = plain[i, of_one_token]
+        t.testing.assert_close(of_these - of_these[0], logits - logits[0], rtol=1e-3, atol=1e-3)
+    assert (plain.gather(1, questions.right[:, None]) == 0).all()
     assert (plain.argmax(1) == questions.right).float().mean() > 0.9  # the model knows where countries are
     expected = plain.log_softmax(1)[t.arange(len(plain)), questions.right].mean()
     assert log_p_right(plain) == pytest.approx(expected.item(), rel=1e-4)
@@ -78,24 +126,23 @@ def test_a_push_that_puts_another_countrys_stream_there_gives_its_answers(questi
     """
     Everything from the country on is another prompt's of the same tokens: the same run, as nothing before it differs.
     """
+    asked, of_one_token = questions.passes[0]
     same_shape = [
         (i, j)
         for i in range(len(questions))
         for j in range(i)
         if questions.right[i] != questions.right[j]
-        and questions.last[i] == questions.last[j]
-        and questions.places[i].equal(questions.places[j])
-        and questions.tokens[i, : int(questions.places[i].argmax())].equal(
-            questions.tokens[j, : int(questions.places[j].argmax())]
-        )
+        and asked.last[i] == asked.last[j]
+        and asked.places[i].equal(asked.places[j])
+        and asked.tokens[i, : int(asked.places[i].argmax())].equal(asked.tokens[j, : int(asked.places[j].argmax())])
     ]
     assert same_shape
     i, j = same_shape[0]
-    x = harvest(questions.model, questions.tokens, [HOOK])[HOOK]
-    moved = questions.answers(lambda y: (x[j] - x[i]).expand_as(y))[i]
-    plain = questions.answers()
-    theirs = plain[j] - plain[j, questions.right[i]]
-    t.testing.assert_close(moved, theirs, rtol=1e-3, atol=1e-3)
+    questions.passes = questions.passes[:1]  # the stream below is of these rows
+    x = harvest(questions.model, asked.tokens, [HOOK])[HOOK]
+    moved = questions.answers(lambda y: (x[j] - x[i]).expand_as(y))[i, of_one_token]
+    plain = questions.answers()[j, of_one_token]
+    t.testing.assert_close(moved - moved[0], plain - plain[0], rtol=1e-3, atol=1e-3)
 
 
 def test_the_effect_is_measured_over_prompts_about_other_continents():
