@@ -26,7 +26,7 @@ from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
 from layers import Attention, RMSNorm, next_token_loss, rotate
 
 # The second half, what is measured and the experiment, uses these as well.
-from plots import attention_page, imshow, label_tokens, line, show, show_page, visible
+from plots import LONGEST_DRAWN, attention_page, imshow, label_tokens, line, plain, show, show_page, visible
 from data import Corpus, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
@@ -1007,13 +1007,14 @@ if __name__ == "__main__":
 
 #%% Attention to hover: patterns of every head, a page to read the prompt by, and the norms of the best head's layer
 if __name__ == "__main__":
+    first = slice(LONGEST_DRAWN)  # the page says what is left out
     fig = imshow(
-        patterns,
-        f"Attention of {about} on {cfg.prompt!r}",
+        patterns[:, first, first],
+        f"Attention of {about} on {plain(repr(cfg.prompt[:60]))}, at most {LONGEST_DRAWN} tokens",
         xlabel="key",
         ylabel="query",
-        x=labels,
-        y=labels,
+        x=labels[first],
+        y=labels[first],
         panels=head_names,
         diverging=False,
         value="attention",

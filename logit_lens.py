@@ -20,7 +20,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     yellow,
 )
-from plots import bar, imshow, label_tokens, line, show
+from plots import bar, imshow, label_tokens, line, plain, show
 from hooks import device_of, is_streamed
 from weights import about_bos, answer_token, encode, model_key, open_model, token_text
 from data import Corpus, load_corpus
@@ -150,7 +150,7 @@ if __name__ == "__main__":
 
 #%% ... as the classic picture, layer x position
 if __name__ == "__main__":
-    title = f"Logit lens of {cfg.prompt[-60:]!r} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
+    title = f"Logit lens of {plain(repr(cfg.prompt[-60:]))} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
     show(grid_figure(found, texts, tokens, title), "logit_lens/grid")
 
 #%% When does the answer settle, and what comes before it? The milestones of the prompt

@@ -36,7 +36,7 @@ from weights import tensor_table
 from anatomy import mutual_information
 from data import bos_id, kind_of, load_corpus, str_tokens, to_tokens
 from launch import flags
-from plots import COLORS, imshow, label_tokens, line, show, visible
+from plots import COLORS, imshow, label_tokens, line, plain, show, visible
 from train import TrainConfig, context_at, first_goes_on, train
 
 import numpy as np
@@ -827,7 +827,7 @@ if __name__ == "__main__":
             hover[panel, prompt_experts[i, position].int().tolist(), position] = "chosen"
     fig = imshow(
         prompt_probs[panels].transpose(1, 2),
-        f"Router probabilities on {cfg.prompt[:60]!r} ({about})",
+        f"Router probabilities on {plain(repr(cfg.prompt[:60]))} ({about})",
         xlabel="token",
         ylabel="expert",
         x=label_tokens(said),
