@@ -27,7 +27,7 @@ from layers import Attention, RMSNorm, next_token_loss, rotate
 
 # The second half, what is measured and the experiment, uses these as well.
 from plots import LONGEST_DRAWN, attention_page, imshow, label_tokens, line, plain, show, show_page, visible
-from data import Corpus, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens
+from data import Corpus, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
 from anatomy import head_scores, listening_gap, random_repeats
@@ -558,6 +558,7 @@ if __name__ == "__main__":
     if cfg.d_model % cfg.n_heads:
         fail(f"--d-model {cfg.d_model} is not a multiple of --n-heads {cfg.n_heads}")
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
     print(f"{purple}=== Attention-only transformers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
 
 
@@ -987,7 +988,7 @@ if __name__ == "__main__":
     frozen = ", final norm scale frozen" if model.cfg.norm == "rms" else ""
     fig = imshow(
         by_head,
-        f"Logit of '{said}' = {parts['logit']:.2f}: "
+        f"Logit of '{plain(said)}' = {parts['logit']:.2f}: "
         f"direct path {parts['direct']:.2f} + heads x sources{frozen} ({about})",
         xlabel="source token",
         ylabel="head",

@@ -23,7 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from plots import bar, imshow, label_tokens, line, plain, show
 from hooks import device_of, is_streamed
 from weights import about_bos, answer_token, encode, model_key, open_model, token_text
-from data import Corpus, load_corpus
+from data import Corpus, load_corpus, refuse_empty
 from launch import flags
 from anatomy import layer_writes, logit_parts, parts_error
 from world import load_world
@@ -99,8 +99,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(model="Qwen/Qwen3-8B", dtype="bfloat16"))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    if not cfg.prompt.strip():
-        fail("--prompt is empty: give a few words, such as --prompt 'The capital of Japan is'")
+    refuse_empty(cfg.prompt)
     if cfg.top < 1:
         fail("--top is 1 or more")
 

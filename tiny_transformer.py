@@ -41,7 +41,7 @@ from anatomy import (
     parts_error,
     random_repeats,
 )
-from data import bos_id, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens, write_folder
+from data import bos_id, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens, write_folder
 from launch import flags
 from plots import LONGEST_DRAWN, attention_page, bar, imshow, label_tokens, plain, show, show_page, visible
 from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
@@ -400,6 +400,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
     numbers: dict = {}
 
 #%% Someone's model: where each of its tensors stands here
