@@ -27,8 +27,8 @@ from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
 from layers import Attention, RMSNorm, next_token_loss, rotate
 
 # The second half, what is measured and the experiment, uses these as well.
-from plots import attention_page, imshow, label_tokens, line, show, show_page, visible
-from data import Corpus, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens
+from plots import LONGEST_DRAWN, attention_page, imshow, label_tokens, line, plain, show, show_page, visible
+from data import Corpus, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
 from anatomy import (
@@ -568,6 +568,7 @@ if __name__ == "__main__":
     if cfg.d_model % cfg.n_heads:
         fail(f"--d-model {cfg.d_model} is not a multiple of --n-heads {cfg.n_heads}")
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
     print(f"{purple}=== Attention-only transformers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
 
 
@@ -1010,7 +1011,7 @@ if __name__ == "__main__":
     frozen = ", final norm scale frozen" if model.cfg.norm == "rms" else ""
     fig = imshow(
         by_head,
-        f"Logit of '{said}' = {parts['logit']:.2f}: "
+        f"Logit of '{plain(said)}' = {parts['logit']:.2f}: "
         f"direct path {parts['direct']:.2f} + heads x sources{frozen} ({about})",
         xlabel="source token",
         ylabel="head",
@@ -1030,13 +1031,14 @@ if __name__ == "__main__":
 
 #%% Attention to hover: patterns of every head, a page to read the prompt by, and the norms of the best head's layer
 if __name__ == "__main__":
+    first = slice(LONGEST_DRAWN)  # the page says what is left out
     fig = imshow(
-        patterns,
-        f"Attention of {about} on {cfg.prompt!r}",
+        patterns[:, first, first],
+        f"Attention of {about} on {plain(repr(cfg.prompt[:60]))}, at most {LONGEST_DRAWN} tokens",
         xlabel="key",
         ylabel="query",
-        x=labels,
-        y=labels,
+        x=labels[first],
+        y=labels[first],
         panels=head_names,
         diverging=False,
         value="attention",

@@ -330,6 +330,12 @@ def end_ids(tokenizer: Tokenizer, folder: Path) -> list[int]:
     return sorted({i for i in ends if i is not None})
 
 
+def refuse_empty(prompt: str) -> None:
+    """Said before anything is trained or opened."""
+    if not prompt.strip():
+        fail("--prompt is empty: give a few words, such as --prompt 'The capital of Japan is'")
+
+
 def to_tokens(tokenizer: Tokenizer, text: str) -> Tensor:
     """(1, pos), beginning-of-text first where the tokenizer puts one."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids

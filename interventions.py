@@ -77,6 +77,8 @@ class Pairs:
 
 def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str | None:
     """What keeps the texts from being a pair, in one line."""
+    if not clean.strip() or not corrupt.strip():
+        return "a prompt is empty: clean and corrupt need a few words each"
     clean_ids = encode(model, clean)
     corrupt_ids = encode(model, corrupt)
     if len(clean_ids) != len(corrupt_ids):
@@ -88,6 +90,12 @@ def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str
         )
     for answer in answers:
         with_answer = encode(model, clean + answer)
+        if with_answer[: len(clean_ids)] == clean_ids and len(with_answer) > len(clean_ids) + 1:
+            pieces = [token_text(model, i) for i in with_answer[len(clean_ids) :]]
+            return (
+                f"the answer {answer!r} is not one token but {len(pieces)} ({' + '.join(map(repr, pieces))}): give the "
+                f"first, {pieces[0]!r}"
+            )
         if with_answer[:-1] != clean_ids:
             end = [token_text(model, i) for i in with_answer[-3:]]
             return (

@@ -20,7 +20,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     fail,
     write_aside,
 )
-from plots import imshow, label_tokens, visible
+from plots import imshow, label_tokens, plain, visible
 from hooks import device_of, hooks, in_batches, logit_multiplier, run_with_cache
 from weights import token_text
 from anatomy import points
@@ -574,9 +574,9 @@ def grid_figure(found: dict[str, Tensor], texts: dict[int, str], tokens: list[st
         value="probability",
     )
     fig.data[0].update(
-        text=top_of_layers(found, texts),
+        text=[[plain(cell) for cell in layer] for layer in top_of_layers(found, texts)],
         texttemplate="%{text}",
-        hovertext=[["<br>".join(cell) for cell in layer] for layer in top_k_of_layers(found, texts)],
+        hovertext=[["<br>".join(map(plain, cell)) for cell in layer] for layer in top_k_of_layers(found, texts)],
         hovertemplate="after %{y}, at %{x}<br>%{hovertext}<extra></extra>",
     )
     fig.update_layout(height=200 + 45 * len(layers))

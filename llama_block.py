@@ -29,7 +29,7 @@ from layers import HeadWeights, attend
 from weights import read_tensors, take_tensors, tensor_table
 
 from anatomy import listening_gap
-from data import bos_id, load_corpus, load_tokenizer, str_tokens, text_of, to_tokens, write_folder
+from data import bos_id, load_corpus, load_tokenizer, refuse_empty, str_tokens, text_of, to_tokens, write_folder
 from launch import flags
 from plots import imshow, line, show, visible
 from train import TrainConfig, context_at, first_goes_on, train
@@ -554,6 +554,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
     numbers: dict = {}
     history: dict = {}
 

@@ -20,10 +20,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     yellow,
 )
-from plots import bar, imshow, label_tokens, line, show
+from plots import bar, imshow, label_tokens, line, plain, show
 from hooks import device_of, has_qkv, is_streamed
 from weights import about_bos, answer_token, encode, model_key, open_model, token_text
-from data import Corpus, load_corpus
+from data import Corpus, load_corpus, refuse_empty
 from launch import flags
 from anatomy import layer_writes, logit_parts, parts_error
 from world import load_world
@@ -99,8 +99,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(model="Qwen/Qwen3-8B", dtype="bfloat16"))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    if not cfg.prompt.strip():
-        fail("--prompt is empty: give a few words, such as --prompt 'The capital of Japan is'")
+    refuse_empty(cfg.prompt)
     if cfg.top < 1:
         fail("--top is 1 or more")
 
@@ -150,7 +149,7 @@ if __name__ == "__main__":
 
 #%% ... as the classic picture, layer x position
 if __name__ == "__main__":
-    title = f"Logit lens of {cfg.prompt[-60:]!r} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
+    title = f"Logit lens of {plain(repr(cfg.prompt[-60:]))} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
     show(grid_figure(found, texts, tokens, title), "logit_lens/grid")
 
 #%% When does the answer settle, and what comes before it? The milestones of the prompt

@@ -34,9 +34,9 @@ from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, rope_freq
 from weights import tensor_table
 
 from anatomy import mutual_information
-from data import bos_id, kind_of, load_corpus, str_tokens, to_tokens
+from data import bos_id, kind_of, load_corpus, refuse_empty, str_tokens, to_tokens
 from launch import flags
-from plots import COLORS, imshow, label_tokens, line, show, visible
+from plots import COLORS, imshow, label_tokens, line, plain, show, visible
 from train import TrainConfig, context_at, first_goes_on, train
 
 import numpy as np
@@ -468,6 +468,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
     numbers: dict = {}
     history: dict = {}
 
@@ -827,7 +828,7 @@ if __name__ == "__main__":
             hover[panel, prompt_experts[i, position].int().tolist(), position] = "chosen"
     fig = imshow(
         prompt_probs[panels].transpose(1, 2),
-        f"Router probabilities on {cfg.prompt[:60]!r} ({about})",
+        f"Router probabilities on {plain(repr(cfg.prompt[:60]))} ({about})",
         xlabel="token",
         ylabel="expert",
         x=label_tokens(said),

@@ -20,7 +20,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import bar, label_tokens, line, show, visible
 from hooks import run_with_hooks
-from data import str_tokens
+from data import refuse_empty, str_tokens
 from launch import flags
 from world import Labelled, Prompt, fact_prompts, read_countries
 from interventions import loss_of, put
@@ -63,6 +63,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(**GPT2_PRESET))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
 
 #%% The model, its text and the SAE, and the gate: nobody pushes along features that do not rebuild the activation
 if __name__ == "__main__":

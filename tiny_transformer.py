@@ -42,9 +42,9 @@ from anatomy import (
     random_repeats,
     which_bar,
 )
-from data import bos_id, find_tokens, load_corpus, load_tokenizer, str_tokens, to_tokens, write_folder
+from data import bos_id, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens, write_folder
 from launch import flags
-from plots import attention_page, bar, imshow, label_tokens, show, show_page, visible
+from plots import LONGEST_DRAWN, attention_page, bar, imshow, label_tokens, plain, show, show_page, visible
 from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
 
 import numpy as np
@@ -401,6 +401,7 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    refuse_empty(cfg.prompt)
     numbers: dict = {}
 
 #%% Someone's model: where each of its tensors stands here
@@ -548,20 +549,21 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     fig = bar(
         {"probability": top.values},
-        f"Next token after {cfg.prompt[-60:]!r} ({about})",
+        f"Next token after {plain(repr(cfg.prompt[-60:]))} ({about})",
         xlabel="token (id)",
         ylabel="probability",
         x=[f"{name} ({i})" for name, i in zip(top_names, top.indices.tolist())],
         hover="%{x}<br>probability %{y:.4f}<extra></extra>",
     )
     show(fig, "tiny_transformer/next_token")
+    first = slice(LONGEST_DRAWN)  # the page says what is left out
     fig = imshow(
-        patterns,
-        f"Attention of every head on the prompt ({about})",
+        patterns[:, first, first],
+        f"Attention of every head on the prompt, at most {LONGEST_DRAWN} tokens ({about})",
         "key",
         "query",
-        labels,
-        labels,
+        labels[first],
+        labels[first],
         head_names,
         diverging=False,
         value="attention",

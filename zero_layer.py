@@ -26,7 +26,7 @@ from hooks import HookPoint
 from anatomy import entropy_floor, mutual_information, row_totals
 from data import find_tokens, kind_of, load_corpus, str_tokens
 from launch import flags
-from plots import COLORS, array, imshow, label_tokens, line, show, visible
+from plots import COLORS, array, imshow, label_tokens, line, plain, show, visible
 from train import TrainConfig, first_goes_on, train
 
 import numpy as np
@@ -522,7 +522,8 @@ if __name__ == "__main__":
     hover = []
     for token, kind, following in zip(common, kinds, likeliest):
         times = f"seen {row_totals(counts)[token]:.0f} times"
-        hover.append(f"'{visible(names[token])}' ({kind})<br>{times}<br>likeliest next '{visible(names[following])}'")
+        this, after = (plain(visible(names[i])) for i in (token, following))
+        hover.append(f"'{this}' ({kind})<br>{times}<br>likeliest next '{after}'")
     hover = np.array(hover)
     variance = f"PCA ({pca.explained_variance_ratio_.sum():.0%} of the variance)"
     fig = make_subplots(1, 2, subplot_titles=[variance, "t-SNE (cosine distance)"])

@@ -497,6 +497,8 @@ def test_bad_input_is_answered_in_one_clear_line(models, pairs, world, tmp_path)
     cases = [
         (lambda: make_pairs(world, [("Mary left", "Mary", " the", " a")]), "clean has"),
         (lambda: make_pairs(world, [("Mary left", "John left", " the park", " a")]), "is not one token"),
+        (lambda: make_pairs(world, [("Mary left", "John left", " the park", " a")]), "but 2 (' the' + ' park')"),
+        (lambda: make_pairs(world, [("", "", " the", " a")]), "a prompt is empty"),
         (lambda: position_masks(pairs, [8]), "outside the sequence"),
         (lambda: normalised(t.zeros(3), t.ones(3), t.ones(3)), "same metric"),
         (lambda: make_pairs(world, [("Mary left", "Mary left", " the", " a")]), "the same"),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import one_line_error
 from test_zero_layer import story
 
 from data import load_corpus
@@ -261,3 +262,8 @@ def test_a_script_runs_says_what_is_true_and_its_figures_open(name, run, workdir
         assert opened[same] == pytest.approx(numbers[same], rel=1e-4, abs=1e-5)
     if not shutil.which("chromium"):
         pytest.skip("the figures are not opened: no chromium here (apt-get install chromium)")
+
+
+@pytest.mark.parametrize("script", ["attn_only", "tiny_transformer", "llama_block", "moe", "steering", "logit_lens"])
+def test_an_empty_prompt_is_said_in_one_line(run, script):
+    one_line_error(run(f"{script}.py", "--prompt", " ", "--device", "cpu"), "--prompt is empty")
