@@ -114,10 +114,13 @@ def versions() -> dict[str, str]:
 def save_results(script: str, config: object, **numbers) -> None:
     """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
     path = Path("results") / f"{script}.json"
-    path.parent.mkdir(exist_ok=True)
     everything = {**numbers, "config": dataclasses.asdict(config), "versions": versions()}
     text = json.dumps(everything, indent=1, default=lambda x: x.tolist())
-    write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    except OSError as error:
+        fail(f"{path} was not written, what stood there before is whole: {error.strerror or error}")
     board = wandb_run()
     if board:
         board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
