@@ -338,6 +338,8 @@ def refuse_foreign(folder: Path, config: dict) -> None:
         fail(
             f"{folder} is an encoder with a decoder ({architecture}): only models that read from left to right open here"
         )
+    if architecture == "AttnOnly":
+        fail(f"{folder} is an attention-only model without MLPs: attn_only.py --model opens it, the others full models")
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         fail(f"{folder} is a {architecture}, not a causal language model: only those open here")
     if "vision_config" in config or "audio_config" in config:
