@@ -633,6 +633,9 @@ if __name__ == "__main__":
     else:
         corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
         tokenizer = corpus.tokenizer
+        n_prompt = to_tokens(tokenizer, cfg.prompt).shape[1]
+        if n_prompt > max(cfg.contexts):
+            fail(f"--prompt has {n_prompt} tokens, the model sees --contexts {max(cfg.contexts)}: shorten it")
         depths = {1, cfg.n_layers} if cfg.control else {cfg.n_layers}
         for depth in sorted(depths):
             role = " (the control)" if depth < cfg.n_layers else ""

@@ -4,10 +4,10 @@ import ast
 import hashlib
 import json
 import keyword
-import os
 import re
 import shutil
 import sysconfig
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,6 +27,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     read_json,
     secret,
     write_aside,
+    yellow,
 )
 
 import numpy as np
@@ -517,7 +518,7 @@ def load_corpus(
     separator = separator_of(own, tokenizer_folder(tokenizer)) if own else None
     key = corpus_key(data, sources, own, vocab, separator)
     folder = Path(cache) / key
-    if not folder.exists():
+    if not is_whole(folder):
         how = f"tokenizing it with {tokenizer}" if tokenizer else f"training a byte-level BPE of {vocab} tokens on it"
         print(f"{gray}reading {data} and {how} ...{endc}")
         parts = read_parts(data, sources, megabytes)
@@ -581,7 +582,7 @@ def read_parts(data: str, sources: dict[str, str], megabytes: float) -> dict[str
 
 
 def open_corpus(name: str, key: str, folder: Path) -> Corpus:
-    """What write_corpus wrote, memory-mapped."""
+    """What write_corpus wrote and is_whole has checked, memory-mapped."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     dtype = np.dtype(json.loads((folder / "meta.json").read_text())["dtype"])
     splits: dict[str, dict[str, np.ndarray]] = {"train": {}, "heldout": {}}
@@ -590,6 +591,23 @@ def open_corpus(name: str, key: str, folder: Path) -> Corpus:
             part = file.name.split(".")[0]
             parts[part] = np.memmap(file, dtype, "r")
     return Corpus(name, tokenizer, **splits, key=key)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a cached corpus is all there, each file as long as it was written; else it is made again."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except Exception:  # tokenizers raises nothing narrower
+        whole = False
+    if folder.exists() and not whole:
+        print(f"{yellow}{folder} is not whole (or of an older version): it is made again{endc}")
+    return whole
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
 
 
 def write_corpus(
@@ -602,21 +620,45 @@ def write_corpus(
     Documents of each part, joined by the separator (beginning-of-text), as <part>.train.bin and <part>.heldout.bin;
     written aside, then renamed.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    dtype = np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.uint32
-    for part, documents in parts.items():
-        train, heldout = split_documents(documents, tokenize(tokenizer, documents, part, dtype, separator))
-        np.concatenate(train).tofile(aside / f"{part}.train.bin")
-        np.concatenate(heldout).tofile(aside / f"{part}.heldout.bin")
-    tokenizer.save(str(aside / "tokenizer.json"))
-    (aside / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        aside.chmod(0o755)  # others may read it
+        try:
+            fill_corpus(aside, tokenizer, parts, separator)
+            put_in_place(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was cut off, or whose disk is full
+    except OSError as error:
+        fail(
+            f"the tokens could not be written to {folder}: {error.strerror or error}: free some space, or go elsewhere"
+        )
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Another process may have been first, whose files are as good; those that are not whole make way."""
+    if folder.exists() and is_whole(folder):
+        return
+    if folder.exists():
+        broken = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        folder.rename(broken / "old")  # those who still read it can go on
+        shutil.rmtree(broken, ignore_errors=True)
     try:
         aside.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(aside)  # another process was first
+
+
+def fill_corpus(aside: Path, tokenizer: Tokenizer, parts: dict[str, dict[str, str]], separator: int | None) -> None:
+    dtype = np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.uint32
+    for part, documents in parts.items():
+        train, heldout = split_documents(documents, tokenize(tokenizer, documents, part, dtype, separator))
+        (aside / f"{part}.train.bin").write_bytes(np.concatenate(train).tobytes())
+        (aside / f"{part}.heldout.bin").write_bytes(np.concatenate(heldout).tobytes())
+    tokenizer.save(str(aside / "tokenizer.json"))
+    meta = {"dtype": np.dtype(dtype).name, "sizes": sizes_of(aside)}
+    (aside / "meta.json").write_text(json.dumps(meta))
 
 
 def tokenize(

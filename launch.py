@@ -1,6 +1,7 @@
 """Launching: flags with a preset for big machines, sweeps, Slurm through submitit."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -252,10 +253,23 @@ def finished(tasks: dict[str, Task]) -> dict[str, Task]:
     return {name: task for name, task in tasks.items() if (task.folder / "done").exists()}
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def says_disk(error: BaseException) -> bool:
+    """A full or read-only disk, by its number or, from libraries that have none, by its words."""
+    if isinstance(error, OSError) and error.errno in DISK:
+        return True
+    return any(os.strerror(number) in str(error) for number in DISK)
+
+
 def end_in_a_line(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Ctrl-C: files are written aside, so none is half there, and nobody wants the frames."""
+    """Ctrl-C, a full disk: files are written aside, so none is half there, and nobody wants the frames."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"\n{yellow}stopped by Ctrl-C; what is named above as written is whole{endc}", file=sys.stderr)
+    elif says_disk(error):
+        reason = str(error).strip().splitlines()[0]
+        print(f"{red}nothing more can be written here ({reason}); what is named above is whole{endc}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -432,6 +432,11 @@ if __name__ == "__main__" and not cfg.model:
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
     if cfg.answer:
         find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
+    n_prompt = to_tokens(corpus.tokenizer, cfg.prompt).shape[1]
+    if n_prompt > max(cfg.contexts):
+        fail(
+            f"--prompt has {n_prompt} tokens, the model sees --contexts {max(cfg.contexts)}: shorten one or raise the other"
+        )
     shape = TinyConfig(
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,

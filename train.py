@@ -108,6 +108,8 @@ def check_settings(cfg: object) -> None:
         fail(f"--n-heads {cfg.n_heads} is not a multiple of --n-kv-heads {cfg.n_kv_heads}")
     if getattr(cfg, "top_k", 1) > getattr(cfg, "n_experts", math.inf):
         fail(f"--top-k {cfg.top_k} is more than --n-experts {cfg.n_experts}")
+    if getattr(cfg, "n_experts", 2) < 2:
+        fail("--n-experts 1 leaves the router nothing to choose: llama_block.py builds models without experts")
     check_contexts(cfg)
 
 

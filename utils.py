@@ -115,10 +115,13 @@ def versions() -> dict[str, str]:
 def save_results(script: str, config: object, **numbers) -> None:
     """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
     path = Path("results") / f"{script}.json"
-    path.parent.mkdir(exist_ok=True)
     everything = {**numbers, "config": dataclasses.asdict(config), "versions": versions()}
     text = json.dumps(finite(everything), indent=1, allow_nan=False)
-    write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    except OSError as error:
+        fail(f"{path} was not written, what stood there before is whole: {error.strerror or error}")
     board = wandb_run()
     if board:
         board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
@@ -349,6 +352,8 @@ def refuse_foreign(folder: Path, config: dict) -> None:
         fail(
             f"{folder} is an encoder with a decoder ({architecture}): only models that read from left to right open here"
         )
+    if architecture == "AttnOnly":
+        fail(f"{folder} is an attention-only model without MLPs: attn_only.py --model opens it, the others full models")
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         fail(f"{folder} is a {architecture}, not a causal language model: only those open here")
     if "vision_config" in config or "audio_config" in config:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from anatomy import head_scores, repeated_tokens
 from data import (
     Corpus,
+    is_whole,
     load_corpus,
     load_tokenizer,
     read_stdlib,
@@ -619,7 +621,7 @@ def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "ch
         "tokenizer": own.to_str() if own else str(vocab),
     }
     target = Path(cache) / f"world-{text_hash(sources | makers)}"
-    if not (target / "sentences.npz").exists():
+    if not (is_whole(target) and sentences_are_whole(target)):
         print(f"{gray}making the world's sentences and tokenizing them and the standard library ...{endc}")
         write_world(target, countries, sources, own, vocab)
     world = open_world(target, countries)
@@ -631,6 +633,15 @@ def load_world(vocab: int = 3072, folder: str = "models/world", cache: str = "ch
         f"{cyan}{natural:.2f}M{gray}, {held_out:.0f}k held out{endc}"
     )
     return world
+
+
+def sentences_are_whole(target: Path) -> bool:
+    """A zip's list of members stands at its end: a file that was cut off does not open, one with a hole fails its CRC."""
+    try:
+        with zipfile.ZipFile(target / "sentences.npz") as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def write_world(

@@ -622,8 +622,10 @@ if __name__ == "__main__":
             f" after a best of {best_heldout:.3f} at step {best_step}; the pairs it never saw cost "
             f"{watched['unseen'][best]:.2f} nats there and {watched['unseen'][-1]:.2f} at the end."
         )
-    else:
+    elif cfg.steps:
         overfit += ", still falling."
+    else:
+        overfit += ", untrained."
     if kl <= TABLE_GATE:
         print(f"{green}{finding}: it has learned the table (gate: at most {TABLE_GATE}). {overfit}{endc}")
     else:

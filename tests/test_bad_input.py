@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import one_line_error
+from conftest import ROOT, one_line_error
 
 SCRIPTS = ("zero_layer", "attn_only", "tiny_transformer", "llama_block", "moe")
 DECODERS = SCRIPTS[1:]
@@ -69,6 +69,7 @@ OF_ONE = [
     ("llama_block", "--n-kv-heads 3", "--n-heads 4 is not a multiple of --n-kv-heads 3"),
     ("moe", "--n-experts 0", "--n-experts is 0"),
     ("moe", "--top-k 9", "--top-k 9 is more than --n-experts"),
+    ("moe", "--n-experts 1 --top-k 1", "--n-experts 1 leaves"),
     ("moe", "--rows 0", "--rows is 0"),
     ("moe", "--d-expert -1", "--d-expert is -1"),
 ]
@@ -108,3 +109,28 @@ def test_a_flag_of_the_wrong_kind_is_named(run, place, script, flags):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     wrong = "3" if flags == "--compile 3" else flags.split(" ")[0]
     assert wrong in done.stdout + done.stderr
+
+
+def test_a_continuation_with_other_rows_is_refused(run, place):
+    flags = "--data small.txt --vocab 280 --steps 2 --n-layers 1 --contexts 64 --tokens-per-step 256 --prompt two+three"
+    flags = [word.replace("+", " ") for word in flags.split(" ")]
+    (place / "checkpoints/tiny_transformer.pt").unlink()
+    done = run("tiny_transformer.py", *flags, cwd=place)
+    assert done.returncode == 0, done.stderr
+    for change, words in ((("--repeats", "0"), "repeats was 0.45"), (("--english", "1"), "english was 0.3")):
+        one_line_error(run("tiny_transformer.py", *flags, "--resume", *change, cwd=place), words)
+
+
+@pytest.mark.parametrize("ranks", [(), ("9999", "4")])
+def test_ranks_are_none_or_at_most_the_width(run, place, ranks):
+    flags = "--data small.txt --vocab 280 --steps 2 --d-model 8 --ranks".split(" ")
+    done = run("zero_layer.py", *flags, *ranks, cwd=place)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((place / "results/zero_layer.json").read_text())
+    assert set(kept["kl_by_rank"]) == ({"4", str(kept["d_vocab"])} if ranks else set())
+
+
+@pytest.mark.parametrize("script", ["patching", "logit_lens"])
+def test_an_attention_only_model_is_named_as_one(run, place, script):
+    done = run(f"{script}.py", "--model", str(ROOT / "models/attn_only_2l"), cwd=place)
+    one_line_error(done, "attn_only.py --model opens it")

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,43 @@ def test_cache_is_reused_and_keyed_by_the_text(tmp_path, capsys):
     assert first.key == again.key
     file.write_text(WORDS + " And one more.")
     assert load_corpus(str(file), vocab=300, cache=str(tmp_path / "c")).key != first.key
+
+
+@pytest.mark.parametrize("name", ["text.train.bin", "text.heldout.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_cache_that_is_not_whole_is_made_again(tmp_path, name, damage):
+    file = tmp_path / "a.txt"
+    file.write_text(WORDS)
+    first = load_corpus(str(file), vocab=300, cache=str(tmp_path / "c"))
+    before = first.train["text"].tolist()
+    broken = tmp_path / "c" / first.key / name
+    if damage == "cut":
+        broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    else:
+        broken.unlink()
+    again = load_corpus(str(file), vocab=300, cache=str(tmp_path / "c"))
+    assert again.train["text"].tolist() == before and len(again.heldout["text"])
+    assert [folder.name for folder in (tmp_path / "c").iterdir()] == [first.key]
+
+
+def test_what_a_killed_process_left_does_not_stop_one_of_the_same_id(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(WORDS)
+    key = load_corpus(str(file), vocab=300, cache=str(tmp_path / "other")).key
+    (tmp_path / "c" / f".{key}.{os.getpid()}").mkdir(parents=True)
+    assert load_corpus(str(file), vocab=300, cache=str(tmp_path / "c")).key == key
+
+
+def test_a_full_disk_under_the_cache_is_one_line(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "a.txt"
+    file.write_text(WORDS)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        load_corpus(str(file), vocab=300, cache=str(tmp_path / "c"))
+    assert not list((tmp_path / "c").iterdir())
 
 
 def test_rows_start_with_bos_and_come_from_the_split(small):

@@ -231,3 +231,13 @@ def test_other_text_or_other_code_is_another_sweep(monkeypatch, tmp_path):
 def test_numbers_in_dictionaries_are_shown():
     numbers = {"a": 1, "writes": {"L0": 0.5, "word": "x"}, "curve": [1, 2], "config": {"seed": 0}}
     assert launch.single_numbers(numbers) == {"a": 1, "writes L0": 0.5}
+
+
+def test_a_full_disk_ends_in_one_line(capsys):
+    for error in (
+        OSError(28, "No space left on device", "figs/x.html"),
+        RuntimeError("write: No space left on device"),
+    ):
+        launch.end_in_a_line(type(error), error, None)
+        said = capsys.readouterr().err
+        assert "No space left on device" in said and len(said.strip().splitlines()) == 1

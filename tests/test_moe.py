@@ -523,4 +523,4 @@ def test_shapes_that_cannot_be_are_refused(wrong, words):
 
 def test_more_experts_chosen_than_there_are_is_one_line(run, workdir):
     (workdir / "short.txt").write_text("the cat and the dog and the tree\n\n" * 400)
-    one_line_error(run("moe.py", "--top-k", "9", "--data", "short.txt", "--vocab", "300", "--steps", "6"), "top_k 9")
+    one_line_error(run("moe.py", "--top-k", "9", "--data", "short.txt", "--vocab", "300", "--steps", "6"), "--top-k 9")

@@ -521,3 +521,17 @@ def test_wandb_without_a_key_writes_an_offline_run(run, tmp_path):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert sum(file.stat().st_size for file in folder.glob("*.wandb")) > 2000
     assert list(folder.rglob("media/plotly/**/*.json"))
+
+
+def test_no_steps_are_the_untrained_control():
+    model = fresh()
+    before = [p.clone() for p in model.parameters()]
+    history = train(model, batch, dataclasses.replace(CFG, steps=0), "x", watch=lambda step: {"step seen": step})
+    assert history["tokens"] == [0] and len(history["loss"]) == 1 and history["watch"][0]["step seen"] == 0
+    assert all(t.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_weights_that_the_last_step_broke_are_one_line():
+    model = fresh()
+    with pytest.raises(SystemExit, match="lower --lr and --muon-lr"):
+        train(model, batch, dataclasses.replace(CFG, steps=1, lr=t.inf, save_every=0, clip=0.0, warmup=0.0), "x")

@@ -228,7 +228,7 @@ def test_kinds_of_tokens():
         (("--data", "missing.txt"), "missing.txt"),
         (("--data", "story.txt", "--vocab", "300", "--token", "zebra"), "zebra"),
         (("--data", "tiny.txt"), "too little text"),
-        (("--steps", "0"), "--steps"),
+        (("--steps", "-1"), "--steps"),
     ],
 )
 def test_bad_input_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
