@@ -63,6 +63,12 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(**GPT2_PRESET))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    if cfg.sentences < 10:
+        fail("--sentences is 10 or more")
+    if not all(np.isfinite(cfg.strengths)) or not cfg.strengths:
+        fail("--strengths are one or more finite numbers")
+    if not cfg.prompt.strip():
+        fail("--prompt is empty: give a few words, such as --prompt 'The capital of France is'")
 
 #%% The model, its text and the SAE, and the gate: nobody pushes along features that do not rebuild the activation
 if __name__ == "__main__":
