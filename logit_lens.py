@@ -26,7 +26,7 @@ from weights import about_bos, answer_token, encode, model_key, open_model, toke
 from data import Corpus, load_corpus
 from launch import flags
 from anatomy import layer_writes, logit_parts, parts_error
-from world import load_world
+from world import judging_rows, load_world
 from lens import (
     CATEGORIES,
     RULES,
@@ -41,6 +41,7 @@ from lens import (
     slug,
     token_texts,
     top_k_of_layers,
+    tuned_learning_rate,
     tuned_lens,
 )
 from llama_block import Llama
@@ -52,6 +53,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 TUNED_TOKENS = 64  # per row that the tuned lens is trained and judged on
+TUNED_ROWS = 64  # that it is judged on
 
 
 #%% The text of the tuned lens: what the model was trained on, where that is known
@@ -62,15 +64,12 @@ def tuned_lens_corpus(model: nn.Module, name: str, bos: bool | None) -> Corpus:
     return load_corpus(tokenizer=name, bos=bos)
 
 
-def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int, split: str) -> Tensor:
-    """
-    (n, TUNED_TOKENS), the same for the same seed. The world's rows are composed afresh for every seed; other text has a
-    split.
-    """
+def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int) -> Tensor:
+    """(n, TUNED_TOKENS) of training text, the same for the same seed."""
     rng = np.random.default_rng(seed)
     if world:
         return corpus.batch(rng, n, TUNED_TOKENS)
-    return t.from_numpy(corpus.rows(rng, n, TUNED_TOKENS, split))
+    return t.from_numpy(corpus.rows(rng, n, TUNED_TOKENS, "train"))
 
 
 def says_layer(layer: float, n_layers: int) -> str:
@@ -177,23 +176,30 @@ if __name__ == "__main__":
     else:
         folder = find_model(cfg.model)
         world = knows_world(model)
+        rate = tuned_learning_rate(model.cfg.d_model)
         corpus = tuned_lens_corpus(model, folder, cfg.bos)
-        key = model_key(folder, [str(model.W_U.dtype), cfg.bos, cfg.seed, TUNED_TOKENS, corpus.key])
+        key = model_key(folder, [str(model.W_U.dtype), cfg.bos, cfg.seed, TUNED_TOKENS, corpus.key, rate])
         translators = tuned_lens(
             model,
-            lambda step: draw_rows(corpus, world, (cfg.seed, step), 16, "train"),
+            lambda step: draw_rows(corpus, world, (cfg.seed, step), 16),
             cfg.tuned_steps,
             Path("checkpoints/tuned_lens") / f"{name}-{key}-{cfg.tuned_steps}.safetensors",
+            rate,
         )
 
 #%% ... judged on rows it was not trained on, beside the logit lens, which is called raw here
 if __name__ == "__main__":
     tuned_scores: dict[str, list[float]] = {}
     if translators is not None:
-        judged_rows = draw_rows(corpus, world, (cfg.seed, 2**31), 32, "heldout")
+        judged_rows = judging_rows(corpus, TUNED_ROWS, TUNED_TOKENS, cfg.seed)
         lenses = {"raw": Lens(model), "tuned": Lens(model, translators=translators)}
-        tuned_scores = judge_lenses(model, lenses, judged_rows)
-        print(tabulate({"after layer": range(n_layers + 1), **tuned_scores}, headers="keys", floatfmt=".3f"))
+        tuned_scores, tuned_intervals = judge_lenses(model, lenses, judged_rows)
+        columns = {"after layer": range(n_layers + 1)}
+        for what, means in tuned_scores.items():
+            ends = tuned_intervals[what]
+            columns[what] = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, (low, high) in zip(means, ends)]
+        print(tabulate(columns, headers="keys", disable_numparse=True))
+        print(f"{gray}means with 95% intervals, bootstrap over {len(judged_rows)} rows that no training saw{endc}")
 
 #%% ... how far each layer is from the model's own distribution, and how well it says the next token, by either lens
 if __name__ == "__main__" and tuned_scores:
@@ -272,6 +278,7 @@ if __name__ == "__main__":
     numbers = {"last_layer_gate_error": gate_error, "layer_writes": writes}
     if tuned_scores:
         numbers["tuned_lens"] = tuned_scores
+        numbers["tuned_lens_intervals"] = tuned_intervals
     if by_head is not None:
         numbers["head_and_mlp_writes"] = by_head.tolist()
     numbers["milestones"] = {what: None if np.isnan(x.item()) else x.item() for what, x in reached.items()}

@@ -10,9 +10,11 @@ from test_lens import CAP, ROWS, logits_by_layer, save_model
 
 import logit_lens as ll
 from anatomy import layer_writes, logit_parts
+from lens import Lens, judge_lenses, tuned_lens
 from llama_block import Llama
 from utils import load_model
 from weights import answer_token, encode
+from world import judging_rows, load_world
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM"])
@@ -67,6 +69,20 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     assert "tuned lens KL" in first.stderr
     assert "tuned lens KL" not in again.stderr  # read back
     assert json.loads((workdir / "results/logit_lens.json").read_text())["tuned_lens"] == tuned
+
+
+def test_the_tuned_lens_converges_on_rows_that_no_training_saw(workdir, monkeypatch, tmp_path):
+    """
+    200 steps on models/world bring layers 0 to 3 below what the tuned-lens package reaches (1.876, 0.927, 0.669, 0.495)
+    on held-out rows.
+    """
+    monkeypatch.chdir(workdir)
+    model = load_model(str(ROOT / "models/world"), (Llama,), "cpu")
+    corpus = load_world()
+    rows = judging_rows(corpus, ll.TUNED_ROWS, ll.TUNED_TOKENS, 0)
+    lens = tuned_lens(model, lambda step: ll.draw_rows(corpus, True, (0, step), 16), 200, tmp_path / "lens.safetensors")
+    scores, _ = judge_lenses(model, {"tuned": Lens(model, translators=lens)}, rows)
+    assert all(kl < package for kl, package in zip(scores["KL, tuned"], (1.876, 0.927, 0.669, 0.495)))
 
 
 def test_a_lens_without_norm_is_warned_of_and_an_answer_can_be_given(run):
