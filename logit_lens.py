@@ -102,6 +102,12 @@ if __name__ == "__main__":
         fail("--prompt is empty: give a few words, such as --prompt 'The capital of Japan is'")
     if cfg.top < 1:
         fail("--top is 1 or more")
+    if cfg.tuned_steps < 0:
+        fail("--tuned-steps is 0 (no tuned lens) or more")
+    if not 0 <= cfg.copy_threshold <= 1:
+        fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
+    if cfg.answer is not None and not cfg.answer.strip():
+        fail("--answer is empty: give a word, or leave it out to follow what the model says")
 
 #%% The model, the prompt as it reads it, and the gate: the last layer's lens is the model's own output everywhere
 if __name__ == "__main__":
