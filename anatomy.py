@@ -119,20 +119,26 @@ def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return W.float()
 
 
-def logit_direction(model: nn.Module, token: int, scale: Tensor) -> Tensor:
+def logit_direction(model: nn.Module, token: int, scale: Tensor, less_mean: bool = False) -> Tensor:
     """
-    (d_model): a write to the final stream, times this, summed, is its part of the token's logit.
+    (d_model): a write to the final stream, times this, summed, is its part of the token's logit; with less_mean, of the
+    logit less the mean logit of all tokens, which leaves out what a write gives to every token alike.
     scale (1): the final norm's, frozen at the position that is asked about.
     """
     column = folded_W_U(model, t.tensor([token], device=scale.device))[:, 0]
+    if less_mean:
+        column = column - folded_W_U(model).mean(1)
     return column / scale
 
 
-def norm_bias_logit(model: nn.Module, token: int) -> Tensor:
+def norm_bias_logit(model: nn.Module, token: int, less_mean: bool = False) -> Tensor:
     """() what the final norm's bias gives the token's logit; 0 for RMSNorm."""
     if not centres(model):
         return model.W_U.new_zeros((), dtype=t.float32)
-    return model.ln_final.bias.float() @ model.W_U[:, token].float()
+    column = model.W_U[:, token].float()
+    if less_mean:
+        column = column - model.W_U.float().mean(1)
+    return model.ln_final.bias.float() @ column
 
 
 def linear_bias_logit(linear: nn.Module, direction: Tensor) -> Tensor:
@@ -173,9 +179,12 @@ def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, posit
 
 
 @t.no_grad()
-def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
+def logit_parts(
+    model: nn.Module, tokens: Tensor, token: int, position: int = -1, less_mean: bool = False
+) -> dict[str, Tensor]:
     """
-    The logit of `token` at one position of tokens (1, pos), and the parts that sum to it:
+    The logit of `token` at one position of tokens (1, pos), with less_mean less the mean logit of all tokens, and the
+    parts that sum to it:
     'embed', 'pos_embed' (): the token's and the position's embedding (pos_embed is 0 where none enters the stream);
     'heads' (layer, head, source): what each head writes from each source position;
     'attn_bias' (layer): the output maps' biases;
@@ -198,7 +207,7 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
     if has_pos:
         names.append("hook_pos_embed")
     logits, cache = run_with_cache(model, tokens, names)
-    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position])
+    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean)
 
     start = cache["resid_pre", 0][0, position].float() @ direction
     positional = direction.new_zeros(())
@@ -214,14 +223,17 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
         for layer in layers
     ]
     mlps = [cache["mlp_out", layer][0, position].float() @ direction for layer in layers]
+    own_logit = logits[0, position, token].float()
+    if less_mean:
+        own_logit = own_logit - logits[0, position].float().mean()
     parts = {
         "embed": start - positional,
         "pos_embed": positional,
         "heads": t.stack(heads),
         "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, direction) for layer in layers]),
         "mlp": t.stack(mlps),
-        "constant": norm_bias_logit(model, token),
-        "logit": logits[0, position, token].float(),
+        "constant": norm_bias_logit(model, token, less_mean),
+        "logit": own_logit,
     }
     if has_neurons:
         neurons = []
@@ -250,9 +262,12 @@ def points(model: nn.Module) -> list[str]:
 
 
 @t.no_grad()
-def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str, float], float]:
+def layer_writes(
+    model: nn.Module, row: list[int], token: int, less_mean: bool = False
+) -> tuple[dict[str, float], float]:
     """
-    What each layer gives the logit of `token` after the row of token ids, and the logit itself, before a soft cap:
+    What each layer gives the logit of `token` after the row of token ids, and the logit itself, before a soft cap; with
+    less_mean, less the mean logit of all tokens:
     ({'embed', 'L0' .., 'constant'}, their sum).
     The final norm's scale is frozen there. Its weight, and whether it centres, are found by asking the module, since
     its attributes are named differently in each architecture: norm(v) - norm(0) is weight * v for v = 1, -1, 1 ...,
@@ -266,6 +281,8 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
 
     weight = (at_signs - at_zero) * signs
     column = model.W_U[:, token].float()
+    if less_mean:
+        column = column - model.W_U.float().mean(1)
     stream = stream.float()
     if t.allclose(at_signs, at_moved, atol=1e-2):  # the norm centres
         stream = stream - stream.mean(-1, keepdim=True)
@@ -273,7 +290,9 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
     along = stream @ (weight * column) * scale
 
     unembed_bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
-    fixed = 0.0 if unembed_bias is None else unembed_bias[token].item()
+    fixed = 0.0
+    if unembed_bias is not None:
+        fixed = (unembed_bias[token] - less_mean * unembed_bias.float().mean()).item()
     writes = {"embed": along[0].item()}
     for layer, write in enumerate(along.diff().tolist()):
         writes[f"L{layer}"] = write

@@ -89,6 +89,7 @@ class Config:
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
     top: int = 5
+    less_mean: bool = True  # writes to the logit less the mean logit of all tokens; --no-less-mean: to the raw logit
     tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each; 0 leaves it out
     seed: int = 0
     device: str = "auto"
@@ -230,13 +231,14 @@ if __name__ == "__main__" and tuned_scores:
 
 #%% Who wrote the answer? Each layer's write in its direction; they sum to the logit
 if __name__ == "__main__":
-    writes, logit = layer_writes(model, row, answer)
+    writes, logit = layer_writes(model, row, answer, cfg.less_mean)
     missed = abs(sum(writes.values()) - logit) / max(1, abs(logit))
     full_precision = next(model.ln_final.parameters()).dtype == t.float32
     assert missed < (1e-4 if full_precision else 5e-2), f"the layers' writes miss the logit by {missed}"
+    of_logit = "logit, less the mean over all tokens, of" if cfg.less_mean else "logit of"
     by_layer = list(writes.values())[1:-1]  # between the embedding and the constant
     as_sum = " + ".join(f"{part} {value:.2f}" for part, value in writes.items())
-    print(f"{cyan}logit of {said!r} {logit:.2f} = {as_sum} (off by {missed:.0e}){endc}")
+    print(f"{cyan}{of_logit} {said!r} {logit:.2f} = {as_sum} (off by {missed:.0e}){endc}")
 
 #%% ... as bars
 if __name__ == "__main__":
@@ -252,7 +254,11 @@ if __name__ == "__main__":
 #%% ... and each head's and MLP's, which with the bias after attention sum to their layer's
 if __name__ == "__main__":
     by_head = None
-    parts = None if is_streamed(model) else logit_parts(model, t.tensor([row], device=device_of(model)), answer)
+    parts = (
+        None
+        if is_streamed(model)
+        else logit_parts(model, t.tensor([row], device=device_of(model)), answer, less_mean=cfg.less_mean)
+    )
     if parts is None:
         print(f"{yellow}heads are not taken apart here: only the stream is hooked{endc}")
     elif parts_error(parts) > 1e-3:
