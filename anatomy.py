@@ -168,20 +168,32 @@ def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return W - W.mean(0) if norm.centres else W
 
 
-def logit_direction(model: nn.Module, token: int, scale: Tensor) -> Tensor:
+def logit_direction(model: nn.Module, token: int, scale: Tensor, less_mean: bool = False) -> Tensor:
     """
-    (d_model): a write to the final stream, times this, summed, is its part of the token's logit.
+    (d_model): a write to the final stream, times this, summed, is its part of the token's logit; with less_mean, of the
+    logit less the mean logit of all tokens, which leaves out what a write gives to every token alike.
     scale (1): the final norm's, frozen at the position that is asked about.
     """
     column = folded_W_U(model, t.tensor([token], device=scale.device))[:, 0]
+    if less_mean:
+        column = column - folded_W_U(model).mean(1)
     return column / scale
 
 
-def constant_logit(model: nn.Module, token: int) -> Tensor:
+def unembed_column(model: nn.Module, token: int, less_mean: bool = False) -> Tensor:
+    """(d_model) of W_U, with less_mean less the mean column of all tokens."""
+    column = model.W_U[:, token].float()
+    return column - model.W_U.float().mean(1) if less_mean else column
+
+
+def constant_logit(model: nn.Module, token: int, less_mean: bool = False) -> Tensor:
     """() what the biases of the final norm and of the unembedding give the token's logit, whatever the stream holds."""
-    constant = final_norm(model).bias @ model.W_U[:, token].float()
-    unembed_bias = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
-    return constant if unembed_bias is None else constant + unembed_bias[token].float()
+    constant = final_norm(model).bias @ unembed_column(model, token, less_mean)
+    b_U = getattr(model.unembed, "b_U", getattr(model.unembed, "bias", None))
+    if b_U is None:
+        return constant
+    constant = constant + b_U[token].float()
+    return constant - b_U.float().mean() if less_mean else constant
 
 
 def linear_bias_logit(linear: nn.Module, direction: Tensor) -> Tensor:
@@ -222,9 +234,12 @@ def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, posit
 
 
 @t.no_grad()
-def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, Tensor]:
+def logit_parts(
+    model: nn.Module, tokens: Tensor, token: int, position: int = -1, less_mean: bool = False
+) -> dict[str, Tensor]:
     """
-    The logit of `token` at one position of tokens (1, pos), and the parts that sum to it:
+    The logit of `token` at one position of tokens (1, pos), with less_mean less the mean logit of all tokens, and the
+    parts that sum to it:
     'embed', 'pos_embed' (): the token's and the position's embedding (pos_embed is 0 where none enters the stream);
     'heads' (layer, head, source): what each head writes from each source position;
     'attn_bias' (layer): the output maps' biases;
@@ -249,8 +264,9 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
         names.append("hook_pos_embed")
     _, cache = run_with_cache(model, tokens, names)
     end = cache[points(model)[-1]][:, position][:, None]
-    logit = model.unembed(model.ln_final(end))[0, 0, token].float()
-    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position])
+    logits = model.unembed(model.ln_final(end))[0, 0].float()
+    logit = logits[token] - logits.mean() if less_mean else logits[token]
+    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean)
     # what attention and the MLP write is multiplied by this, behind a norm of their own
     of_attn = [direction * attn_gain(model, layer, cache["z", layer][0, position]) for layer in layers]
 
@@ -274,7 +290,7 @@ def logit_parts(model: nn.Module, tokens: Tensor, token: int, position: int = -1
         "heads": t.stack(heads),
         "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, of_attn[layer]) for layer in layers]),
         "mlp": t.stack(mlps),
-        "constant": constant_logit(model, token),
+        "constant": constant_logit(model, token, less_mean),
         "logit": logit,
     }
     if has_neurons:
@@ -331,16 +347,19 @@ def points(model: nn.Module) -> list[str]:
 
 
 @t.no_grad()
-def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str, float], float]:
+def layer_writes(
+    model: nn.Module, row: list[int], token: int, less_mean: bool = False
+) -> tuple[dict[str, float], float]:
     """
-    What each layer gives the logit of `token` after the row of token ids, and the logit itself, before a soft cap:
+    What each layer gives the logit of `token` after the row of token ids, and the logit itself, before a soft cap; with
+    less_mean, less the mean logit of all tokens:
     ({'embed', 'L0' .., 'constant'}, their sum).
     The final norm's scale is frozen there.
     """
     _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
     stream = t.stack([cache[name][0, -1] for name in points(model)])  # point d_model
     norm = final_norm(model)
-    column = model.W_U[:, token].float()
+    column = unembed_column(model, token, less_mean)
     at_end = model.ln_final(stream[-1:][None])[0, 0].float()
     stream = stream.float()
     if norm.centres:
@@ -348,7 +367,7 @@ def layer_writes(model: nn.Module, row: list[int], token: int) -> tuple[dict[str
     scale = (at_end - norm.bias).norm() / (norm.weight * stream[-1]).norm()
     along = stream @ (norm.weight * column) * scale
 
-    constant = constant_logit(model, token).item()
+    constant = constant_logit(model, token, less_mean).item()
     writes = {"embed": along[0].item()}
     for layer, write in enumerate(along.diff().tolist()):
         writes[f"L{layer}"] = write

@@ -322,6 +322,7 @@ def read(
     last layer from the model's own logits (require_exact_lens has shown that they are the lens's); against_final keeps
     the asked streams (d_model each) until those are known.
     """
+    k = min(k, model.W_U.shape[1])
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # little padding within a group
     rows_at_once = max(1, batch // len(rows[by_length[-1]]))
     places_of_row: list[list[int]] = [[] for _ in rows]
@@ -460,8 +461,16 @@ def milestones(
 
 
 #%% Training the tuned lens, and judging lenses
+def tuned_learning_rate(d_model: int) -> float:
+    """
+    1e-2 up to a width of 128, and less for wider streams: a step of Adam moves every entry of A by this, and the
+    stream by the sum over its width.
+    """
+    return 1e-2 * min(1.0, 128 / d_model)
+
+
 def tuned_lens(
-    model: nn.Module, batch: Callable[[int], Tensor], steps: int, path: Path, lr: float = 2e-3
+    model: nn.Module, batch: Callable[[int], Tensor], steps: int, path: Path, lr: float | None = None
 ) -> nn.ModuleList:
     """
     Translators of all layers but the last, read back from the path, or trained (by backward_by_layer, whose gradients
@@ -474,7 +483,7 @@ def tuned_lens(
         translators.load_state_dict(load_file(path))
         return translators.requires_grad_(False)
     model.requires_grad_(False)
-    train_translators(model, translators, batch, steps, lr)
+    train_translators(model, translators, batch, steps, lr or tuned_learning_rate(d_model))
     model.requires_grad_(True)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.cpu() for name, x in translators.state_dict().items()}
@@ -518,21 +527,35 @@ def backward_by_layer(model: nn.Module, translators: nn.ModuleList, tokens: Tens
     return mean_kl
 
 
-def judge_lenses(model: nn.Module, lenses: dict[str, Lens], rows: Tensor) -> dict[str, list[float]]:
+def judge_lenses(
+    model: nn.Module, lenses: dict[str, Lens], rows: Tensor, draws: int = 1000
+) -> tuple[dict[str, list[float]], dict[str, list[list[float]]]]:
     """
     By layer, means over all positions of rows (row, pos) but the last: 'KL, <lens>' of the final distribution from the
-    layer's (nats), and 'perplexity, <lens>' of the next token.
+    layer's (nats), and 'perplexity, <lens>' of the next token; and of each its [2.5%, 97.5%] over a bootstrap of rows.
     """
     n_rows, n_positions = rows.shape
     places = list(itertools.product(range(n_rows), range(n_positions - 1)))
     next_tokens = rows[:, 1:].flatten().tolist()
     readings = {name: read(model, lens, rows.tolist(), places, next_tokens) for name, lens in lenses.items()}
+    by_row = {}  # (layer, row)
+    for name, reading in readings.items():
+        by_row[f"KL, {name}"] = reading["kl"].unflatten(1, (n_rows, -1)).mean(2)
+    for name, reading in readings.items():
+        by_row[f"perplexity, {name}"] = (-reading["answer_logp"]).unflatten(1, (n_rows, -1)).mean(2)
+    drawn = t.randint(n_rows, (draws, n_rows), generator=t.Generator().manual_seed(0))
+    ends = t.tensor([0.025, 0.975])
     scores = {}
-    for name, reading in readings.items():
-        scores[f"KL, {name}"] = reading["kl"].mean(1).tolist()
-    for name, reading in readings.items():
-        scores[f"perplexity, {name}"] = (-reading["answer_logp"]).mean(1).exp().tolist()
-    return scores
+    intervals = {}
+    for name, x in by_row.items():
+        mean = x.mean(1)
+        low_high = x[:, drawn].mean(2).quantile(ends, dim=1).T
+        if name.startswith("perplexity"):
+            mean = mean.exp()
+            low_high = low_high.exp()
+        scores[name] = mean.tolist()
+        intervals[name] = low_high.tolist()
+    return scores, intervals
 
 
 #%% The classic picture, layer x position

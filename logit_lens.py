@@ -26,7 +26,7 @@ from weights import about_bos, answer_token, encode, model_key, open_model, toke
 from data import Corpus, load_corpus, refuse_empty
 from launch import flags
 from anatomy import layer_writes, logit_parts, parts_error
-from world import load_world
+from world import judging_rows, load_world
 from lens import (
     CATEGORIES,
     RULES,
@@ -41,6 +41,7 @@ from lens import (
     slug,
     token_texts,
     top_k_of_layers,
+    tuned_learning_rate,
     tuned_lens,
 )
 from llama_block import Llama
@@ -52,6 +53,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 TUNED_TOKENS = 64  # per row that the tuned lens is trained and judged on
+TUNED_ROWS = 64  # that it is judged on
 
 
 #%% The text of the tuned lens: what the model was trained on, where that is known
@@ -62,15 +64,12 @@ def tuned_lens_corpus(model: nn.Module, name: str, bos: bool | None) -> Corpus:
     return load_corpus(tokenizer=name, bos=bos)
 
 
-def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int, split: str) -> Tensor:
-    """
-    (n, TUNED_TOKENS), the same for the same seed. The world's rows are composed afresh for every seed; other text has a
-    split.
-    """
+def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int) -> Tensor:
+    """(n, TUNED_TOKENS) of training text, the same for the same seed."""
     rng = np.random.default_rng(seed)
     if world:
         return corpus.batch(rng, n, TUNED_TOKENS)
-    return t.from_numpy(corpus.rows(rng, n, TUNED_TOKENS, split))
+    return t.from_numpy(corpus.rows(rng, n, TUNED_TOKENS, "train"))
 
 
 def says_layer(layer: float, n_layers: int) -> str:
@@ -90,6 +89,7 @@ class Config:
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
     top: int = 5
+    less_mean: bool = True  # writes to the logit less the mean logit of all tokens; --no-less-mean: to the raw logit
     tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each; 0 leaves it out
     seed: int = 0
     device: str = "auto"
@@ -102,6 +102,12 @@ if __name__ == "__main__":
     refuse_empty(cfg.prompt)
     if cfg.top < 1:
         fail("--top is 1 or more")
+    if cfg.tuned_steps < 0:
+        fail("--tuned-steps is 0 (no tuned lens) or more")
+    if not 0 <= cfg.copy_threshold <= 1:
+        fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
+    if cfg.answer is not None and not cfg.answer.strip():
+        fail("--answer is empty: give a word, or leave it out to follow what the model says")
 
 #%% The model, the prompt as it reads it, and the gate: the last layer's lens is the model's own output everywhere
 if __name__ == "__main__":
@@ -176,23 +182,30 @@ if __name__ == "__main__":
     else:
         folder = find_model(cfg.model)
         world = knows_world(model)
+        rate = tuned_learning_rate(model.cfg.d_model)
         corpus = tuned_lens_corpus(model, folder, cfg.bos)
-        key = model_key(folder, [str(model.W_U.dtype), cfg.bos, cfg.seed, TUNED_TOKENS, corpus.key])
+        key = model_key(folder, [str(model.W_U.dtype), cfg.bos, cfg.seed, TUNED_TOKENS, corpus.key, rate])
         translators = tuned_lens(
             model,
-            lambda step: draw_rows(corpus, world, (cfg.seed, step), 16, "train"),
+            lambda step: draw_rows(corpus, world, (cfg.seed, step), 16),
             cfg.tuned_steps,
             Path("checkpoints/tuned_lens") / f"{name}-{key}-{cfg.tuned_steps}.safetensors",
+            rate,
         )
 
 #%% ... judged on rows it was not trained on, beside the logit lens, which is called raw here
 if __name__ == "__main__":
     tuned_scores: dict[str, list[float]] = {}
     if translators is not None:
-        judged_rows = draw_rows(corpus, world, (cfg.seed, 2**31), 32, "heldout")
+        judged_rows = judging_rows(corpus, TUNED_ROWS, TUNED_TOKENS, cfg.seed)
         lenses = {"raw": Lens(model), "tuned": Lens(model, translators=translators)}
-        tuned_scores = judge_lenses(model, lenses, judged_rows)
-        print(tabulate({"after layer": range(n_layers + 1), **tuned_scores}, headers="keys", floatfmt=".3f"))
+        tuned_scores, tuned_intervals = judge_lenses(model, lenses, judged_rows)
+        columns = {"after layer": range(n_layers + 1)}
+        for what, means in tuned_scores.items():
+            ends = tuned_intervals[what]
+            columns[what] = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, (low, high) in zip(means, ends)]
+        print(tabulate(columns, headers="keys", disable_numparse=True))
+        print(f"{gray}means with 95% intervals, bootstrap over {len(judged_rows)} rows that no training saw{endc}")
 
 #%% ... how far each layer is from the model's own distribution, and how well it says the next token, by either lens
 if __name__ == "__main__" and tuned_scores:
@@ -217,13 +230,14 @@ if __name__ == "__main__" and tuned_scores:
 
 #%% Who wrote the answer? Each layer's write in its direction; they sum to the logit
 if __name__ == "__main__":
-    writes, logit = layer_writes(model, row, answer)
+    writes, logit = layer_writes(model, row, answer, cfg.less_mean)
     missed = abs(sum(writes.values()) - logit) / max(1, abs(logit))
     full_precision = model.W_U.dtype == t.float32
     assert missed < (1e-4 if full_precision else 5e-2), f"the layers' writes miss the logit by {missed}"
+    of_logit = "logit, less the mean over all tokens, of" if cfg.less_mean else "logit of"
     by_layer = list(writes.values())[1:-1]  # between the embedding and the constant
     as_sum = " + ".join(f"{part} {value:.2f}" for part, value in writes.items())
-    print(f"{cyan}logit of {said!r} {logit:.2f} = {as_sum} (off by {missed:.0e}){endc}")
+    print(f"{cyan}{of_logit} {said!r} {logit:.2f} = {as_sum} (off by {missed:.0e}){endc}")
 
 #%% ... as bars
 if __name__ == "__main__":
@@ -241,7 +255,7 @@ if __name__ == "__main__":
     by_head = None
     parts = None
     if has_qkv(model):
-        parts = logit_parts(model, t.tensor([row], device=device_of(model)), answer)
+        parts = logit_parts(model, t.tensor([row], device=device_of(model)), answer, less_mean=cfg.less_mean)
     if parts is None:
         print(f"{yellow}heads are not taken apart here: they are not hooked, or have no values of their own{endc}")
     elif not parts_error(parts) <= 1e-3:
@@ -273,6 +287,7 @@ if __name__ == "__main__":
     numbers = {"last_layer_gate_error": gate_error, "layer_writes": writes}
     if tuned_scores:
         numbers["tuned_lens"] = tuned_scores
+        numbers["tuned_lens_intervals"] = tuned_intervals
     if by_head is not None:
         numbers["head_and_mlp_writes"] = by_head.tolist()
     numbers["milestones"] = {what: None if np.isnan(x.item()) else x.item() for what, x in reached.items()}

@@ -38,7 +38,8 @@ def draw_sentences(n: int, seed: int) -> list[Prompt]:
     rng = Random(seed)
     prompts = []
     for task in FACTS:
-        prompts += rng.sample(fact_prompts(read_countries(), task, True), n)
+        of_task = fact_prompts(read_countries(), task, True)
+        prompts += rng.sample(of_task, min(n, len(of_task)))
     for task in ("ioi", "gender", "agreement"):
         prompts += [DRAW[task](rng, True) for _ in range(n)]
     return prompts

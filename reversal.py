@@ -580,6 +580,10 @@ if __name__ == "__main__":
     set_seed(cfg.seed)
     if not 1 <= cfg.forms <= 11 or cfg.countries < 0 or cfg.top < 1:
         fail("--forms is 1 to 11, --countries 0 (all) or more, --top 1 or more")
+    if cfg.draws < 1:
+        fail("--draws is 1 or more")
+    if not 0 <= cfg.copy_threshold <= 1:
+        fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
 
 #%% Model against model (--models): each analysed unless it is finished, then all in one table
 if __name__ == "__main__" and cfg.models:

@@ -20,6 +20,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
     fail,
     find_folder,
+    full_name,
     gray,
     load_model,
     set_seed,
@@ -251,8 +252,10 @@ def variant[Config: SAEConfig](text: str, cfg: Config) -> Config:
         )
     except ValueError:
         fail(f"{text!r} does not read architecture:sparsity:width:hook, as topk:8:512:blocks.2.hook_resid_pre")
-    counts_features = architecture in ("topk", "own")
-    if new.sparsity <= 0 or (counts_features and not 1 <= new.sparsity <= new.d_sae):
+    counts_features = architecture in ("topk", "batchtopk", "matryoshka", "own")
+    if new.d_sae < 1:
+        fail(f"a SAE of {new.d_sae} features makes no sense: --d-sae is 1 or more")
+    if not 0 < new.sparsity < math.inf or (counts_features and not 1 <= new.sparsity <= new.d_sae):
         fail(f"sparsity {new.sparsity:g} makes no sense for {architecture} of width {new.d_sae}")
     return new
 
@@ -361,7 +364,7 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
     if cfg.architecture == "batchtopk":
         return sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=cfg.sparsity, **common))
     if cfg.architecture == "matryoshka":
-        widths = [max(1, cfg.d_sae // 16), max(2, cfg.d_sae // 4), cfg.d_sae]
+        widths = sorted({max(1, cfg.d_sae // 16), max(1, cfg.d_sae // 4), cfg.d_sae})
         return sae_lens.MatryoshkaBatchTopKTrainingSAE(
             sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(k=cfg.sparsity, matryoshka_widths=widths, **common)
         )
@@ -610,8 +613,9 @@ def model_for(sae, asked: str | None, ours: tuple[type, ...], device: str) -> tu
     name = asked or meta.model_name
     if name is None:
         fail("this SAE does not name its model: give it by --model")
-    if meta.model_name and find_folder(name) != find_folder(meta.model_name):
-        fail(f"this SAE was trained on {meta.model_name}, not on {name}: leave --model out")
+    moved = meta.model_name and meta.model_name.startswith(("/", "~", ".")) and not Path(find_folder(name)).is_dir()
+    if moved and not asked:
+        fail(f"this SAE's model is not at {name} any more: say by --model where it is")
     loading = {key for key, value in (meta.model_from_pretrained_kwargs or {}).items() if value}
     unknown = loading - {*PROCESSING, "dtype", "device", "n_devices"}
     if unknown:
@@ -625,10 +629,40 @@ def model_for(sae, asked: str | None, ours: tuple[type, ...], device: str) -> tu
         model = load_model(find_folder(name), ours, device)
     if meta.weights and meta.weights != fingerprint(model):
         fail(
-            f"this SAE was trained on other weights of {name} ({meta.weights}, here {fingerprint(model)}): "
-            "train it again"
+            f"this SAE was trained on other weights ({meta.weights} of {meta.model_name}) than those of {name} "
+            f"({fingerprint(model)}): give its model by --model, or train it again"
+        )
+    if not meta.weights and meta.model_name and full_name(name) != full_name(meta.model_name):
+        print(
+            f"{yellow}this SAE names {meta.model_name} as its model and keeps no fingerprint of its weights: {name} is "
+            f"taken at your word, and its reconstruction will show it{endc}"
         )
     return model, name
+
+
+def hook_for(sae, asked: str) -> None:
+    """A SAE that does not say where it belongs is put at --hook."""
+    if sae.cfg.metadata.hook_name is None:
+        print(f"{yellow}this SAE does not name its hook: --hook {asked} is taken{endc}")
+        sae.cfg.metadata.hook_name = asked
+
+
+def refuse_settings(cfg: SAEConfig) -> None:
+    """Settings that no SAE can be trained or judged by, in one line each, before anything is loaded."""
+    least = {"d_sae": 1, "steps": 1, "batch": 1, "buffer": 1, "dead_window": 1, "checkpoints": 0, "context": 2}
+    least |= {"heldout": 2, "seed": 0}
+    for field, smallest in least.items():
+        if getattr(cfg, field) < smallest:
+            fail(f"--{field.replace('_', '-')} is {smallest} or more, not {getattr(cfg, field)}")
+    if not 0 < cfg.lr < math.inf:  # nan too
+        fail(f"--lr is above 0, not {cfg.lr}")
+    for field in ("min_recovered", "max_fvu"):
+        if not math.isfinite(getattr(cfg, field)):
+            fail(f"--{field.replace('_', '-')} is a number, not {getattr(cfg, field)}")
+    if cfg.sae and cfg.release:
+        fail("--sae and --release both name a SAE: give one of them")
+    if cfg.sae_id and not cfg.release:
+        fail("--sae-id names a SAE of a release: give --release too")
 
 
 def check_hook(model: nn.Module, hook: str | None) -> None:
@@ -672,8 +706,10 @@ def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject
     --sae or --release decide the model, else the SAE of these settings is trained, or found finished. ours: see
     load_model.
     """
+    refuse_settings(cfg)
     if cfg.sae or cfg.release:
         sae = open_folder(cfg.sae, device) if cfg.sae else open_release(cfg.release, cfg.sae_id, device)
+        hook_for(sae, cfg.hook)
         model, name = model_for(sae, cfg.model, ours, device)
     else:
         name = cfg.model or "models/world"

@@ -10,6 +10,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
     cyan,
     endc,
+    fail,
     gray,
     green,
     orange,
@@ -73,6 +74,8 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(**GPT2_PRESET, variants=(), random_baseline=False))
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
+    if cfg.sentences < 10 or cfg.seeds < 1:
+        fail("--sentences is 10 or more, --seeds 1 or more")
 
 #%% The model, its text and the SAE: trained and opened again, or loaded with what its metadata asks for
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ if __name__ == "__main__":
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     refuse_empty(cfg.prompt)
+    if cfg.sentences < 10:
+        fail("--sentences is 10 or more")
+    if not all(np.isfinite(cfg.strengths)) or not cfg.strengths:
+        fail("--strengths are one or more finite numbers")
 
 #%% The model, its text and the SAE, and the gate: nobody pushes along features that do not rebuild the activation
 if __name__ == "__main__":

@@ -243,7 +243,12 @@ def model_folder(name: str | Path, files: Iterable[str] = (*TOKENIZER_FILES, "*.
 
 def read_json(path: Path) -> dict:
     """What a JSON file of a model's folder says; nothing where there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        fail(f"{path} is corrupt ({error}): fetch it anew")
 
 
 def read_config(name: str) -> dict:
@@ -253,7 +258,7 @@ def read_config(name: str) -> dict:
         path = Path(name) / "config.json"
         if not path.exists():
             fail(f"no config.json in {name}: not a model folder")
-        return json.loads(path.read_text())
+        return read_json(path)
     if name.startswith((".", "/", "~")):
         fail(f"no such model folder: {name}")
     from transformers import PretrainedConfig

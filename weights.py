@@ -77,17 +77,20 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
 
+def open_safetensors(path: Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except Exception as error:
+        fail(f"{path} is corrupt: {error}")
+
+
 def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one by one, from the safetensors files of a folder or hub model."""
     folder = model_folder(str(name))
     for file in weight_files(folder):
         if not (folder / file).is_file():
             fail(f"no {file} in {name}: only safetensors are read")
-        try:
-            tensors = safe_open(folder / file, "pt")
-        except Exception as error:
-            fail(f"{folder / file} is corrupt: {error}")
-        with tensors:
+        with open_safetensors(folder / file) as tensors:
             for key in tensors.keys():  # noqa: SIM118  it is no dict
                 yield key, tensors.get_tensor(key)
 
@@ -260,7 +263,7 @@ def count_parameters(name: str) -> int:
     """From the headers of a folder's or hub model's files."""
     count = 0
     for path in model_folder(name).glob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return count
 

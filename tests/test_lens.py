@@ -330,7 +330,7 @@ def test_the_tuned_lens_improves_every_layer_and_is_read_back(made, tmp_path):
 def test_lenses_are_judged_by_their_mean_kl_and_perplexity(made):
     model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu")
     rows = token_batch(0)
-    scores = ls.judge_lenses(model, {"raw": Lens(model), "tuned": Lens(model)}, rows)
+    scores, intervals = ls.judge_lenses(model, {"raw": Lens(model), "tuned": Lens(model)}, rows)
     assert list(scores) == ["KL, raw", "KL, tuned", "perplexity, raw", "perplexity, tuned"]
     logp = ls.logit_lens(model, rows)[:, :, :-1].log_softmax(-1)  # (layer, row, pos, token)
     kl = (logp[-1].exp() * (logp[-1] - logp)).sum(-1).mean((1, 2))
@@ -338,6 +338,11 @@ def test_lenses_are_judged_by_their_mean_kl_and_perplexity(made):
     perplexity = (-logp.gather(3, next_token)).mean((1, 2, 3)).exp()
     t.testing.assert_close(t.tensor(scores["KL, raw"]), kl, atol=1e-4, rtol=1e-4)
     t.testing.assert_close(t.tensor(scores["perplexity, raw"]), perplexity, atol=1e-3, rtol=1e-3)
+    by_row = (logp[-1].exp() * (logp[-1] - logp)).sum(-1).mean(2)  # (layer, row)
+    half_width = 1.96 * by_row.std(1) / len(rows) ** 0.5
+    ends = t.tensor(intervals["KL, raw"])
+    t.testing.assert_close((ends[:, 1] - ends[:, 0]) / 2, half_width, rtol=0.3, atol=1e-4)
+    assert ((ends[:, 0] <= kl + 1e-5) & (kl <= ends[:, 1] + 1e-5)).all()
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])

@@ -9,10 +9,12 @@ from conftest import ROOT, one_line_error
 from test_lens import CAP, ROWS, logits_by_layer, save_model
 
 import logit_lens as ll
-from anatomy import layer_writes, logit_parts
+from anatomy import layer_writes, logit_parts, parts_error
+from lens import Lens, judge_lenses, tuned_lens
 from llama_block import Llama
 from utils import load_model
 from weights import answer_token, encode
+from world import judging_rows, load_world
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Gemma2ForCausalLM"])
@@ -33,6 +35,26 @@ def test_layer_writes_sum_to_the_logit(tmp_path, name):
         t.testing.assert_close(t.tensor([writes[f"L{i}"] for i in range(3)]), by_layer, atol=1e-3, rtol=1e-3)
 
 
+def test_what_all_tokens_have_in_common_is_left_out_of_the_writes(tmp_path):
+    """The mean logit: the parts still sum exactly, and a shift of every token's column changes nothing."""
+    save_model("LlamaForCausalLM", tmp_path)
+    model = load_model(str(tmp_path), (Llama,), "cpu").requires_grad_(False)
+    row = ROWS[0]
+    logits = model(t.tensor([row]))[0, -1]
+    expected = (logits[37] - logits.mean()).item()
+    writes, logit = layer_writes(model, row, 37, less_mean=True)
+    assert logit == pytest.approx(expected, abs=1e-3)
+    assert sum(writes.values()) == pytest.approx(expected, abs=1e-3)
+    parts = logit_parts(model, t.tensor([row]), 37, less_mean=True)
+    assert parts["logit"].item() == pytest.approx(expected, abs=1e-3)
+    assert parts_error(parts) < 1e-4
+    raw, _ = layer_writes(model, row, 37)
+    model.unembed.weight.data += 0.3 * t.randn(1, 48)
+    shifted, _ = layer_writes(model, row, 37, less_mean=True)
+    assert shifted == pytest.approx(writes, abs=1e-3)
+    assert layer_writes(model, row, 37)[0] != pytest.approx(raw, abs=1e-2)
+
+
 def test_a_milestone_is_said_in_words():
     assert ll.says_layer(3.0, 4) == "after 3 of 4 blocks"
     assert ll.says_layer(float("nan"), 4) == "at no layer"
@@ -48,7 +70,7 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     model = load_model(str(ROOT / "models/world"), (Llama,), "cpu")
     prompt = ll.Config().prompt
     row = t.tensor([encode(model, prompt)])
-    attn_bias = logit_parts(model, row, answer_token(model, prompt, "Tokyo"))["attn_bias"].tolist()
+    attn_bias = logit_parts(model, row, answer_token(model, prompt, "Tokyo"), less_mean=True)["attn_bias"].tolist()
     for layer, parts in enumerate(numbers["head_and_mlp_writes"]):
         # a layer writes what its heads, its MLP and the bias after attention write
         assert sum(parts) + attn_bias[layer] == pytest.approx(numbers["layer_writes"][f"L{layer}"], abs=1e-3)
@@ -67,6 +89,20 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     assert "tuned lens KL" in first.stderr
     assert "tuned lens KL" not in again.stderr  # read back
     assert json.loads((workdir / "results/logit_lens.json").read_text())["tuned_lens"] == tuned
+
+
+def test_the_tuned_lens_converges_on_rows_that_no_training_saw(workdir, monkeypatch, tmp_path):
+    """
+    200 steps on models/world bring layers 0 to 3 below what the tuned-lens package reaches (1.876, 0.927, 0.669, 0.495)
+    on held-out rows.
+    """
+    monkeypatch.chdir(workdir)
+    model = load_model(str(ROOT / "models/world"), (Llama,), "cpu")
+    corpus = load_world()
+    rows = judging_rows(corpus, ll.TUNED_ROWS, ll.TUNED_TOKENS, 0)
+    lens = tuned_lens(model, lambda step: ll.draw_rows(corpus, True, (0, step), 16), 200, tmp_path / "lens.safetensors")
+    scores, _ = judge_lenses(model, {"tuned": Lens(model, translators=lens)}, rows)
+    assert all(kl < package for kl, package in zip(scores["KL, tuned"], (1.876, 0.927, 0.669, 0.495)))
 
 
 def test_a_lens_without_norm_is_warned_of_and_an_answer_can_be_given(run):

@@ -28,7 +28,9 @@ from sae import (
     as_saelens,
     change,
     check_fit,
+    fingerprint,
     fit_sae,
+    hook_for,
     heldout_rows,
     judge,
     key_of,
@@ -362,8 +364,8 @@ def test_a_model_that_does_not_belong_to_the_sae_is_refused_in_one_line(saelens,
     def ask(asked: str | None = None, **metadata):
         model_for(identity_sae(saelens, 16, **metadata), asked, (Llama,), "cpu")
 
-    with pytest.raises(SystemExit, match="trained on .*tiny.*not on gpt2"):
-        ask("gpt2", model_name=folder)
+    with pytest.raises(SystemExit, match="not at /nowhere/gpt2 any more: say by --model"):
+        ask(model_name="/nowhere/gpt2")
     with pytest.raises(SystemExit, match="does not name its model"):
         ask()
     with pytest.raises(SystemExit, match="loaded with attn_implementation"):
@@ -372,6 +374,29 @@ def test_a_model_that_does_not_belong_to_the_sae_is_refused_in_one_line(saelens,
         ask(model_name="nobody/nothing")
     with pytest.raises(SystemExit, match="other weights"):
         ask(model_name=str(ROOT / "models/world"), weights="0")
+
+
+def test_the_weights_decide_whose_sae_it_is_not_the_name(saelens, capsys):
+    """A model that was moved, or is called by another name, is accepted where its files are the same."""
+    world = str(ROOT / "models/world")
+    same = fingerprint(SimpleNamespace(folder=Path(world)))
+    for name in ("/nowhere/world", "gpt2-small"):
+        _, opened = model_for(identity_sae(saelens, 128, model_name=name, weights=same), world, (Llama,), "cpu")
+        assert opened == world
+        with pytest.raises(SystemExit, match="other weights"):
+            model_for(identity_sae(saelens, 128, model_name=name, weights="0"), world, (Llama,), "cpu")
+    assert "at your word" not in capsys.readouterr().out
+    model_for(identity_sae(saelens, 128, model_name="gpt2-small"), world, (Llama,), "cpu")
+    assert "taken at your word" in capsys.readouterr().out
+
+
+def test_a_sae_without_a_hook_takes_the_one_asked_for(saelens):
+    nameless = identity_sae(saelens, 16)
+    hook_for(nameless, HOOK)
+    assert nameless.cfg.metadata.hook_name == HOOK
+    named = identity_sae(saelens, 16, hook_name="blocks.0.hook_resid_pre")
+    hook_for(named, HOOK)
+    assert named.cfg.metadata.hook_name == "blocks.0.hook_resid_pre"
 
 
 def test_a_sae_that_cannot_be_opened_is_answered_in_one_line(tmp_path):
