@@ -49,8 +49,8 @@ OF_DECODERS = {
     "--accumulate 4096": "has no whole row",
     "--prompt=": "--prompt is empty",
     "--model ./nowhere": "nowhere",
-    "--fsdp --data small.txt": "--fsdp shares a model out",
-    "--resume --data small.txt --steps 3": "is corrupt",
+    "--fsdp --data small.txt --prompt two+three": "--fsdp shares a model out",
+    "--resume --data small.txt --steps 3 --prompt two+three": "is corrupt",
 }
 OF_ONE = [
     ("zero_layer", "--ranks 0", "--ranks 0"),
@@ -64,7 +64,7 @@ OF_ONE = [
     ("attn_only", "--model halved", "no model.safetensors"),
     ("tiny_transformer", "--english -1", "--english is -1"),
     ("tiny_transformer", "--d-mlp 0", "--d-mlp is 0"),
-    ("tiny_transformer", "--data small.txt --n-heads 3", "does not divide"),
+    ("tiny_transformer", "--data small.txt --prompt two+three --n-heads 3", "does not divide"),
     ("llama_block", "--rope-base 0", "--rope-base is 0"),
     ("llama_block", "--n-kv-heads 3", "--n-heads 4 is not a multiple of --n-kv-heads 3"),
     ("moe", "--n-experts 0", "--n-experts is 0"),

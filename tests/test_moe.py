@@ -165,7 +165,7 @@ def test_configs_of_the_hub_are_read():
     assert qwen2.qkv_bias is True
     assert qwen2.windows == ()
     assert qwen2.dense == ()
-    words = dict(architectures=["Qwen3MoeForCausalLM"], norm_topk_prob=True, mlp_only_layers=[0])
+    words = dict(architectures=["Qwen3MoeForCausalLM"], norm_topk_prob=True, mlp_only_layers=[0], head_dim=16)
     assert MoE.read_config(qwen | words).dense == (0,)
 
     words = dict(architectures=["OlmoeForCausalLM"], num_experts=8, norm_topk_prob=False)

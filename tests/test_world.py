@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from world import (
     without_facts,
     world_sentences,
 )
-from data import train_bpe
+from data import load_tokenizer, train_bpe
 from llama_block import Llama
 from utils import find_folder, load_model
 
@@ -390,16 +391,24 @@ def test_a_whole_answer_must_be_right(world):
         (None, str(ROOT / "models/world"), "world"),
         (None, "gpt2-small", "stdlib"),
         ("stdlib", "models/world", "stdlib"),
-        ("world", "gpt2-small", "world"),
         ("words.txt", "models/world", "words.txt"),
     ],
 )
 def test_a_model_is_judged_on_the_text_asked_for_else_on_its_own(data, model, chosen, monkeypatch):
-    monkeypatch.setattr("world.load_world", lambda: "the world")
-    monkeypatch.setattr("world.load_corpus", lambda data, tokenizer: (data, tokenizer))
+    the_world = SimpleNamespace(tokenizer=load_tokenizer(ROOT / "models/world"))
+    monkeypatch.setattr("world.load_world", lambda: the_world)
+    monkeypatch.setattr("world.load_corpus", lambda data, tokenizer, bos: (data, tokenizer))
     name, corpus = corpus_for(data, model)
     assert name == chosen
-    assert corpus == ("the world" if chosen == "world" else (chosen, find_folder(model)))
+    assert corpus == (the_world if chosen == "world" else (chosen, find_folder(model)))
+
+
+def test_the_world_is_no_text_for_a_model_with_another_tokenizer(tmp_path, monkeypatch):
+    the_world = SimpleNamespace(tokenizer=load_tokenizer(ROOT / "models/world"))
+    monkeypatch.setattr("world.load_world", lambda: the_world)
+    train_bpe(["one two three"], 270).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(SystemExit, match="--data world is for models that read with its tokenizer"):
+        corpus_for("world", str(tmp_path))
 
 
 def test_unknown_tasks_and_splits_are_refused_in_one_line(world):
