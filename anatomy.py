@@ -259,11 +259,11 @@ def logit_parts(
     if has_neurons:
         sites.append("post")
     names = [act_name(site, layer) for layer in layers for site in sites]
-    names += [act_name("resid_pre", 0), points(model)[-1], "ln_final.hook_scale"]
+    names += [act_name("resid_pre", 0), layer_streams(model)[-1], "ln_final.hook_scale"]
     if has_pos:
         names.append("hook_pos_embed")
     _, cache = run_with_cache(model, tokens, names)
-    end = cache[points(model)[-1]][:, position][:, None]
+    end = cache[layer_streams(model)[-1]][:, position][:, None]
     logits = model.unembed(model.ln_final(end))[0, 0].float()
     logit = logits[token] - logits.mean() if less_mean else logits[token]
     direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean)
@@ -341,7 +341,7 @@ def parts_error(parts: dict[str, Tensor]) -> float:
 
 
 #%% Logit attribution by layer alone, for any model whose stream can be read: each layer's write towards the answer
-def points(model: nn.Module) -> list[str]:
+def layer_streams(model: nn.Module) -> list[str]:
     """The stream after 0, 1, ... n_layers blocks."""
     return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
 
@@ -356,8 +356,8 @@ def layer_writes(
     ({'embed', 'L0' .., 'constant'}, their sum).
     The final norm's scale is frozen there.
     """
-    _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), points(model))
-    stream = t.stack([cache[name][0, -1] for name in points(model)])  # point d_model
+    _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), layer_streams(model))
+    stream = t.stack([cache[name][0, -1] for name in layer_streams(model)])  # point d_model
     norm = final_norm(model)
     column = unembed_column(model, token, less_mean)
     at_end = model.ln_final(stream[-1:][None])[0, 0].float()

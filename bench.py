@@ -27,7 +27,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
 )
-from anatomy import points
+from anatomy import layer_streams
 from hooks import hooks, peak_bytes, run_with_cache
 from interventions import Pairs, draw_pairs, make_metric, sweep
 from launch import flags
@@ -263,7 +263,7 @@ def bench_lens(rounds: int = 5) -> dict:
         def lens_here(x: Tensor, hook: nn.Module) -> None:
             lens(x)
 
-        with hooks(model, [(points(model)[:-1], lens_here)]):
+        with hooks(model, [(layer_streams(model)[:-1], lens_here)]):
             model(tokens)
 
     def answer_position() -> None:
@@ -277,7 +277,7 @@ def bench_lens(rounds: int = 5) -> dict:
 
     def everything() -> list:
         _, cache = run_with_cache(model, tokens)
-        return [lens(cache[name]) for name in points(model)]
+        return [lens(cache[name]) for name in layer_streams(model)]
 
     timed = {"forward": forward, "answer": answer_position, "floor": floor, "all": all_positions}
     measured = {**timed, "all with KL, entropy": all_measures, "everything": everything}

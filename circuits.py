@@ -1,6 +1,7 @@
 """
 Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
 edge attribution and circuits, on our own models and any TransformerBridge.
+The methods are in graph.py: path_patch, plain_eap, plain_eap_ig, and their fast forms edge_patch, eap and eap_ig.
 """
 
 import time
@@ -16,7 +17,16 @@ from hooks import has_qkv
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
-from interventions import UNITS, baselines, in_words, missed_gates, normalised, read_task, sweep_gates
+from interventions import (
+    UNITS,
+    baselines,
+    in_words,
+    missed_gates,
+    normalised,
+    read_task,
+    require_gap,
+    sweep_gates,
+)
 from graph import (
     WANG,
     Graph,
@@ -38,81 +48,6 @@ import plotly.graph_objects as go
 import torch as t
 from tabulate import tabulate
 from torch import Tensor
-
-#%% A circuit drawn: an edge's colour is the input that it enters, its width the score
-EDGE_COLORS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
-
-
-def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
-    """
-    (x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper
-    one.
-    """
-    n_heads = graph.n_heads
-    coordinates = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
-    for layer in range(graph.n_layers):
-        for head in range(n_heads):
-            coordinates[f"L{layer}H{head}"] = (float(head), 2.0 * layer)
-        coordinates[f"L{layer} MLP"] = (n_heads + 0.5, 2.0 * layer + 1)
-    return coordinates
-
-
-def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
-    """The edges kept (writer, receiver) with their scores, shares of the metric; dotted where an edge works against the answer."""
-    fig = go.Figure()
-    for input, color in EDGE_COLORS.items():
-        legend = {"color": color, "width": 4}
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {input}"))
-
-    coordinates = node_coordinates(graph)
-    largest = score[kept].abs().max().item() or 1.0
-    used = {}  # the nodes at an end of some edge
-    for w, r in kept.nonzero().tolist():
-        writer = graph.writers[w]
-        receiver = graph.receiver_names[r]
-        used[writer] = coordinates[writer]
-        value = score[w, r].item()
-        look = {
-            "color": EDGE_COLORS[graph.receivers[r].input],
-            "width": 1 + 7 * abs(value) / largest,
-            "dash": "solid" if value > 0 else "dot",
-        }
-        for receiving_node in graph.fed_by(r):  # several where heads share keys and values
-            used[receiving_node] = coordinates[receiving_node]
-            # the point in the middle is there to hover over
-            x, y = np.linspace(coordinates[writer], coordinates[receiving_node], 3).T
-            fig.add_trace(
-                go.Scatter(
-                    x=x,
-                    y=y,
-                    mode="lines",
-                    opacity=0.6,
-                    line=look,
-                    showlegend=False,
-                    hovertemplate=f"{writer} to {receiver}<br>share of the metric {value:.3f}<extra></extra>",
-                )
-            )
-    x, y = zip(*used.values())
-    fig.add_trace(
-        go.Scatter(
-            x=x,
-            y=y,
-            text=list(used),
-            mode="markers+text",
-            textposition="top center",
-            marker={"size": 16, "color": "#56B4E9"},
-            showlegend=False,
-            hovertemplate="%{text}<extra></extra>",
-        )
-    )
-    layers = range(graph.n_layers)
-    fig.update_layout(
-        title=title,
-        height=260 + 130 * graph.n_layers,
-        xaxis={"title": "head; at the right the MLP", "tickvals": list(range(graph.n_heads))},
-        yaxis={"title": "layer", "tickvals": [2 * l for l in layers], "ticktext": [f"L{l}" for l in layers]},
-    )
-    return fig
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
@@ -175,7 +110,7 @@ test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 few_clean, few_corrupt = baselines(model, few, metric, cfg.memory_gb)
 faithfulness_of = partial(normalised, clean=clean, corrupt=corrupt)
 test_faithfulness_of = partial(normalised, clean=test_clean, corrupt=test_corrupt)
-faithfulness_of(clean)  # refuses equal metrics
+require_gap(clean, corrupt)
 gap = (clean.mean() - corrupt.mean()).item()  # figures show shares of it
 few_gap = (few_clean.mean() - few_corrupt.mean()).item()
 
@@ -381,7 +316,7 @@ for method, (value, low, high) in areas.items():
         f"pairs){endc}"
     )
 
-#%% ... as curves of what is kept against edges kept, and drawn edge by edge
+#%% ... as curves of what is kept against edges kept
 fig = line(
     faithfulness_by_share,
     title=f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; 0 = corrupt, 1 = clean)",
@@ -389,14 +324,94 @@ fig = line(
     ylabel="share of the metric kept",
     x=shares,
     markers=True,
-    dashed=[name for name in faithfulness_by_share if not name.startswith("EAP")],
+    dashed=[name for name in faithfulness_by_share if name.startswith(("magnitude", "random", "all but"))],
 )
 show(fig, "circuits/faithfulness")
+
+#%% ... and drawn edge by edge: an edge's colour is the input that it enters, its width the score
+EDGE_COLORS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
+
+
+def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
+    """
+    (x, y) of the embedding, every head, every MLP and the logits: two units of height per layer, the MLP in the upper
+    one.
+    """
+    n_heads = graph.n_heads
+    coordinates = {"embed": (n_heads / 2, -1.0), "logits": (n_heads / 2, 2.0 * graph.n_layers)}
+    for layer in range(graph.n_layers):
+        for head in range(n_heads):
+            coordinates[f"L{layer}H{head}"] = (float(head), 2.0 * layer)
+        coordinates[f"L{layer} MLP"] = (n_heads + 0.5, 2.0 * layer + 1)
+    return coordinates
+
+
+def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
+    """The edges kept (writer, receiver) with their scores; dotted where an edge works against the answer."""
+    fig = go.Figure()
+    for input, color in EDGE_COLORS.items():
+        legend = {"color": color, "width": 4}
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {input}"))
+
+    coordinates = node_coordinates(graph)
+    largest = score[kept].abs().max().item() or 1.0
+    used = {}  # the nodes at an end of some edge
+    for w, r in kept.nonzero().tolist():
+        writer = graph.writers[w]
+        receiver = graph.receiver_names[r]
+        used[writer] = coordinates[writer]
+        value = score[w, r].item()
+        look = {
+            "color": EDGE_COLORS[graph.receivers[r].input],
+            "width": 1 + 7 * abs(value) / largest,
+            "dash": "solid" if value > 0 else "dot",
+        }
+        for receiving_node in graph.fed_by(r):  # several where heads share keys and values
+            used[receiving_node] = coordinates[receiving_node]
+            # the point in the middle is there to hover over
+            x, y = np.linspace(coordinates[writer], coordinates[receiving_node], 3).T
+            fig.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    mode="lines",
+                    opacity=0.6,
+                    line=look,
+                    showlegend=False,
+                    hovertemplate=f"{writer} to {receiver}<br>score {value:.3f}<extra></extra>",
+                )
+            )
+    x, y = zip(*used.values())
+    fig.add_trace(
+        go.Scatter(
+            x=x,
+            y=y,
+            text=list(used),
+            mode="markers+text",
+            textposition="top center",
+            marker={"size": 16, "color": "#56B4E9"},
+            showlegend=False,
+            hovertemplate="%{text}<extra></extra>",
+        )
+    )
+    layers = range(graph.n_layers)
+    fig.update_layout(
+        title=title,
+        height=260 + 130 * graph.n_layers,
+        xaxis={"title": "head; at the right the MLP", "tickvals": list(range(graph.n_heads))},
+        yaxis={"title": "layer", "tickvals": [2 * l for l in layers], "ticktext": [f"L{l}" for l in layers]},
+    )
+    return fig
+
+
 title = (
     f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by "
     f"{cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
 )
-show(draw_circuit(graph, circuit, ranking[cfg.rank_by] / gap, title), "circuits/circuit")
+score = ranking[cfg.rank_by]
+if cfg.rank_by.startswith("EAP"):
+    score = score / gap  # what an edge carries, as a share of the metric
+show(draw_circuit(graph, circuit, score, title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
 save_results("circuits", cfg, **numbers)

@@ -365,7 +365,7 @@ def make_metric(pairs: Pairs, metric: str, clean_logits: Tensor | None = None) -
     fn(logits (row, d_vocab), pair (row)) -> (row): the metric of rows that are runs of these pairs. metric:
     logit_diff (answer - wrong), log_prob of the answer in nats, or kl, the divergence from clean_logits (pair,
     d_vocab) in nats. A difference of two log-probabilities is logit_diff: the normaliser cancels. A new metric is a
-    function here and a name in the stories' --metric.
+    function here, its line below, its unit in UNITS, and its name in the stories' --metric.
     """
 
     def logit_diff(logits: Tensor, pair: Tensor) -> Tensor:
@@ -396,13 +396,19 @@ def chosen(values: Tensor, ids: Tensor) -> Tensor:
 
 def normalised(values: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
     """Means over the last axis (pair), on the CPU, as a share of the way from corrupt (0) to clean (1)."""
+    gap = require_gap(clean, corrupt)
+    return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
+
+
+def require_gap(clean: Tensor, corrupt: Tensor) -> float:
+    """The mean metric of clean runs less that of corrupt runs, by which all is normalised; none ends the program."""
     gap = (clean.mean() - corrupt.mean()).item()
-    if abs(gap) < 1e-6:
+    if not abs(gap) >= 1e-6:
         fail(
             "clean and corrupt give the same metric, so there is nothing to normalise by: choose pairs whose answers "
             "differ"
         )
-    return ((values.mean(-1) - corrupt.mean()) / gap).cpu()
+    return gap
 
 
 @t.no_grad()

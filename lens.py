@@ -23,7 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from plots import imshow, label_tokens, plain, visible
 from hooks import device_of, hooks, in_batches, logit_multiplier, run_with_cache
 from weights import token_text
-from anatomy import points
+from anatomy import layer_streams
 
 import plotly.graph_objects as go
 import torch as t
@@ -62,7 +62,7 @@ def logit_lens(model: nn.Module, tokens: Tensor) -> Tensor:
     Logits (layer, row, pos, token) after 0 .. n_layers blocks, of tokens (row, pos); the last layer's are the model's
     own. nostalgebraist 2020.
     """
-    streams = points(model)
+    streams = layer_streams(model)
     _, cache = run_with_cache(model, tokens, streams)
     by_layer = []
     for stream in streams:
@@ -88,7 +88,7 @@ def tuned_lens_loss(model: nn.Module, translators: nn.ModuleList, tokens: Tensor
     that is read off the translated stream, mean over the positions of tokens (row, pos). All layers but the last.
     Belrose et al. 2023, section 3.
     """
-    streams = points(model)[:-1]
+    streams = layer_streams(model)[:-1]
     logits, cache = run_with_cache(model, tokens, streams)
     final = logits.float().log_softmax(-1)
     by_layer = []
@@ -140,7 +140,7 @@ def require_exact_lens(model: nn.Module, rows: list[list[int]]) -> float:
             f"a projection stands between the stream ({model.cfg.d_model} wide) and the unembedding "
             f"({model.W_U.shape[0]}), as in OPT-350m: no lens is read; patching.py takes this model"
         )
-    last_stream = points(model)[-1]
+    last_stream = layer_streams(model)[-1]
     lens = Lens(model)
     for row in rows:
         logits, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), last_stream)
@@ -248,7 +248,7 @@ class LensPass:
         self.lens = lens
         self.k = k
         self.against_final = against_final
-        self.streams = points(model)
+        self.streams = layer_streams(model)
         self.last = len(self.streams) - 1
         device = device_of(model)
         width = max(map(len, rows))
@@ -351,7 +351,7 @@ def read(
         return asked, lens_pass.run()
 
     order: list[int] = []
-    pieces: list[list[dict[str, Tensor]]] = [[] for _ in points(model)]
+    pieces: list[list[dict[str, Tensor]]] = [[] for _ in layer_streams(model)]
     for asked, found in in_batches(read_group, by_length, rows_at_once, "lens"):
         order += asked
         for all_pieces, new_pieces in zip(pieces, found):
@@ -515,7 +515,7 @@ def backward_by_layer(model: nn.Module, translators: nn.ModuleList, tokens: Tens
     The gradients of tuned_lens_loss, and its mean over layers; one backward per layer, so that one layer's logits are
     in memory at a time.
     """
-    streams = points(model)[:-1]
+    streams = layer_streams(model)[:-1]
     lens = Lens(model, translators=translators)
     logits, cache = run_with_cache(model, tokens, streams)
     final = logits.float().log_softmax(-1)

@@ -1,6 +1,8 @@
 """
 Logit lens: what does a model believe after every layer? Read through its own final norm and unembedding, through a
 tuned lens, and taken apart into what each layer and head wrote.
+The methods are lens.logit_lens, its fast form lens.read, lens.tuned_lens_loss and anatomy.logit_parts. At another place
+of a block than its end: run_with_cache there, then Lens(model)(cache[name]).
 """
 
 from dataclasses import dataclass

@@ -164,6 +164,7 @@ class SparseMoE(nn.Module):
         """The chosen experts of each token and their weights, (batch, pos, k) both."""
         router_logits = self.hook_router_logits(self.router(x))  # (batch, pos, expert)
         probs = router_probs(router_logits)
+        # noise or another rule goes here, not into choose_experts, which the loss and dense_moe call again
         indices = self.hook_expert_indices(choose_experts(probs, self.top_k))
         weights = probs.gather(-1, indices)
         if self.norm_topk:
@@ -573,7 +574,7 @@ if __name__ == "__main__":
     # Of the sparse layers, as indices into model.sparse and layers: the 8 at most that figures show, and the 4 at most
     # of them that tables show and whose experts are changed
     panels = sorted({int(i) for i in np.linspace(0, len(layers) - 1, 8)})
-    few = panels[:: math.ceil(len(panels) / 4)]
+    few_layers = panels[:: math.ceil(len(panels) / 4)]
 
 #%% Training, its load watched
 if __name__ == "__main__" and not cfg.model:
@@ -767,7 +768,7 @@ if __name__ == "__main__":
     where = load_by_group - load[..., None]  # (layer, expert, group)
     seen = np.bincount(ids.ravel(), minlength=len(names))
     preferred = []
-    for i in sorted({few[0], few[-1]}):
+    for i in sorted({few_layers[0], few_layers[-1]}):
         for expert in load[i].argsort()[::-1][:8]:
             share = first_choice_share(chosen[i, ..., 0], ids, expert, len(names))
             best = np.lexsort((-seen, -share))[:10]
@@ -780,13 +781,13 @@ if __name__ == "__main__":
 #%% ... as a map of experts and kinds of token
 if __name__ == "__main__":
     fig = imshow(
-        where[few].reshape(-1, len(groups)),
+        where[few_layers].reshape(-1, len(groups)),
         "Where each kind of token goes: share of its choices minus the expert's load "
         f"({about}; n = {ids.size} held-out tokens)",
         xlabel="tokens",
         ylabel="expert",
         x=[f"{name} ({mask.sum()})" for name, mask in groups.items()],
-        y=[layers[i] + expert for i in few for expert in experts],
+        y=[layers[i] + expert for i in few_layers for expert in experts],
         value="share - load",
     )
     show(fig, "moe/who_goes_where")
@@ -814,11 +815,11 @@ if __name__ == "__main__":
     table = []
     for position, token in enumerate(said[:24]):
         row = [f"{position} {visible(token)}"]
-        for i in few:
+        for i in few_layers:
             choices = zip(prompt_experts[i, position].tolist(), prompt_weights[i, position].tolist())
             row.append(" ".join(f"E{expert:.0f}:{weight:.2f}" for expert, weight in choices))
         table.append(row)
-    print(tabulate(table, headers=["token", *(f"{layers[i]}: experts and weights" for i in few)]))
+    print(tabulate(table, headers=["token", *(f"{layers[i]}: experts and weights" for i in few_layers)]))
 
 #%% ... as maps of experts and tokens
 if __name__ == "__main__":
@@ -860,7 +861,7 @@ if __name__ == "__main__":
     effect_columns = [*sources, "its own tokens", "all"]
     effects = {}
     scattered = {}
-    for i in few:
+    for i in few_layers:
         layer = model.sparse[i]
         with t.no_grad():
             enter = {"start_at_layer": layer, "resid": model(rows, stop_at_layer=layer)}

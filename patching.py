@@ -1,6 +1,7 @@
 """
 Which activations cause the answer? Activation patching, causal tracing, attention knock-out and ablations, on our own
 models and any TransformerBridge.
+The methods are in interventions.py: activation_patch and its fast form sweep, causal_trace, attention_knock_out, ablate.
 """
 
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from interventions import (
     normalised,
     position_masks,
     read_task,
+    require_gap,
     sweep,
     sweep_gates,
 )
@@ -121,7 +123,7 @@ clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
 test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 restored = partial(normalised, clean=clean, corrupt=corrupt)
 test_restored = partial(normalised, clean=test_clean, corrupt=test_corrupt)
-restored(clean)  # refuses equal metrics
+require_gap(clean, corrupt)
 gates = sweep_gates(model, few, metric, cfg.memory_gb)
 worst_gate = max(gates.values())
 numbers |= {"clean": clean.mean().item(), "corrupt": corrupt.mean().item(), "gates": gates}

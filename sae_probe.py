@@ -1,6 +1,8 @@
 """
 Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged,
 probed for known concepts, and read as a page.
+The methods are sae.sae_loss (the objective of --architecture own; the default's is SAELens's batchtopk), sae.judge and
+probes.run_probes. A concept of your own: labelled.concepts["mine"] = Concept(...), after it is labelled below.
 """
 
 import re
@@ -139,7 +141,8 @@ if __name__ == "__main__":
     residual = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
     residual.append(act_name("resid_post", last_layer))
     layer = int(re.search(r"\d+", hook)[0]) if "blocks" in hook else last_layer
-    neurons = act_name("post", max(0, layer - 1) if "pre" in hook else layer)  # the last that write into the hook
+    # those of the MLP that wrote last before the hook (of its own layer where the hook stands inside a block)
+    neurons = act_name("post", max(0, layer - 1) if "pre" in hook else layer)
     wanted = [*residual, hook]
     if neurons in hook_points(model):
         wanted.insert(-1, neurons)
@@ -159,7 +162,7 @@ if __name__ == "__main__":
 #%% Which concept has a feature of its own, how many features it takes, and what a whole layer or nothing would say
 if __name__ == "__main__":
     dense = {place: array(found[place]) for place in residual if place != hook}
-    dense[hook] = array(found[hook])
+    dense[hook] = array(found[hook])  # last: its labels are the ones that run_probes shuffles
     probes = {}
     for name, concept in tqdm(labelled.concepts.items(), desc="probes", **BAR):
         runs = [run_probes(concept, sources, dense, cfg.seed + s) for s in range(cfg.seeds)]

@@ -163,7 +163,7 @@ def test_the_engine_equals_the_plain_logit_lens(made, name):
 @t.no_grad()
 def test_the_engine_keeps_the_streams_cosine_with_the_last(made):
     model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu")
-    streams = ls.points(model)
+    streams = ls.layer_streams(model)
     _, cache = ls.run_with_cache(model, t.tensor([ROWS[0]]), streams)
     expected = [t.cosine_similarity(cache[stream][0], cache[streams[-1]][0], dim=-1) for stream in streams]
     found = read(model, Lens(model), ROWS[:1], PLACES[:12], ANSWERS[:12], chunk=5)
