@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -64,12 +65,20 @@ def write_plotly(folder: Path) -> None:
     write_aside(file, lambda aside: aside.write_bytes(wanted))
 
 
+def in_lines(title: str, width: int = 120) -> list[str]:
+    """A title that is longer than a figure is wide, in several lines."""
+    return [line for part in title.split("<br>") for line in textwrap.wrap(part, width, break_long_words=False)]
+
+
 def show(fig: go.Figure, name: str) -> None:
     """
     name is 'script/figure'. A notebook shows it; a script writes figs/script/figure.html, with one plotly.min.js per
     folder.
     """
-    fig.update_layout(template="plotly_white", colorway=COLORS, margin={"t": 90}, title={"font": {"size": 16}})
+    title = in_lines(fig.layout.title.text or "")
+    room = {"t": 70 + 20 * len(title)}
+    fig.update_layout(template="plotly_white", colorway=COLORS, margin=room)
+    fig.update_layout(title={"text": "<br>".join(title), "font": {"size": 16}})
     board = wandb_run()
     if board:
         board.log({name: fig})

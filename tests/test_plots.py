@@ -117,3 +117,17 @@ def test_a_title_can_hold_the_name_of_a_place_and_a_long_text_is_cut(capsys):
     assert page.count("const page = {") == 1
     assert len(json.loads(re.search("const page = (.*);", page)[1])["tokens"]) == 256
     assert "the first 256" in capsys.readouterr().out
+
+
+def test_a_title_longer_than_the_figure_is_wide_goes_on_in_another_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    title = "Ablation: share of the metric lost, " * 6
+    fig = line({"a": [1, 2]}, title, xlabel="x", ylabel="y")
+    show(fig, "story/long")
+    lines = fig.layout.title.text.split("<br>")
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= 120
+    assert " ".join(lines) == title.strip()
+    short = line({"a": [1, 2]}, "Short", xlabel="x", ylabel="y")
+    show(short, "story/short")
+    assert short.layout.title.text == "Short"
