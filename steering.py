@@ -19,7 +19,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
 )
 from plots import bar, label_tokens, line, show, visible
-from hooks import run_with_hooks
+from hooks import replace_input, run_with_hooks
 from data import refuse_empty, str_tokens
 from launch import flags
 from world import Labelled, Prompt, fact_prompts, read_countries
@@ -173,19 +173,25 @@ class ContinentQuestions:
         """
         said = t.empty(len(self), len(self.words), device=self.right.device)
         for asked, continents in self.passes:
-            edit = put(lambda x: x + delta(x) * asked.places)  # noqa: B023  used within this turn
-            logits = run_with_hooks(self.model, asked.tokens, [(self.hook, edit)])
+            longest = max(self.words[i].shape[1] for i in continents)
+            log_p = self.log_p_after(asked, longest, delta)
             for i in continents:
-                said[:, i] = self.log_p(logits, asked.last, self.words[i])
+                words = self.words[i]
+                by_token = log_p[:, : words.shape[1]].gather(2, words.clamp(min=0)[..., None])[..., 0]
+                said[:, i] = by_token.masked_fill(words < 0, 0.0).sum(1)
         return said - said.gather(1, self.right[:, None])
 
-    def log_p(self, logits: Tensor, last: Tensor, words: Tensor) -> Tensor:
-        """(prompt) of words (prompt, token), the first of which is said at position `last`."""
-        places = last[:, None] + t.arange(words.shape[1], device=last.device)
-        places = places.clamp(max=logits.shape[1] - 1)  # beyond the end nothing is said
-        at_word = logits[t.arange(len(words))[:, None], places].float().log_softmax(-1)
-        by_token = at_word.gather(2, words.clamp(min=0)[..., None])[..., 0]
-        return by_token.masked_fill(words < 0, 0.0).sum(1)
+    def log_p_after(self, asked: Asked, n: int, delta: Callable[[Tensor], Tensor]) -> Tensor:
+        """Log-probabilities (prompt, n, d_vocab) where a word is said, whose positions alone are unembedded."""
+        prompt = t.arange(len(self), device=asked.last.device)[:, None]
+        places = asked.last[:, None] + t.arange(n, device=asked.last.device)
+        places = places.clamp(max=asked.tokens.shape[1] - 1)  # beyond the end nothing is said
+        undo = replace_input(self.model.unembed, lambda x: x[prompt, places])
+        try:
+            edit = put(lambda x: x + delta(x) * asked.places)
+            return run_with_hooks(self.model, asked.tokens, [(self.hook, edit)]).float().log_softmax(-1)
+        finally:
+            undo()
 
 
 def require_telling_words(plain: Tensor) -> None:
