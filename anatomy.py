@@ -211,9 +211,12 @@ def per_head(x: Tensor, n_heads: int) -> Tensor:
 
 #%% Direct logit attribution (Elhage et al. 2021): with the final norm's scale frozen, the logit is linear in each write
 @t.no_grad()
-def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, position: int = -1) -> dict[str, float]:
+def direct_logit_attribution(
+    model: nn.Module, tokens: Tensor, token: int, position: int = -1, less_mean: bool = False
+) -> dict[str, float]:
     """
-    What each write to the stream gives the logit of `token` at one position of tokens (1, pos); they sum to the logit.
+    What each write to the stream gives the logit of `token` (less_mean: less the mean over all tokens) at one position
+    of tokens (1, pos); they sum to the logit.
     {'embed' (positions included), 'L0 attn', 'L0 mlp', 'L1 attn' ..., 'constant' (constant_logit)}.
     The plain form; logit_parts takes the writes further apart.
     """
@@ -224,12 +227,12 @@ def direct_logit_attribution(model: nn.Module, tokens: Tensor, token: int, posit
         names[f"L{layer} mlp"] = act_name("mlp_out", layer)
     _, cache = run_with_cache(model, tokens, [*names.values(), "ln_final.hook_scale"])
 
-    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position])
+    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean)
     parts = {}
     for part, name in names.items():
         write = cache[name][0, position].float()
         parts[part] = einsum(write, direction, "d_model, d_model ->").item()
-    parts["constant"] = constant_logit(model, token).item()
+    parts["constant"] = constant_logit(model, token, less_mean).item()
     return parts
 
 
@@ -730,7 +733,17 @@ def fold_norm[Model: nn.Module](model: Model) -> Model:
     return folded
 
 
-#%% Attention maps through the feed-forward block (Kobayashi et al. 2021, 2024): each source in a position's stream
+#%% Norm-based maps (Kobayashi et al. 2021, 2024): each source in a position's stream, through attention and the MLP
+def mixing_ratio(by_source: Tensor) -> Tensor:
+    """
+    Share (query) of a stream that comes from other positions, of what each key brings to each query (query, key,
+    d_model): ||sum of the others|| / (that + ||own||) (Kobayashi et al. 2021). The first query has no others: 0.
+    """
+    own = by_source.diagonal(dim1=0, dim2=1).T  # (query, d_model)
+    others_norm = (by_source.sum(1) - own).norm(dim=-1)
+    return others_norm / (others_norm + own.norm(dim=-1))
+
+
 def mlp_readers(mlp: nn.Module) -> list[nn.Linear]:
     """The maps whose outputs the activation takes: one, or gate and input."""
     return [mlp.gate, mlp.inp] if hasattr(mlp, "gate") else [mlp.inp]
@@ -768,6 +781,7 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
     'attn_res_norm': attn_res after ln2, its scale frozen;
     'ff': what goes on through the MLP;
     'ff_res': attn_res + ff, added as vectors;
+    'mixing_attn_res', 'mixing_ff_res' (query): the mixing_ratio of these;
     'weighted' (head, query, key): ||alpha f(x)||;
     'error' (): how far all sources + biases miss the model's own resid_post, relative to its largest entry.
     Through the activation, each source's share is its integrated gradient on the straight path from the biases alone to
@@ -830,13 +844,9 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
             "weighted": by_head,
         }
         norms = {name: vectors.norm(dim=-1) for name, vectors in maps.items()}
+        norms["mixing_attn_res"] = mixing_ratio(maps["attn_res"])
+        norms["mixing_ff_res"] = mixing_ratio(maps["ff_res"])
     return norms | {"error": error}
-
-
-def mixing(norms: Tensor) -> float:
-    """Share of a map (query, key) that lies off the diagonal, mean over queries but the first."""
-    own = norms.diagonal() / norms.sum(1)
-    return (1 - own)[1:].mean().item()
 
 
 #%% Activations, harvested at any hook, heads side by side

@@ -19,6 +19,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     pick_device,
     purple,
     save_results,
+    seed_of,
     set_seed,
     write_aside,
     yellow,
@@ -37,6 +38,7 @@ from anatomy import (
     heads_of_role,
     known_tokens,
     listening_gap,
+    mixing_ratio,
     random_repeats,
     repeated_tokens,
     which_bar,
@@ -428,7 +430,7 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
     'weighted' (head, query, key): ||alpha f(x)||;
     'block' (query, key): ||sum over heads of alpha f(x), + x where key = query||;
     'normed' (query, key): 'block' after the next norm, its scale frozen;
-    'mixing' (query): share of the block's output from other positions, ||sum of the others|| / (that + ||own||).
+    'mixing' (query): share of the block's output that comes from other positions (anatomy.mixing_ratio).
     anatomy.ff_maps goes on through the MLP that these models do not have, and needs its norm.
     """
     last = layer + 1 == model.cfg.n_layers
@@ -448,8 +450,6 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
     )
     stays = t.diag_embed(x.T).permute(1, 2, 0)  # (query, key, d_model): x where key = query
     block = moved.sum(0) + stays
-    own = block.diagonal(dim1=0, dim2=1).T  # (query, d_model)
-    others_norm = (block.sum(1) - own).norm(dim=-1)  # (query)
     block_norm = block.norm(dim=-1)  # (query, key)
     scale = cache[next_scale][0] if model.cfg.norm == "rms" else 1.0  # (query, 1)
     return {
@@ -457,7 +457,7 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
         "weighted": moved.norm(dim=-1),
         "block": block_norm,
         "normed": block_norm / scale,
-        "mixing": others_norm / (others_norm + own.norm(dim=-1)),
+        "mixing": mixing_ratio(block),
     }
 
 
@@ -871,7 +871,9 @@ if __name__ == "__main__" and n_layers == 2:
 
 #%% The path: previous-token head -> key of the induction head, seen by patching one input at a time
 if __name__ == "__main__" and n_layers == 2:
-    other = repeated_tokens(len(repeats), half, known_tokens(corpus), corpus.bos, cfg.seed + 1).to(device)
+    other = repeated_tokens(len(repeats), half, known_tokens(corpus), corpus.bos, seed_of(cfg.seed, "other tokens")).to(
+        device
+    )
     corrupt = t.cat([other[:, :-half], repeats[:, -half:]], 1)
     lost, clean_log_prob, corrupt_log_prob = path_patch(model, repeats, corrupt, half)
     shares = t.stack(list(lost.values()))  # (query key value, sender, receiver)
@@ -1028,7 +1030,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     norms = [norm_based(model, prompt, layer) for layer in range(n_layers)]
     patterns = t.cat([of_layer["attention"] for of_layer in norms])  # (head of any layer, query, key)
-    numbers["mixing_ratio"] = [of_layer["mixing"].mean().item() for of_layer in norms]
+    numbers["mixing_ratio"] = [of_layer["mixing"][1:].mean().item() for of_layer in norms]
     mixed = ", ".join(f"layer {layer} {share:.2f}" for layer, share in enumerate(numbers["mixing_ratio"]))
     print(f"{cyan}share of a layer's output that comes from other positions: {mixed}{endc}")
 

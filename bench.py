@@ -389,6 +389,7 @@ class Config:
     only: tuple[Literal["training", "patching", "lens", "streaming"], ...] = PARTS  # what to measure
     memory_gb: float = 1.0  # cap on the activations of a patching sweep
     gigabytes: float = 2.0  # size of the random checkpoint that is streamed
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: int = 0
     device: str = "auto"
 

@@ -157,7 +157,7 @@ class Config:
 
 
 if __name__ == "__main__":
-    cfg = flags(Config, __doc__, hpc=Config(model="Qwen/Qwen3-8B", dtype="bfloat16"))
+    cfg = flags(Config, __doc__, hpc=Config(model="Qwen/Qwen3-8B", dtype="bfloat16"), shares_results=False)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     if cfg.chat_tokens < 1:

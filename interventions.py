@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from utils import BRIEF, endc, fail, yellow  # first: sets OpenMP's variables before torch is loaded
+from utils import BRIEF, endc, fail, seed_of, yellow  # first: sets OpenMP's variables before torch is loaded
 from hooks import (
     act_name,
     blocks_of,
@@ -28,7 +28,7 @@ from hooks import (
 )
 from layers import next_token_loss
 from weights import encode, token_text
-from world import DRAW, Prompt, fact_prompts, read_countries
+from world import DRAW, ENTITIES, Prompt, fact_prompts, read_countries
 
 import torch as t
 import torch.nn as nn
@@ -196,26 +196,26 @@ def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Ten
 
 
 #%% Where pairs come from: drawn from a task, read from a file, or typed in
-def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
+def draw_pairs(model: nn.Module, task: str, n: int, seed: int, role: Literal["any", "find", "test"] = "any") -> Pairs:
     """
     n pairs of a task whose texts and answers fit the model's tokenizer; names, nouns and years in combinations held
-    out of models/world's training.
+    out of models/world's training. Pairs to find something on and pairs to test it on share no entity (name, noun,
+    country), in any run of one seed.
     """
-    rng = Random(seed)
+    rng = Random(seed_of(seed, role))
     facts = []
     if task == "capitals":
         facts = [fact for fact in fact_prompts(read_countries(), "forward") if fact.taught]
+    entities = sorted({fact.about[0] for fact in facts}) or ENTITIES[task]
+    allowed = entities_for(role, entities, seed)
     rows = []
     for _ in range(100 * n):
         if len(rows) == n:
             break
-        if task == "capitals":
-            row = draw_two_facts(rng, facts)
-        else:
-            prompt = DRAW[task](rng, True)
-            row = (prompt.text, prompt.corrupt, prompt.answer, prompt.wrong)
+        prompt = draw_two_facts(rng, facts) if facts else DRAW[task](rng, True)
+        row = (prompt.text, prompt.corrupt, prompt.answer, prompt.wrong)
         all_differ = len(set(row)) == 4
-        if all_differ and not pair_error(model, *row):
+        if all_differ and allowed.issuperset(prompt.about) and not pair_error(model, *row):
             rows.append(row)
     if len(rows) < max(1, n):
         fail(
@@ -225,11 +225,22 @@ def draw_pairs(model: nn.Module, task: str, n: int, seed: int) -> Pairs:
     return make_pairs(model, rows)
 
 
-def draw_two_facts(rng: Random, facts: list[Prompt]) -> tuple[str, str, str, str]:
-    """A fact, and the same phrasing about another country."""
+def entities_for(role: str, entities: list[str], seed: int) -> set[str]:
+    """A half of the entities to find on, the other half to test on, drawn by the seed; for any other use all."""
+    shuffled = Random(seed_of(seed, "entities")).sample(entities, len(entities))
+    middle = len(shuffled) // 2
+    if role == "find":
+        return set(shuffled[:middle])
+    if role == "test":
+        return set(shuffled[middle:])
+    return set(shuffled)
+
+
+def draw_two_facts(rng: Random, facts: list[Prompt]) -> Prompt:
+    """A fact whose corrupt text and wrong answer are of the same phrasing about another country; about both."""
     fact = rng.choice(facts)
     other = rng.choice([f for f in facts if f.labels["phrasing"] == fact.labels["phrasing"]])
-    return fact.text, other.text, fact.answer, other.answer
+    return replace(fact, corrupt=other.text, wrong=other.answer, about=fact.about + other.about)
 
 
 COLUMNS = {  # what a column of pairs is also called, in lower case: EAP-IG's files, common files of indirect objects
@@ -303,15 +314,15 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
     """
     (task, pairs, test_pairs) that a script's settings ask for: a prompt of one's own (cfg.clean, corrupt, answer,
-    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn until these are full, or pairs drawn from cfg.task (cfg.n
-    and, by the next seed, cfg.held_out of them).
+    wrong), a file (cfg.pairs), whose rows go to pairs and test_pairs in turn until these are full, or pairs drawn
+    from cfg.task (cfg.n and, about other entities, cfg.held_out of them).
     """
     own = (cfg.clean, cfg.corrupt, cfg.answer, cfg.wrong)
     if any(own) and not all(own):
         fail("a prompt of your own needs all of --clean, --corrupt, --answer and --wrong")
     if not cfg.pairs and not any(own):
-        pairs = draw_pairs(model, cfg.task, cfg.n, cfg.seed)
-        test_pairs = draw_pairs(model, cfg.task, cfg.held_out, cfg.seed + 1)
+        pairs = draw_pairs(model, cfg.task, cfg.n, cfg.seed, role="find")
+        test_pairs = draw_pairs(model, cfg.task, cfg.held_out, cfg.seed, role="test")
         return cfg.task, pairs, test_pairs
     rows = read_pairs(cfg.pairs, model) if cfg.pairs else [own]
     if len(rows) > cfg.n + cfg.held_out:

@@ -26,7 +26,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
-from train import FREE, check_settings, in_queue, processes
+from train import FREE, TrainConfig, check_settings, in_queue, processes, start_wandb
 
 from tabulate import tabulate
 
@@ -83,11 +83,12 @@ def flags[Config](
     description: str = "",
     hpc: Config | None = None,
     sweep: str | None = None,
+    shares_results: bool = True,
 ) -> Config:
     """
     A dataclass of settings from the command line: one --flag per field, and Launch's; in a notebook, its defaults.
     hpc: the preset of --hpc. sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips
-    finished values and gathers them by itself.
+    finished values and gathers them by itself. shares_results: a second run in this folder would write over this one's.
     """
     if in_kernel():
         return config()
@@ -106,7 +107,11 @@ def flags[Config](
     own = bool(launch.slurm and sweep and not launch.sweep and len(getattr(cfg, sweep)) > 1)
     axes = {sweep: [str(x) for x in getattr(cfg, sweep)]} if own else read_sweep(launch.sweep, cfg)
     if not axes and not launch.slurm:
-        processes()
+        rank, _ = processes()
+        if shares_results and rank == 0:
+            refuse_a_second_run(script.stem)
+        if getattr(cfg, "wandb", False) and rank == 0 and not isinstance(cfg, TrainConfig):  # train() starts its own
+            start_wandb(script.stem, dataclasses.asdict(cfg))
         return cfg
 
     results = Path("results").absolute() / script.stem
@@ -131,6 +136,30 @@ def flags[Config](
     if axes and done and not own:
         gather(done, place)
     raise SystemExit(1 if failed else 0)
+
+
+def refuse_a_second_run(script: str) -> None:
+    """
+    Two runs of one script in one folder would write over each other's numbers, figures and checkpoints. The lock is
+    this process's and ends with it, however it ends.
+    """
+    if os.name != "posix":  # Windows has no such lock
+        return
+    import fcntl
+
+    path = Path("results") / f".{script}.lock"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        lock = os.open(path, os.O_CREAT | os.O_WRONLY)  # never closed: that would give the lock away
+    except OSError as error:
+        fail(f"no results can be written here ({path}: {error.strerror}): start in a folder that is yours")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(
+            f"another run of {script}.py is at work in this folder, and both would write results/{script}.json: wait "
+            "for it, start this one in another folder, or run both by --sweep"
+        )
 
 
 def parse[Config](args: list[str], config: type[Config], defaults: Config, description: str) -> tuple[Config, Launch]:

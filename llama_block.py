@@ -528,6 +528,7 @@ class Config(TrainConfig):
     )
     others: tuple[str, ...] = ()  # folders written by this command with other seeds: metrics.json then holds the spread
     model: str | None = None  # look into this model instead of training: a hub name or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = "The capital of Japan is"
 
 
@@ -555,6 +556,9 @@ if __name__ == "__main__":
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     refuse_empty(cfg.prompt)
+    for other in cfg.others:
+        if not (Path(other) / "metrics.json").is_file():
+            fail(f"--others {other}: no metrics.json there: first make that folder with this command and another seed")
     numbers: dict = {}
     history: dict = {}
 
@@ -566,6 +570,7 @@ if __name__ == "__main__" and cfg.model:
         table.append([name, "x".join(map(str, shape)), dtype, norm, our_name(name)])
     print(tabulate(table, headers=["tensor", "shape", "dtype", "norm", "here"], floatfmt=".2f"))
     model = load_model(cfg.model, (Llama,), cfg.device)
+    model.tokenizer = load_tokenizer(model.folder, cfg.bos)
 
 #%% Or a model trained before your eyes, saved for transformers and opened again
 if __name__ == "__main__" and not cfg.model:

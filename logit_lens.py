@@ -93,6 +93,7 @@ class Config:
     top: int = 5
     less_mean: bool = True  # writes to the logit less the mean logit of all tokens; --no-less-mean: to the raw logit
     tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each; 0 leaves it out
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: int = 0
     device: str = "auto"
 

@@ -445,6 +445,7 @@ class Config(TrainConfig):
     vocab: int = 1024  # size of the byte-level BPE trained on the text
     rows: int = 48  # held-out rows of each source to measure on
     model: str | None = None  # look into this model instead of training: a hub name or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = 'def read(self, size):\n        """Return the next 10 bytes."""\n        return self.data[0]'
 
 
@@ -527,7 +528,7 @@ if __name__ == "__main__" and cfg.model:
             f"names, shapes and norms only{endc}"
         )
         raise SystemExit
-    corpus = load_corpus(cfg.data, tokenizer=folder)
+    corpus = load_corpus(cfg.data, tokenizer=folder, bos=cfg.bos)
     model = MoE.from_folder(folder, device, pick_dtype(device))
 
 #%% Or a model to be trained before your eyes

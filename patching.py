@@ -79,6 +79,7 @@ class Config:
     # default world for models/world, else stdlib
     data: str | None = None
     memory_gb: float = 1.0  # cap on activations
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: int = 0
     device: str = "auto"
 

@@ -9,14 +9,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from utils import (
+from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
+    finite,
     gray,
     in_kernel,
     wandb_run,
     write_aside,
     yellow,
-)  # first: sets OpenMP's variables before torch is loaded
+)
 
 import numpy as np
 import plotly.graph_objects as go
@@ -26,6 +27,10 @@ PAGES = Path(__file__).parent / "pages"  # HTML and JavaScript of the pages
 
 # Okabe-Ito: readable by colour-blind eyes
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]
+
+
+LONGEST_DRAWN = 256  # tokens; a page of all heads grows with the square
+MOST_CELLS = 500_000  # of a figure; more take tens of megabytes
 
 
 #%% Showing: a notebook shows figures, a script writes them
@@ -132,11 +137,30 @@ def plain_apart(labels: list | None) -> list | None:
 
 def color_axis(z: np.ndarray, diverging: bool, value: str, legend: bool) -> dict:
     """RdBu with midpoint 0 for diverging data, else Blues from 0; values that are not finite do not stretch it."""
-    finite = z[np.isfinite(z)]
-    top = float(np.abs(finite).max(initial=0.0)) or 1.0
-    low = -top if diverging else min(0.0, float(finite.min(initial=0.0)))
+    numbers = z[np.isfinite(z)]
+    top = float(np.abs(numbers).max(initial=0.0)) or 1.0
+    low = -top if diverging else min(0.0, float(numbers.min(initial=0.0)))
     colors = "RdBu" if diverging else "Blues"
     return {"colorscale": colors, "cmin": low, "cmax": top, "colorbar": {"title": value}, "showscale": legend}
+
+
+def cut_long_axes(
+    z: np.ndarray, text: np.ndarray | None, x: list | None, y: list | None, title: str
+) -> tuple[np.ndarray, np.ndarray | None, list | None, list | None, str]:
+    """
+    z (panel, row, column), its hover text and labels. Where there are more cells than a browser draws, no axis is
+    longer than LONGEST_DRAWN; the title, and a printed line, say so.
+    """
+    n_rows, n_columns = z.shape[1:]
+    most = slice(LONGEST_DRAWN)
+    if z.size <= MOST_CELLS or max(n_rows, n_columns) <= LONGEST_DRAWN:
+        return z, text, x, y, title
+    said = f"the first {min(n_rows, LONGEST_DRAWN)} x {min(n_columns, LONGEST_DRAWN)} of {n_rows} x {n_columns}"
+    print(f"{yellow}a figure of {z.size:,} cells is too large to draw: {said} are drawn{endc}")
+    text = None if text is None else text[:, most, most]
+    x = None if x is None else x[most]
+    y = None if y is None else y[most]
+    return z[:, most, most], text, x, y, f"{title} ({said})"
 
 
 def imshow(
@@ -155,7 +179,8 @@ def imshow(
 ) -> go.Figure:
     """
     Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one_scale=False gives each panel its
-    own colour scale. Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like z.
+    own colour scale. Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like
+    z. What is too large to draw is cut, and said.
     """
     from plotly.subplots import make_subplots
 
@@ -164,12 +189,13 @@ def imshow(
     if not panels:  # a single panel
         z = z[None]
         text = None if text is None else text[None]
+    z, text, x, y, title = cut_long_axes(z, text, x, y, title)
     n_cols = min(columns, len(z))
     n_rows = -(-len(z) // n_cols)
     fig = make_subplots(
         rows=n_rows,
         cols=n_cols,
-        subplot_titles=panels,
+        subplot_titles=None if panels is None else [plain(name) for name in panels],
         horizontal_spacing=0.04,
         vertical_spacing=0.35 / n_rows if n_rows > 1 else 0.1,
     )
@@ -261,9 +287,6 @@ def label_tokens(tokens: list[str]) -> list[str]:
     return [f"{visible(token)}_{i}" for i, token in enumerate(tokens)]
 
 
-LONGEST_DRAWN = 256  # tokens; a page of all heads grows with the square
-
-
 def first_tokens(tokens: list[str], title: str) -> tuple[int, str]:
     """How many tokens are drawn, and the title, which says (as does a printed line) what is left out."""
     if len(tokens) <= LONGEST_DRAWN:
@@ -275,7 +298,7 @@ def first_tokens(tokens: list[str], title: str) -> tuple[int, str]:
 #%% Pages: features to search and attention to hover
 def fill_page(name: str, title: str, data: list | dict) -> str:
     """A page of pages/ with its title and its data, which can hold any text: it cannot end the script."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = (PAGES / f"{name}.html").read_text(encoding="utf-8")
     filled = {"TITLE": html.escape(title), "DATA": text}
     return re.sub("TITLE|DATA", lambda place: filled[place[0]], page)  # in one pass: a title can hold DATA

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from utils import find_folder, load_model  # first: sets OpenMP's variables before torch is loaded
+from utils import find_folder, load_model, seed_of  # first: sets OpenMP's variables before torch is loaded
 from hooks import in_batches
 from data import Corpus
 from anatomy import harvest
@@ -50,7 +50,7 @@ def labelled_tokens(tokenizer, corpus: Corpus, n: int, seed: int, knows_world: b
     Tokens of n sentences of each kind, and of 60 rows of text whose tokens have no label; at most 6000 without a label
     are kept. knows_world: the model learned the world; what is true of that corpus alone is not asked of other models.
     """
-    natural = judging_rows(corpus, 60, 64, seed + 1)[:, 1:]
+    natural = judging_rows(corpus, 60, 64, seed_of(seed, "unlabelled text"))[:, 1:]
     labelled = label_sentences(tokenizer, draw_sentences(n, seed), natural, 6000, seed)
     if not knows_world:
         labelled.concepts.pop("known both ways")  # in which directions the world teaches a capital

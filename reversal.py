@@ -569,13 +569,14 @@ class Config:
     copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
     top: int = 5
     draws: int = 2000  # of the bootstrap over countries
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: int = 0
     device: str = "auto"
 
 
 if __name__ == "__main__":
     big_models = ("Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1", "google/gemma-2-9b")
-    cfg = flags(Config, __doc__, hpc=Config(models=big_models, dtype="bfloat16"), sweep="models")
+    cfg = flags(Config, __doc__, hpc=Config(models=big_models, dtype="bfloat16"), sweep="models", shares_results=False)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     if not 1 <= cfg.forms <= 11 or cfg.countries < 0 or cfg.top < 1:

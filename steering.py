@@ -18,7 +18,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
 )
-from plots import bar, label_tokens, line, show, visible
+from plots import bar, label_tokens, line, plain, show, visible
 from hooks import replace_input, run_with_hooks
 from data import refuse_empty, str_tokens
 from launch import flags
@@ -405,7 +405,7 @@ if __name__ == "__main__":
     fig = bar(
         {"gradient x activation": by_gradient, "ablated": when_ablated},
         title=(
-            f"Nodes at {hook} behind '{answer}' over '{rival}' after {cfg.prompt!r} "
+            f"Nodes at {hook} behind '{plain(answer)}' over '{plain(rival)}' after {plain(repr(cfg.prompt))} "
             f"(r = {agreement:.2f}; {subject.name})"
         ),
         xlabel="feature or error at token",

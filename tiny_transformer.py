@@ -36,7 +36,6 @@ from anatomy import (
     fold_norm,
     listening_gap,
     logit_parts,
-    mixing,
     neuron_catalogue,
     parts_error,
     random_repeats,
@@ -377,6 +376,7 @@ class Config(TrainConfig):
     tokenizer: str | None = None  # use this one instead: a folder, a tokenizer.json or a hub name
     # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
     model: str | None = None
+    bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."
     answer: str | None = None  # token whose logit is taken apart; default the model's own prediction
 
@@ -423,7 +423,8 @@ if __name__ == "__main__" and cfg.model:
         f"{gray}{n_tensors} tensors, blocks after the first not shown; W_E is embed, W_U "
         f"unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_in W_out mlp.inp out{endc}"
     )
-    corpus = load_corpus(cfg.data, tokenizer=folder)
+    corpus = load_corpus(cfg.data, tokenizer=folder, bos=cfg.bos)
+    model.tokenizer = corpus.tokenizer
     numbers["tensors"] = n_tensors
 
 #%% Or a model trained before your eyes, saved for transformers
@@ -714,8 +715,8 @@ if __name__ == "__main__":
 
 #%% The feed-forward block through attention maps: how much of a stream comes from other positions, before it and after
 if __name__ == "__main__":
-    before_ff = [mixing(x["attn_res"]) for x in maps]
-    after_ff = [mixing(x["ff_res"]) for x in maps]
+    before_ff = [x["mixing_attn_res"][1:].mean().item() for x in maps]  # the first position has no others
+    after_ff = [x["mixing_ff_res"][1:].mean().item() for x in maps]
     numbers |= {"mixing_before_ff": before_ff, "mixing_after_ff": after_ff}
     print(f"{purple}=== Share of the stream that comes from other positions ==={endc}")
     for layer in range(n_layers):

@@ -14,6 +14,7 @@ import math
 import random
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,6 +63,11 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     t.manual_seed(seed)
+
+
+def seed_of(seed: int, role: str) -> int:
+    """The seed of one role in a run, so that a run's second stream is not the first stream of the next seed."""
+    return zlib.crc32(f"{role} {seed}".encode())
 
 
 def pick_device(device: str = "auto") -> str:
@@ -124,8 +130,19 @@ def save_results(script: str, config: object, **numbers) -> None:
         fail(f"{path} was not written, what stood there before is whole: {error.strerror or error}")
     board = wandb_run()
     if board:
-        board.summary.update({key: value for key, value in numbers.items() if isinstance(value, int | float | str)})
+        board.summary.update(by_path(numbers))
     print(f"{gray}numbers: {path}{endc}")
+
+
+def by_path(numbers: dict, path: str = "") -> dict[str, int | float | str]:
+    """The numbers and texts of nested dictionaries under names such as gates.nothing_patched; lists are left out."""
+    flat = {}
+    for key, value in numbers.items():
+        if isinstance(value, dict):
+            flat |= by_path(value, f"{path}{key}.")
+        elif isinstance(value, int | float | str):
+            flat[f"{path}{key}"] = value
+    return flat
 
 
 def finite(x: Any) -> Any:

@@ -19,6 +19,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
+    finite,
     find_folder,
     gray,
     write_aside,
@@ -217,6 +218,7 @@ class Prompt:
     held_out: bool = False  # this phrasing, pair of names, start year, pair of nouns or name and phrasing is in no training row (words said twice: all are new)
     taught: bool = True  # the fact is in the corpus in this direction
     labels: dict[str, str] = field(default_factory=dict)
+    about: tuple[str, ...] = ()  # the entities that it turns on: names, nouns, a country
 
     @property
     def sentence(self) -> str:
@@ -254,6 +256,7 @@ def fact_prompts(countries: list[dict[str, str]], task: str, held_out: bool = Fa
                 held_out=held_out,
                 taught=taught,
                 labels=row | {"phrasing": phrasing, "category_first": str(category_first)},
+                about=(row["country"],),
             )
             prompts.append(prompt)
     return prompts
@@ -288,6 +291,7 @@ def draw_ioi(rng: Random, held_out: bool) -> Prompt:
         corrupt=f"{start} {io}{rest}",
         held_out=held_out,
         labels={"order": order, "io": io, "s": s},
+        about=(io, s),
     )
 
 
@@ -316,6 +320,7 @@ def draw_greater_than(rng: Random, held_out: bool) -> Prompt:
         corrupt=starting_in("01"),
         held_out=held_out,
         labels={"century": century, "start": year, "event": event},
+        about=(event,),
     )
 
 
@@ -350,6 +355,7 @@ def draw_agreement(rng: Random, held_out: bool) -> Prompt:
             "number": "plural" if plural else "singular",
             "distractor": "opposite" if opposite else "same",
         },
+        about=(noun, other),
     )
 
 
@@ -376,6 +382,7 @@ def draw_gender(rng: Random, held_out: bool) -> Prompt:
         corrupt=about(other_name),
         held_out=held_out,
         labels={"name": name, "gender": "woman" if is_woman else "man"},
+        about=(name, other_name),
     )
 
 
@@ -397,6 +404,7 @@ def draw_induction(rng: Random, held_out: bool) -> Prompt:
         corrupt=said_first([*before, wrong, *after]),
         held_out=held_out,
         labels={"length": str(len(words))},
+        about=(answer, wrong),
     )
 
 
@@ -420,6 +428,13 @@ DRAW = {
     "agreement": draw_agreement,
     "gender": draw_gender,
     "induction": draw_induction,
+}
+ENTITIES = {  # what the drawn prompts are about
+    "ioi": WOMEN + MEN,
+    "greater_than": EVENTS,
+    "agreement": NOUNS,
+    "gender": WOMEN + MEN,
+    "induction": THINGS,
 }
 
 
@@ -1037,5 +1052,5 @@ def write_metrics(folder: Path, known: dict[str, float], others: tuple[str, ...]
             fail(f"--others {other}: trained on another corpus, or for other steps")
         runs.append(run)
     by_seed = {name: [run[name] for run in runs] for name in ("seed", *known)}
-    (folder / "metrics.json").write_text(json.dumps(known | made | {"over_seeds": by_seed}, indent=1) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(finite(known | made | {"over_seeds": by_seed}), indent=1) + "\n")
     return by_seed

@@ -5,6 +5,7 @@ allows.
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -227,7 +228,7 @@ def fit(
         watch_model if watch else None,
         watch_every,
         tokens_per_batch,
-        text_tokens=int(counts.sum()),
+        text=zlib.crc32(counts.indices.tobytes() + counts.data.tobytes()),
         shape=[d_vocab, cfg.d_model],
         fit=cfg.fit,
     )

@@ -67,6 +67,8 @@ def run(workdir):
                 traceback.print_exc()
             finally:
                 sys.argv = argv
+                for lock in Path("results").glob(".*.lock"):
+                    lock.open().close()  # lets go of the lock, as the end of a process does
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     return run

@@ -22,7 +22,7 @@ from anatomy import (
     heads_of_role,
     listening_gap,
     logit_parts,
-    mixing,
+    mixing_ratio,
     neuron_catalogue,
     parts_error,
     repeated_tokens,
@@ -349,7 +349,17 @@ def test_integrated_gradients_are_complete(make, layer):
     maps = ff_maps(make(), t.randint(30, (1, 12)), layer)
     assert maps["error"] < 1e-5
     assert all(maps[name].triu(1).abs().max() == 0 for name in ("attn", "attn_res", "attn_res_norm", "ff", "ff_res"))
-    assert 0 < mixing(maps["attn_res"]) < 1 and mixing(t.eye(4)) == 0
+    for name in ("mixing_attn_res", "mixing_ff_res"):
+        assert maps[name][0] == 0 and (maps[name][1:] > 0).all() and (maps[name] < 1).all()
+
+
+def test_the_mixing_ratio_is_of_the_sum_of_what_others_bring():
+    """By hand: own (3, 0); the others' (0, 4) and (0, -4) cancel, (0, 4) and (0, 0) do not."""
+    by_source = t.zeros(3, 3, 2)
+    by_source[1, 0], by_source[1, 1] = t.tensor([0.0, 4.0]), t.tensor([3.0, 0.0])
+    by_source[2, 0], by_source[2, 1], by_source[2, 2] = t.tensor([0, 4.0]), t.tensor([0, -4.0]), t.tensor([3.0, 0])
+    by_source[0, 0] = t.tensor([3.0, 0.0])
+    t.testing.assert_close(mixing_ratio(by_source), t.tensor([0.0, 4 / 7, 0.0]))
 
 
 def test_feed_forward_maps_match_loops():

@@ -5,6 +5,7 @@ by hand.
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -45,6 +46,7 @@ from layers import next_token_loss
 from llama_block import Llama
 from utils import load_model
 from weights import Streamed
+from world import ENTITIES, read_countries
 
 
 @pytest.fixture(scope="module")
@@ -458,6 +460,27 @@ def test_places_share_out_the_positions_and_name_the_names(world):
             assert (pairs.clean != pairs.corrupt).equal(pairs.places["changed"]), task
 
 
+def test_what_is_found_is_tested_on_other_names_and_no_seed_repeats_another(world):
+    """The texts name no country, noun or name of the other half, and one seed's test pairs are not the next one's."""
+    entities = ENTITIES | {"capitals": [row["country"] for row in read_countries()]}
+    del entities["induction"]  # whose words stand in both halves, as neither answer nor wrong answer
+    for task, names in entities.items():
+        said = {}
+        for role in ("find", "test"):
+            pairs = draw_pairs(world, task, 12, 0, role)
+            texts = [world.tokenizer.decode(row.tolist()) for row in [*pairs.clean, *pairs.corrupt]]
+            words = {word.removesuffix("s") for text in texts for word in re.findall(r"\w+", text)}
+            said[role] = {name for name in names if name.removesuffix("s") in words}
+            assert said[role] or task == "capitals", task
+        assert not said["find"] & said["test"], task
+    pairs = [draw_pairs(world, "induction", 12, 0, role) for role in ("find", "test")]
+    ids = [{*pair.answer.tolist(), *pair.wrong.tolist()} for pair in pairs]
+    assert not ids[0] & ids[1]
+    this, following = draw_pairs(world, "ioi", 30, 0, "test"), draw_pairs(world, "ioi", 30, 1, "find")
+    both = {tuple(row) for row in this.clean.tolist()} & {tuple(row) for row in following.clean.tolist()}
+    assert not both
+
+
 @dataclass
 class Asked:
     clean: str | None = None
@@ -474,8 +497,8 @@ class Asked:
 def test_a_task_is_drawn_or_read_and_tested_on_other_pairs(world, tmp_path, capsys):
     task, pairs, test_pairs = read_task(world, Asked())
     assert (task, len(pairs), len(test_pairs)) == ("ioi", 4, 6)
-    assert pairs.clean.equal(draw_pairs(world, "ioi", 4, 0).clean)
-    assert test_pairs.clean.equal(draw_pairs(world, "ioi", 6, 1).clean)
+    assert pairs.clean.equal(draw_pairs(world, "ioi", 4, 0, "find").clean)
+    assert test_pairs.clean.equal(draw_pairs(world, "ioi", 6, 0, "test").clean)
 
     row = "Then Mary and John left. John gave it to,Then Mary and John left. Mary gave it to, Mary, John\n"
     file = tmp_path / "pairs.csv"

@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line_error
 
 import launch
 from launch import flags
@@ -119,6 +121,24 @@ def test_wrong_launches_get_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "--sweep", "seed=1,two")
     assert "two" in capsys.readouterr().err
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    command = [sys.executable, "tiny.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([*command, "--pause", "5"], env=env)
+    try:
+        for _ in range(300):
+            if Path("results/.tiny.lock").exists():
+                break
+            time.sleep(0.1)
+        second = subprocess.run(command, env=env, capture_output=True, text=True)
+        one_line_error(second, "another run of tiny.py is at work in this folder")
+    finally:
+        first.kill()
+        first.wait()
+    subprocess.run(command, env=env, capture_output=True, check=True)
 
 
 def test_a_restarted_job_resumes(monkeypatch):

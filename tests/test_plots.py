@@ -131,3 +131,17 @@ def test_a_title_longer_than_the_figure_is_wide_goes_on_in_another_line(tmp_path
     short = line({"a": [1, 2]}, "Short", xlabel="x", ylabel="y")
     show(short, "story/short")
     assert short.layout.title.text == "Short"
+
+
+def test_a_map_of_too_many_cells_is_cut_and_says_so(capsys):
+    z = t.randn(20, 300, 300)
+    labels = label_tokens(["a"] * 300)
+    fig = imshow(z, "Attention", "key", "query", labels, labels, [f"H{i}" for i in range(20)])
+    assert "the first 256 x 256 of 300 x 300" in fig.layout.title.text
+    assert "too large to draw" in capsys.readouterr().out
+    for i, heatmap in enumerate(fig.data):
+        assert heatmap.z.shape == (256, 256) and len(heatmap.x) == len(heatmap.y) == 256
+        assert (t.tensor(heatmap.z) == z[i, :256, :256]).all()
+    small = imshow(z[:2], "Attention", "key", "query", labels, labels, ["<s>", "b"])
+    assert small.data[0].z.shape == (300, 300) and small.layout.title.text == "Attention"
+    assert small.layout.annotations[0].text == "&lt;s&gt;"

@@ -523,6 +523,18 @@ def test_wandb_without_a_key_writes_an_offline_run(run, tmp_path):
     assert list(folder.rglob("media/plotly/**/*.json"))
 
 
+def test_an_analysis_has_a_wandb_run_too(run, tmp_path):
+    if secret("WANDB_API_KEY"):
+        pytest.skip("a key stands in .env: the run would go online")
+    flags = "--n 2 --held-out 2 --site resid_pre --device cpu --wandb"
+    done = run("patching.py", *flags.split(), cwd=tmp_path, fresh=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    said = b"".join(file.read_bytes() for file in folder.glob("*.wandb"))
+    assert b"gates.nothing_patched" in said
+    assert list(folder.rglob("media/plotly/**/*.json"))
+
+
 def test_no_steps_are_the_untrained_control():
     model = fresh()
     before = [p.clone() for p in model.parameters()]

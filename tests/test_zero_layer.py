@@ -178,6 +178,9 @@ def test_a_run_resumes_from_its_checkpoint_whatever_is_asked_of_it(streams, coun
     assert "resumed" in capsys.readouterr().out
     assert history_again["watch"] == history["watch"]
     assert t.equal(first.W_E, again.W_E)
+    other_text = counts[:, ::-1].tocsr()  # as many tokens
+    with pytest.raises(SystemExit, match="text"):
+        fit(asked_more, streams, other_text, **watching)
 
 
 def test_svd_at_full_rank_is_the_log_table(counts):
