@@ -17,9 +17,9 @@ MIXTRAL = {
     "max_position_embeddings": 256,
 }
 SMALL = {
-    "logit_lens": "--tuned-steps 2",
+    "logit_lens": "--tuned-steps 0",
     "reversal": "--countries 6 --forms 1 --draws 20",
-    "patching": "--n 2 --held-out 2 --site resid_pre",
+    "patching": "--n 2 --held-out 2 --site resid_pre --data story.txt",
     "circuits": "--n 2 --held-out 2 --ig-steps 1",
     "llama_block": "",
     "tiny_transformer": "--data story.txt",
@@ -31,19 +31,34 @@ STREAMED = ("logit_lens", "patching", "reversal")
 
 def numbers_of(done, folder: Path, script: str) -> dict:
     assert done.returncode == 0, done.stderr[-2000:]
-    numbers = json.loads((folder / f"results/{script}.json").read_text())
+    path = folder / f"results/{script}.json"
+    if script == "reversal":  # its own file holds a summary by the model's name
+        (path,) = folder.glob("results/reversal/*.json")
+    numbers = json.loads(path.read_text())
     return {name: value for name, value in numbers.items() if name not in ("config", "versions", "tensors", "names")}
 
 
 def leaves(x: object, path: str = "") -> dict[str, object]:
-    """Every number and text of a result by its path, times and the model's name aside."""
+    """Every number and text of a result by its path, times aside."""
     if isinstance(x, dict):
         parts = [leaves(value, f"{path}/{key}") for key, value in x.items()]
     elif isinstance(x, list):
         parts = [leaves(value, f"{path}/{i}") for i, value in enumerate(x)]
     else:
-        return {} if "seconds" in path or "model" in path else {path: x}
+        return {} if "seconds" in path else {path: x}
     return {key: value for part in parts for key, value in part.items()}
+
+
+def differing(one: dict[str, object], other: dict[str, object], tolerance: float) -> list[str]:
+    """The paths at which two results that both have them differ."""
+    paths = []
+    for path in one.keys() & other.keys():
+        a, b = one[path], other[path]
+        if isinstance(a, float) and isinstance(b, float):
+            a, b = 0, round((a - b) / (tolerance * (1 + abs(b))))
+        if a != b and not path.endswith("/model"):  # its name
+            paths.append(path)
+    return paths
 
 
 @pytest.mark.parametrize("script", list(SMALL))
@@ -68,13 +83,11 @@ def test_a_script_gives_the_same_numbers_by_every_door(script, run, tmp_path, mo
 
     by_folder = by(str(folder), place="folder")
     by_hub = by("me/model", place="hub")
-    assert by_hub == pytest.approx(by_folder, rel=1e-4, abs=1e-5)
+    assert by_hub.keys() == by_folder.keys()
+    assert not differing(by_hub, by_folder, 1e-5)
     with_bos = by(str(folder), "--bos", place="bos")
-    assert with_bos != pytest.approx(by_folder, rel=1e-4, abs=1e-5)
+    assert differing(with_bos, by_folder, 1e-2)
     if script in STREAMED:
         streamed = by(str(folder), "--offload", "on", place="streamed")
-        both = streamed.keys() & by_folder.keys()
-        assert len(both) > 5
-        assert {key: streamed[key] for key in both} == pytest.approx(
-            {key: by_folder[key] for key in both}, rel=1e-3, abs=1e-4
-        )
+        assert len(streamed.keys() & by_folder.keys()) > 5
+        assert not differing(streamed, by_folder, 1e-3)
