@@ -18,6 +18,8 @@ from typing import Literal
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
     WORLD,
+    Natural,
+    Positive,
     cyan,
     endc,
     green,
@@ -387,10 +389,10 @@ def bench_streaming(gigabytes: float) -> dict[str, float]:
 @dataclass
 class Config:
     only: tuple[Literal["training", "patching", "lens", "streaming"], ...] = PARTS  # what to measure
-    memory_gb: float = 1.0  # cap on the activations of a patching sweep
-    gigabytes: float = 2.0  # size of the random checkpoint that is streamed
+    memory_gb: Positive = 1.0  # cap on the activations of a patching sweep
+    gigabytes: Positive = 2.0  # size of the random checkpoint that is streamed
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: int = 0
+    seed: Natural = 0
     device: str = "auto"
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
     cyan,
     endc,
-    fail,
     find_model,
     gray,
     green,
@@ -148,11 +149,11 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
-    chat_tokens: int = 200  # the longest answer
+    chat_tokens: Count = 200  # the longest answer
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
-    seed: int = 0
+    seed: Natural = 0
     device: str = "auto"
 
 
@@ -160,8 +161,6 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(model="Qwen/Qwen3-8B", dtype="bfloat16"), shares_results=False)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    if cfg.chat_tokens < 1:
-        fail("--chat-tokens is 1 or more")
 
 #%% The model, and the gate: the last layer's lens is its own output
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Launching: flags with a preset for big machines, sweeps, Slurm through submitit."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import runpy
 import shlex
@@ -14,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
@@ -28,6 +32,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from train import FREE, TrainConfig, check_settings, in_queue, processes, start_wandb
 
+from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 from tabulate import tabulate
 
 
@@ -99,6 +104,7 @@ def flags[Config](
         fail(f"{script.name} has no --hpc preset")
     defaults = hpc if "--hpc" in argv else config()
     cfg, launch = parse(argv, config, defaults, description)
+    check_ranges(cfg)
     check_settings(cfg)
     launch.slurm |= launch.slurm_wait
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and hasattr(cfg, "resume"):
@@ -119,7 +125,8 @@ def flags[Config](
     tasks = {}
     for name, args in sweep_runs(cfg, axes, argv, script.stem).items():
         run_cfg, _ = parse(args, config, defaults, description)
-        check_settings(run_cfg)  # refuses a wrong value now
+        check_ranges(run_cfg)  # refuses a wrong value now
+        check_settings(run_cfg)
         tasks[name] = make_task(name, args, run_cfg, axes, script, place, elsewhere=bool(axes) and not own)
     if axes:
         print(f"{purple}=== {len(tasks)} runs of {script.name}, kept in {place} ==={endc}")
@@ -171,8 +178,62 @@ def parse[Config](args: list[str], config: type[Config], defaults: Config, descr
         fields.append((name, flat[kind], dataclasses.field(default=tyro.MISSING)))
     both = dataclasses.make_dataclass("Settings", fields)
     args = spell_out_choices(args, config)
-    parsed = tyro.cli(flat[both], args=args, description=description, default=both(defaults, Launch()))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(flat[both], args=args, description=description, default=both(defaults, Launch()))
+    except SystemExit as end:
+        if end.code:
+            fail(f"{what_the_box_says(said.getvalue())} (--help lists the settings)")
+        raise
     return parsed.script, parsed.launch
+
+
+def what_the_box_says(box: str) -> str:
+    """
+    What tyro draws in a box (or, where the terminal has no such letters, between rules) as one line: its first part,
+    and the flag that it thinks was meant.
+    """
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first is a title
+    parts = "\n".join("" if set(line) <= set("─-╰╯") else line for line in lines).strip().split("\n\n")
+    said = " ".join(parts[0].splitlines())
+    if "Perhaps you meant:" in lines:
+        flag = lines[lines.index("Perhaps you meant:") + 1].split()[0]
+        said += f"; perhaps you meant {flag}"
+    return said
+
+
+def check_ranges(cfg: object) -> None:
+    """One line for a setting outside the range that its type declares (utils.Count ...), or that is no number."""
+    hints = get_type_hints(type(cfg), include_extras=True)
+    for field in dataclasses.fields(cfg):
+        given = getattr(cfg, field.name)
+        limits = limits_of(hints[field.name])
+        for value in given if isinstance(given, tuple) else [given]:
+            said = f"--{field.name.replace('_', '-')} is {value}"
+            if isinstance(value, float) and not math.isfinite(value):
+                fail(f"{said}: give a number")
+            if value is None or isinstance(value, str):
+                continue
+            for limit in limits:
+                if isinstance(limit, Ge) and not value >= limit.ge:
+                    fail(f"{said}: it must be at least {limit.ge}")
+                if isinstance(limit, Le) and not value <= limit.le:
+                    fail(f"{said}: it must be at most {limit.le}")
+                if isinstance(limit, Gt) and not value > limit.gt:
+                    fail(f"{said}: it must be above {limit.gt}")
+                if isinstance(limit, Lt) and not value < limit.lt:
+                    fail(f"{said}: it must be below {limit.lt}")
+
+
+def limits_of(hint: object) -> list:
+    """The limits within a type: Annotated[int, Ge(1)], a tuple of them, or one of them or None."""
+    limits = []
+    for part in getattr(hint, "__metadata__", ()):
+        limits += list(part) if isinstance(part, GroupedMetadata) else [part]
+    for inner in get_args(hint):
+        limits += limits_of(inner)
+    return limits
 
 
 def spell_out_choices(args: list[str], config: type) -> list[str]:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    Positive,
     cyan,
     endc,
     fail,
@@ -70,17 +73,17 @@ class Config:
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
     metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
     site: tuple[str, ...] = STREAM + HEADS  # activations to sweep
-    positions: tuple[int, ...] = ()  # of the shown prompt; default all
-    n: int = 32  # pairs to look at
-    held_out: int = 100  # pairs to test on what was found
+    positions: tuple[Natural, ...] = ()  # of the shown prompt; default all
+    n: Count = 32  # pairs to look at
+    held_out: Count = 100  # pairs to test on what was found
     # weights come block by block where they do not fit, always, never; then the stream alone is patched
     offload: Literal["auto", "on", "off"] = "auto"
     # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset;
     # default world for models/world, else stdlib
     data: str | None = None
-    memory_gb: float = 1.0  # cap on activations
+    memory_gb: Positive = 1.0  # cap on activations
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: int = 0
+    seed: Natural = 0
     device: str = "auto"
 
 

@@ -17,11 +17,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import torch as t
 import torch.nn as nn
+from annotated_types import Ge, Gt, Interval
 from dotenv import dotenv_values
 
 purple = "\x1b[38;2;255;0;255m"
@@ -46,6 +47,14 @@ BAR = {
     "mininterval": 0.2 if sys.stderr.isatty() else 10,
 }
 BRIEF = BAR | {"delay": 2, "leave": False}  # for what is often done in a moment
+
+
+#%% Ranges of settings, declared where the setting is: launch.flags refuses what lies outside
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets

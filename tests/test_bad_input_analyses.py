@@ -30,7 +30,7 @@ FLAGS = [
     ("sae_probe.py", ["--d-sae", "0"], "--d-sae"),
     ("sae_probe.py", ["--d-sae", "-8", "--sparsity", "1"], "--d-sae"),
     ("sae_probe.py", ["--architecture", "topk", "--sparsity", "9999"], "makes no sense"),
-    ("sae_probe.py", ["--sparsity", "nan"], "makes no sense"),
+    ("sae_probe.py", ["--sparsity", "nan"], "--sparsity is nan"),
     ("sae_probe.py", ["--steps", "0"], "--steps"),
     ("sae_probe.py", ["--batch", "-1"], "--batch"),
     ("sae_probe.py", ["--context", "1"], "--context"),
@@ -59,10 +59,45 @@ def test_a_flag_that_makes_no_sense_gets_one_line(run, script, flags, words):
 
 @pytest.mark.parametrize("script", ["logit_lens.py", "reversal.py", "sae_probe.py", "steering.py", "patching.py"])
 @pytest.mark.parametrize("flags", [["--seed", "many"], ["--colour", "red"], ["--device"]])
-def test_a_flag_of_another_kind_is_refused_without_a_traceback(run, script, flags):
+def test_a_flag_of_another_kind_gets_one_line(run, script, flags):
     done = run(script, *flags)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    one_line_error(done, flags[0])
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+BAD_PAIRS = [
+    ("clean,corrupt,answer\na,b, c\n", [], "no column wrong"),
+    ("", [], "holds no pair"),
+    ("clean,corrupt,answer,wrong\nMary left,John, the, a\n", [], "clean has"),
+    ("clean,corrupt,answer,wrong\nMary left,John left, the park, a\n", [], "is not one token"),
+    ("clean,corrupt,answer,wrong\nMary left,John left,, a\n", [], "row 1 lacks answer"),
+    ("clean,corrupt,answer,wrong\nMary left,John left, the, a\n", ["--n", "0"], "--n"),
+    ("clean,corrupt,answer,wrong\nMary left,John left, the, a\n", ["--clean", "Mary"], "needs all of"),
+    ("clean,corrupt,answer,wrong\nMary left,John left, the, a\n", ["--memory-gb", "-1"], "--memory-gb"),
+    ("clean,corrupt,answer,wrong\nMary left,John left, the, a\n", ["--memory-gb", "nan"], "--memory-gb"),
+]
+
+
+@pytest.mark.parametrize("script", ["patching.py", "circuits.py"])
+@pytest.mark.parametrize("text, flags, words", BAD_PAIRS, ids=[words for *_, words in BAD_PAIRS])
+def test_pairs_that_cannot_be_used_get_one_line(run, script, text, flags, words, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(text)
+    one_line_error(run(script, "--pairs", str(path), *flags, "--device", "cpu"), words)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("patching.py", ["--positions", "999"], "position 999 is outside"),
+        ("patching.py", ["--held-out", "0"], "--held-out"),
+        ("patching.py", ["--site", "resid"], "resid"),
+        ("circuits.py", ["--ig-steps", "0"], "--ig-steps"),
+        ("circuits.py", ["--n", "-3"], "--n"),
+    ],
+)
+def test_settings_of_pairs_that_make_no_sense_get_one_line(run, script, flags, words):
+    one_line_error(run(script, *flags, "--device", "cpu"), words)
 
 
 @pytest.mark.parametrize("broken", ["no weights", "truncated weights", "binary config", "empty config", "a file"])

@@ -14,6 +14,7 @@ from conftest import ROOT, one_line_error
 import launch
 from launch import flags
 from train import TrainConfig
+from utils import Count, Natural, Positive, Share
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +119,17 @@ def test_wrong_launches_get_one_line(monkeypatch, capsys):
         monkeypatch.setenv("PATH", "")
         with pytest.raises(SystemExit, match=words):
             call(monkeypatch, *args)
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "--sweep", "seed=1,two")
-    assert "two" in capsys.readouterr().err
+    for args, words in [
+        (["--sweep", "seed=1,two"], "--seed.*'two'"),
+        (["--seed", "two"], "--seed.*'two'"),
+        (["--sed", "2"], "Unrecognized options: --sed, 2"),
+        (["--steps"], "Missing value for argument '--steps'"),
+        (["--autocast", "maybe"], "invalid choice 'maybe'"),
+    ]:
+        with pytest.raises(SystemExit, match=words) as end:
+            call(monkeypatch, *args)
+        assert "\n" not in str(end.value) and "│" not in str(end.value)
+        assert not capsys.readouterr().err
 
 
 def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_path):
@@ -139,6 +148,35 @@ def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended_even_by
         first.kill()
         first.wait()
     subprocess.run(command, env=env, capture_output=True, check=True)
+
+
+@dataclasses.dataclass
+class Ranged:
+    n: Count = 1
+    share: Share = 0.5
+    width: Positive | None = None
+    places: tuple[Natural, ...] = ()
+    plain: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--n 0", "--n is 0: it must be at least 1"),
+        ("--share 1.5", "--share is 1.5: it must be at most 1"),
+        ("--share -0.1", "--share is -0.1: it must be at least 0"),
+        ("--width 0", "--width is 0.0: it must be above 0"),
+        ("--places 3 -1", "--places is -1: it must be at least 0"),
+        ("--share nan", "--share is nan: give a number"),
+        ("--plain inf", "--plain is inf: give a number"),
+    ],
+)
+def test_a_setting_outside_the_range_that_its_type_declares_gets_one_line(flags, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+    with pytest.raises(SystemExit, match=said):
+        launch.flags(Ranged)
+    monkeypatch.setattr(sys, "argv", "script.py --n 3 --share 1 --width 0.1 --places 0 4 --plain -2".split())
+    assert launch.flags(Ranged) == Ranged(3, 1.0, 0.1, (0, 4), -2.0)
 
 
 def test_a_restarted_job_resumes(monkeypatch):
