@@ -25,6 +25,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
+from hooked import Hooked
 from layers import Attention, RMSNorm, next_token_loss, rotate
 
 # The second half, what is measured and the experiment, uses these as well.
@@ -86,7 +87,7 @@ class AttnBlock(nn.Module):
         return self.hook_resid_post(x + attn_out)
 
 
-class AttnOnly(nn.Module):
+class AttnOnly(nn.Module, Hooked):
     def __init__(self, cfg: AttnOnlyConfig):
         super().__init__()
         self.cfg = cfg

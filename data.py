@@ -337,11 +337,13 @@ def refuse_empty(prompt: str) -> None:
         fail("--prompt is empty: give a few words, such as --prompt 'The capital of Japan is'")
 
 
-def to_tokens(tokenizer: Tokenizer, text: str) -> Tensor:
-    """(1, pos), beginning-of-text first where the tokenizer puts one."""
+def to_tokens(tokenizer: Tokenizer, text: str, prepend_bos: bool | None = None) -> Tensor:
+    """(1, pos), beginning-of-text first where the tokenizer puts one, or as prepend_bos says."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     bos = bos_id(tokenizer)
-    if bos is not None:
+    if prepend_bos and bos is None:
+        fail("this tokenizer puts no beginning-of-text token first: open the model with --bos, or use put_first")
+    if bos is not None and prepend_bos is not False:
         ids = [bos, *ids]
     return t.tensor([ids])
 

@@ -25,6 +25,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     with_defaults,
 )
 from hooks import HookPoint, run_with_cache
+from hooked import Hooked
 from layers import HeadWeights, attend
 from weights import read_tensors, take_tensors, tensor_table
 
@@ -227,7 +228,7 @@ class LlamaBlock(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
 
 
-class Llama(nn.Module):
+class Llama(nn.Module, Hooked):
     architectures = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
     def __init__(self, cfg: LlamaConfig, tokenizer: Tokenizer | None = None):

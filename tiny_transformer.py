@@ -27,6 +27,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     with_defaults,
 )
 from hooks import HookPoint, run_with_cache
+from hooked import Hooked
 from layers import Attention
 from weights import read_tensors, take_tensors, tensor_table
 
@@ -168,7 +169,7 @@ def sinusoids(n_ctx: int, d_model: int) -> Tensor:
     return t.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]
 
 
-class TinyTransformer(nn.Module):
+class TinyTransformer(nn.Module, Hooked):
     architectures = ("GPT2LMHeadModel",)
 
     def __init__(self, cfg: TinyConfig, tokenizer: Tokenizer | None = None):

@@ -23,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from hooks import HookPoint
+from hooked import Hooked
 
 from anatomy import entropy_floor, mutual_information, row_totals
 from data import find_tokens, kind_of, load_corpus, str_tokens
@@ -49,7 +50,7 @@ TABLE_GATE = 0.05  # bits per token under which we say that the model is the big
 
 
 #%% The model: look up the token's row of W_E, multiply by W_U
-class ZeroLayer(nn.Module):
+class ZeroLayer(nn.Module, Hooked):
     """W_E (d_vocab, d_model), W_U (d_model, d_vocab); W_E W_U is the table of logits (token, next)."""
 
     def __init__(self, d_vocab: int, d_model: int):

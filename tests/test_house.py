@@ -14,6 +14,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "layers",
     "data",
     "weights",
+    "hooked",
     "train",
     "launch",
     "anatomy",
@@ -31,7 +32,7 @@ ARCHITECTURES = (
     "moe",
 )  # their classes are imported, their cells are not
 STORIES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in (*FOUNDATIONS, *ARCHITECTURES))
-MODEL_ROOMS = {"utils", "hooks", "layers", "weights"}
+MODEL_ROOMS = {"utils", "hooks", "hooked", "layers", "weights"}
 
 
 def tree(name: str) -> ast.Module:
