@@ -105,7 +105,7 @@ def test_every_class_of_ours_has_them(tmp_path):
         if not isinstance(model, ZeroLayer):
             assert model.W_Q.shape[0] == len(model.blocks)
     world = models[0]
-    two = world.to_tokens([TEXT, "Mary"])
+    two = world.to_tokens([TEXT, " Mary"])
     assert two.shape[0] == 2 and world.to_string(two[0, 1:]) == f" {TEXT}".strip()
     assert two[1, 0] == two[0, 0] and (two[1, 2:] == 0).all()
-    assert world.to_tokens("Mary", prepend_bos=False).equal(two[1:, 1:2])
+    assert world.to_tokens(" Mary", prepend_bos=False).equal(two[1:, 1:2])
