@@ -1,7 +1,8 @@
 """
 Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
 edge attribution and circuits, on our own models and any TransformerBridge.
-The methods are in graph.py: path_patch, plain_eap, plain_eap_ig, and their fast forms edge_patch, eap and eap_ig.
+The methods are in graph.py: path_patch, plain_edge_patch, plain_eap, plain_eap_ig, and their fast forms path_patch_all,
+edge_patch, eap and eap_ig.
 """
 
 import time
@@ -36,6 +37,7 @@ from graph import (
     eap_ig,
     edge_patch,
     find_roles,
+    path_losses,
     self_repair,
     top_edges,
     trace_back,
@@ -64,6 +66,9 @@ class Config:
     metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
     n: int = 32  # pairs to find the circuit on
     held_out: int = 100  # pairs to test it on
+    # what goes back from the logits and tells roles: path_patch sends along residual connections and MLPs (Wang et al.
+    # 2023), edge_patch along single edges
+    trace_by: Literal["path_patch", "edge_patch"] = "path_patch"
     rank_by: Literal["EAP-IG", "EAP", "magnitude", "random"] = "EAP-IG"  # whose strongest edges become the circuit
     ig_steps: int = 5  # runs between corrupt and clean embeddings (EAP-IG)
     memory_gb: float = 1.0  # cap on activations
@@ -143,19 +148,33 @@ if missed:
     save_results("circuits", cfg, **numbers)
     raise SystemExit
 
-#%% Backwards from the logits by path patching: which writers reach them straight, and what reaches those
-print(f"{purple}=== Path patching ==={endc}")
-paths = {" ".join(to): lost for to, lost in trace_back(model, graph, few, metric, cfg.memory_gb)}
+#%% Backwards from the logits: which writers reach them directly, and what reaches those
+PATHS = {
+    "path_patch": "path patching (Wang et al. 2023: direct paths run through MLPs, not through heads)",
+    "edge_patch": "edge patching (the edge from a writer to an input, and no other path)",
+}
+print(f"{purple}=== Backwards from the logits by {PATHS[cfg.trace_by]} ==={endc}")
+steps = trace_back(model, graph, few, metric, cfg.memory_gb, by=cfg.trace_by)
+paths = {" ".join(to): lost for to, lost in steps}
 numbers["paths"] = {title: dict(zip(graph.writers, lost.tolist())) for title, lost in paths.items()}
 for title, lost in paths.items():
     strongest = lost.abs().topk(4).indices.tolist()
     print(f"{gray}into {title}: {cyan}{', '.join(f'{graph.writers[i]} {lost[i]:+.2f}' for i in strongest)}{endc}")
 
+#%% ... and by how much the two ways differ for the heads that reach the logits most
+by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
+numbers["direct_effects"] = {}
+for by in PATHS:
+    lost = path_losses(model, graph, few, ["logits"], metric, cfg.memory_gb, by).mean(1) / few_gap
+    numbers["direct_effects"][by] = {head: lost[graph.writers.index(head)].item() for head in by_direct_effect[:6]}
+table = [[head, *(effects[head] for effects in numbers["direct_effects"].values())] for head in by_direct_effect[:6]]
+print(tabulate(table, headers=["lost to the logits by", "path patching", "edge patching"], floatfmt=".3f"))
+
 #%% ... as a map of writers and the inputs they reach
 fig = imshow(
     t.stack(list(paths.values())),
     title=(
-        f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, "
+        f"Metric lost when a writer's corrupt output reaches these inputs, by {PATHS[cfg.trace_by]} (n = {len(few)}, "
         f"{about}; 0 = clean, 1 = corrupt)"
     ),
     xlabel="writer",
@@ -167,7 +186,6 @@ fig = imshow(
 show(fig, "circuits/paths")
 
 #%% Self-repair: what the strongest heads do directly, and who steps in when they fail
-by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
 repairs = []
 for head in by_direct_effect[:4]:
     repair = self_repair(model, graph, few, head, metric, cfg.memory_gb)
@@ -175,13 +193,18 @@ for head in by_direct_effect[:4]:
     steps_in = ", ".join(f"{graph.writers[i]} {repair.change[i]:+.2f}" for i in helpers)
     repairs.append([head, repair.lost_directly, repair.lost_in_all, steps_in])
 numbers["self_repair"] = repairs
-headers = ["set to its mean", f"lost directly ({units})", f"lost in all ({units})", "steps in (direct effect, logits)"]
+headers = [
+    "set to its mean",
+    f"lost by its edge to the logits ({units})",
+    f"lost in all ({units})",
+    "steps in (direct effect, logits)",
+]
 print(tabulate(repairs, headers=headers, floatfmt=".2f"))
 
 #%% Indirect objects: which roles of GPT-2's circuit exist in this model, each against a permutation null
 has_roles = {"IO", "S1", "S1+1", "S2"} <= test_pairs.places.keys()
 if has_roles:
-    role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb)
+    role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb, by=cfg.trace_by)
     numbers |= {
         "roles": roles,
         "role_bars": role_bars,

@@ -1,10 +1,11 @@
 """
-The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one
-edge or one receiver at a time, stand before the fast engine.
+The graph of writes and reads: path patching (direct paths run through MLPs), edge patching (one edge alone), edge
+attribution (EAP, EAP-IG), circuits, roles. The plain forms, one sender, edge or receiver at a time, stand before the
+fast engines.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from hooks import Cache, act_name, block_norms, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
 from anatomy import attn_gain, folded_W_U
@@ -139,6 +140,27 @@ class Graph:
         belongs = self.is_input_of[:, columns].any(1).tolist()
         return [receiver.name for receiver, on in zip(self.receivers, belongs) if on and receiver.input == input]
 
+    def write_hook(self, writer: str) -> str:
+        """The hook at which what a writer writes joins the stream; a head's is that of its whole layer."""
+        if writer == "embed":
+            return act_name("resid_pre", 0)
+        layer = (self.writers.index(writer) - 1) // (self.n_heads + 1)
+        return act_name("mlp_out" if writer.endswith("MLP") else "attn_out", layer)
+
+    def read_hooks(self, receivers: list[str]) -> dict[str, list[int]]:
+        """
+        {hook: heads} at which what these receivers (but the logits) make of their inputs can be put: q, k, v of these
+        heads, or the whole MLP's output (no heads).
+        """
+        heads: dict[str, list[int]] = {}
+        for name in receivers:
+            receiver = self.receivers[self.receiver_names.index(name)]
+            if receiver.input == "MLP":
+                heads[act_name("mlp_out", receiver.layer)] = []
+            elif receiver.input != "logits":
+                heads.setdefault(act_name(receiver.input, receiver.layer), []).append(receiver.head)
+        return heads
+
     def fed_by(self, receiver: int) -> list[str]:
         """The heads or the MLP that compute what they write from a receiver; the logits from theirs."""
         fed = self.is_input_of[receiver].nonzero()[:, 0].tolist()
@@ -207,7 +229,67 @@ def mlp_entrance(model: nn.Module, layer: int) -> nn.Module:
     return block_norms(model, layer).before_mlp or model.blocks[layer].mlp
 
 
-#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver
+#%% Plain form of path patching: one sender, any receivers
+def keep_activation(kept: Cache, name: str, x: Tensor, hook: nn.Module) -> None:
+    kept[name] = x
+
+
+def put_activation(new: Tensor, heads: list[int], x: Tensor, hook: nn.Module) -> Tensor:
+    """new in the place of x; where heads are named, of these heads alone (row, pos, head, d_head)."""
+    if not heads:
+        return new
+    changed = x.clone()
+    changed[:, :, heads] = new[:, :, heads]
+    return changed
+
+
+@t.no_grad()
+def path_patch(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    sender: str,
+    receivers: list[str],
+    metric: str = "logit_diff",
+    mlps: Literal["free", "frozen"] = "free",
+) -> Tensor:
+    """
+    Metric (pair) of clean runs in which the receivers read what reaches them when the sender alone writes what it does
+    in the corrupt run: path patching (Wang et al. 2023, appendix B). A path is direct if no attention head stands on
+    it: it runs through residual connections and through the MLPs between ("frozen": through no MLP, so that a single
+    receiver reads one edge). What lies behind the receivers is computed anew. Plain form of path_patch_all.
+    """
+    layers = range(graph.n_layers)
+    attn_outs = tuple(act_name("attn_out", layer) for layer in layers)
+
+    # Step 1: a clean and a corrupt run
+    clean = run_graph(model, graph, pairs, "clean", also=attn_outs)
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    resid = clean.cache["resid_pre", 0]
+
+    # Step 2: the clean run with all heads frozen, the sender corrupt and the MLPs recomputed, to see what receivers read
+    frozen = {name: clean.cache[name] for name in attn_outs}
+    if mlps == "frozen":
+        frozen |= {act_name("mlp_out", layer): clean.cache["mlp_out", layer] for layer in layers}
+    w = graph.writers.index(sender)
+    written_at = graph.write_hook(sender)
+    frozen[written_at] = clean.cache[written_at] + corrupt.writes[:, :, w] - clean.writes[:, :, w]
+    read = Cache()
+    read_at = graph.read_hooks(receivers)
+    fwd_hooks = [(name, partial(keep_activation, read, name)) for name in read_at]  # before it is frozen
+    fwd_hooks += [(name, partial(put_activation, value, [])) for name, value in frozen.items()]
+    logits = run_from(model, resid, pairs.answer_pos, 0, fwd_hooks)
+
+    # Step 3: the clean run again, the receivers given that, and all else free
+    if receivers != ["logits"]:
+        fwd_hooks = [(name, partial(put_activation, read[name], heads)) for name, heads in read_at.items()]
+        logits = run_from(model, resid, pairs.answer_pos, 0, fwd_hooks)
+
+    # Step 4: the metric
+    return make_metric(pairs, metric, clean.logits)(logits, pairs.index)
+
+
+#%% Plain forms: edge patching of one edge, EAP and EAP-IG of the edges into one receiver
 class InputChange:
     """
     Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream
@@ -268,13 +350,12 @@ class InputChange:
 
 
 @t.no_grad()
-def path_patch(
+def plain_edge_patch(
     model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, metric: str = "logit_diff"
 ) -> Tensor:
     """
-    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path
-    patching (Wang et al. 2023) along one edge. What lies behind the receiver is computed anew. Plain form of
-    edge_patch.
+    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one, and
+    no other path carries it. What lies behind the receiver is computed anew. Plain form of edge_patch.
     """
     # Step 1: a clean and a corrupt run
     clean = run_graph(model, graph, pairs, "clean")
@@ -460,15 +541,113 @@ def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: floa
     return rows_that_fit(model, pairs.clean.shape[1], memory_gb / 4, floats)
 
 
-#%% Path patching of any sets of edges
+#%% Path patching of every sender
+@t.no_grad()
+def path_patch_all(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    receivers: list[str],
+    metric: str = "logit_diff",
+    memory_gb: float = 1.0,
+) -> Tensor:
+    """Metric (writer, pair): path_patch of each writer as the sender (Wang et al. 2023), the MLPs free."""
+    assert receivers == ["logits"] or "logits" not in receivers, "given logits would leave nothing to the others"
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    patch = partial(patch_paths_of_group, model, graph, receivers, metric, 2 * n_pairs)
+    return t.cat(by_groups(patch, pairs, n_pairs), 1)
+
+
+def patch_paths_of_group(
+    model: nn.Module, graph: Graph, receivers: list[str], metric: str, n_rows: int, group: Pairs
+) -> Tensor:
+    """path_patch_all of pairs that fit into memory at once: senders that write at one hook share a batch."""
+    attn_outs = tuple(act_name("attn_out", layer) for layer in range(graph.n_layers))
+    clean = run_graph(model, graph, group, "clean", also=attn_outs)
+    corrupt = run_graph(model, graph, group, "corrupt")
+    metric_fn = make_metric(group, metric, clean.logits)
+
+    def patch_rows(written_at: str, rows: Tensor) -> Tensor:
+        sender, pair = rows.unbind(1)
+        change = corrupt.writes[pair, :, sender] - clean.writes[pair, :, sender]
+        run = PathRun(model, graph, clean.cache, receivers, pair, group.answer_pos[pair])
+        return metric_fn(run.run(written_at, change), pair)
+
+    # to begin with as if nothing were sent, which holds where no direct path leads from the sender to a receiver
+    values = metric_fn(clean.logits, group.index).repeat(len(graph.writers), 1)
+    sends = graph.edges(graph.writers, receivers).any(1)
+    sends_at: dict[str, list[int]] = {}
+    for w in sends.nonzero()[:, 0].tolist():
+        sends_at.setdefault(graph.write_hook(graph.writers[w]), []).append(w)
+    for written_at, senders in sends_at.items():
+        rows = t.cartesian_prod(t.tensor(senders, device=group.index.device), group.index)  # (sender, pair)
+        values[rows.unbind(1)] = t.cat(list(in_batches(partial(patch_rows, written_at), rows, n_rows, "paths")))
+    return values
+
+
+class PathRun:
+    """
+    Steps 2 and 3 of path_patch in rows that are runs of these pairs (row), each with its own sender. The run with
+    frozen heads enters at the layer where they write, the run with patched receivers at the first receiver's: below,
+    both are the clean run, whose activations cache holds.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: Graph, cache: Cache, receivers: list[str], pair: Tensor, answer_pos: Tensor
+    ):
+        self.model = model
+        self.graph = graph
+        self.cache = cache
+        self.pair = pair
+        self.answer_pos = answer_pos
+        self.read_at = graph.read_hooks(receivers)
+        self.read = Cache()
+
+    def run(self, written_at: str, change: Tensor) -> Tensor:
+        """Logits (row, d_vocab), what is written at this hook having changed by change (row, pos, d_model)."""
+        logits = self.frozen_run(written_at, change)
+        return self.patched_run() if self.read_at else logits  # who reads at no hook is the logits
+
+    def frozen_run(self, written_at: str, change: Tensor) -> Tensor:
+        first = layer_of(written_at)
+        frozen = {}
+        for layer in range(first, self.graph.n_layers):
+            name = act_name("attn_out", layer)
+            frozen[name] = self.cache[name][self.pair]
+        frozen[written_at] = self.cache[written_at][self.pair] + change
+        fwd_hooks = [
+            (name, partial(keep_activation, self.read, name)) for name in self.read_at if layer_of(name) >= first
+        ]
+        fwd_hooks += [(name, partial(put_activation, value, [])) for name, value in frozen.items()]
+        return self.run_from(first, fwd_hooks)
+
+    def patched_run(self) -> Tensor:
+        fwd_hooks = [
+            (name, partial(put_activation, self.read[name], heads))
+            for name, heads in self.read_at.items()
+            if name in self.read  # else no path leads there: it is read as in the clean run
+        ]
+        return self.run_from(min(map(layer_of, self.read)), fwd_hooks)
+
+    def run_from(self, layer: int, fwd_hooks: list[tuple]) -> Tensor:
+        resid = self.cache["resid_pre", layer][self.pair]
+        return run_from(self.model, resid, self.answer_pos, layer, fwd_hooks)
+
+
+def layer_of(hook_name: str) -> int:
+    """blocks.3.attn.hook_q: 3"""
+    return int(hook_name.split(".")[1])
+
+
+#%% Edge patching: any sets of edges
 @t.no_grad()
 def edge_patch(
     model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
 ) -> Tensor:
     """
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
-    corrupt run's writes; what lies behind a receiver is computed anew, all else stays (path patching, Wang et al.
-    2023). A circuit is the run in which all other edges are swapped.
+    corrupt run's writes; what lies behind a receiver is computed anew, all else stays. One edge is what Syed et al.
+    (2023) attribute; a circuit is the run in which all other edges are swapped.
     """
     swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
@@ -628,13 +807,29 @@ def area(
 
 
 #%% Backwards from the logits by path patching
+type TraceBy = Literal["path_patch", "edge_patch"]
+
+
 def path_losses(
-    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], metric: str, memory_gb: float = 1.0
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    receivers: list[str],
+    metric: str,
+    memory_gb: float = 1.0,
+    by: TraceBy = "path_patch",
 ) -> Tensor:
-    """(writer, pair) metric lost when the paths from one writer straight to the receivers carry the corrupt run."""
-    swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
+    """
+    (writer, pair) metric lost when one writer's corrupt write reaches the receivers: along all direct paths, which run
+    through MLPs (path_patch, Wang et al. 2023), or along the edges to them alone (edge_patch).
+    """
     clean, _ = baselines(model, pairs, metric, memory_gb)
-    return (clean - edge_patch(model, graph, pairs, swaps, metric, memory_gb)).cpu()
+    if by == "path_patch":
+        patched = path_patch_all(model, graph, pairs, receivers, metric, memory_gb)
+    else:
+        swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
+        patched = edge_patch(model, graph, pairs, swaps, metric, memory_gb)
+    return (clean - patched).cpu()
 
 
 def trace_back(
@@ -646,10 +841,11 @@ def trace_back(
     max_steps: int = 16,
     floor: float = 0.05,
     width: int = 3,
+    by: TraceBy = "path_patch",
 ) -> list[tuple[list[str], Tensor]]:
     """
-    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the
-    receivers, which are named. First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
+    Steps (receivers, lost (writer)): the share of the metric lost along the direct paths from each writer to the
+    receivers, which are named (see path_losses). First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
     writers that lost most (at most `width`, at least `floor`) in the last round's strongest step, until max_steps are
     done (Wang et al. 2023).
     """
@@ -660,7 +856,7 @@ def trace_back(
     while options and len(steps) < max_steps:
         new = []
         for receivers in options:
-            lost = path_losses(model, graph, pairs, receivers, metric, memory_gb).mean(1) / gap
+            lost = path_losses(model, graph, pairs, receivers, metric, memory_gb, by).mean(1) / gap
             new.append((receivers, lost))
         steps += new
         most = max((lost for _, lost in new), key=lambda lost: lost.max())
@@ -681,7 +877,7 @@ def inputs_of_strongest(graph: Graph, lost: Tensor, floor: float, width: int) ->
 #%% Self-repair: what a head does directly, and who steps in when it fails
 class SelfRepair(NamedTuple):
     """
-    Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect
+    Metric lost by the edge to the logits alone, and by all paths; the change of every writer's direct effect
     (writer), in logits of answer - wrong.
     """
 
@@ -724,7 +920,7 @@ def replace_write(
     model: nn.Module, graph: Graph, head: str, mean: Tensor, metric: str, group: Pairs
 ) -> tuple[Tensor, Tensor]:
     """
-    Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs,
+    Metric lost (2: by the edge to the logits, by all paths) and change of direct effects (writer), summed over pairs,
     when a head writes `mean`.
     """
     clean = run_graph(model, graph, group, "clean", also=("ln_final.hook_scale",))
@@ -778,14 +974,16 @@ def find_roles(
     shuffles: int = 200,
     floor: float = 0.3,
     seed: int = 0,
+    by: TraceBy = "path_patch",
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
     Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor`
     or, if larger, the 99th percentile of the best head's score with keys drawn at random. Found {role: heads} above
-    the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition heads act on the
-    movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
+    the bar; movers also write the answer (or against it) to the logits along direct paths, and S-inhibition heads act
+    so on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random. Direct
+    paths are path_losses' (by).
     """
-    search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed)
+    search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed, by)
     movers = search.name_movers()
     found = {
         "name mover": movers,
@@ -814,11 +1012,13 @@ class RoleSearch:
         shuffles: int,
         floor: float,
         seed: int,
+        by: TraceBy,
     ):
         self.model = model
         self.graph = graph
         self.pairs = pairs
         self.metric = metric
+        self.by = by
         self.memory_gb = memory_gb
         self.shuffles = shuffles
         self.generator = t.Generator().manual_seed(seed)
@@ -872,12 +1072,13 @@ class RoleSearch:
 
     def acting(self, heads: list[str], receivers: list[str], sign: int = 1) -> list[str]:
         """
-        Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance.
+        Those of the heads whose direct paths to the receivers help the metric (sign 1) or hurt it (-1), more than
+        chance.
         """
         if not heads or not receivers:
             return []
         rows = [self.graph.writers.index(head) for head in self.graph.head_names]
-        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb)
+        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb, self.by)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
         if self.metric == "kl":

@@ -20,8 +20,10 @@ from graph import (
     edge_patch,
     find_roles,
     path_patch,
+    path_patch_all,
     plain_eap,
     plain_eap_ig,
+    plain_edge_patch,
     self_repair,
     top_edges,
     trace_back,
@@ -86,7 +88,7 @@ def test_the_edges_are_counted_named_and_linked(models, world):
 # %% The engine gives what the plain forms give
 @t.no_grad()
 @pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox", "gptj", "gemma2", "olmo2"])
-def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
+def test_every_single_edge_equals_plain_edge_patching(models, pairs, name):
     model = models[name]
     graph = Graph(model)
     edges, masks = single(graph)
@@ -96,7 +98,7 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
     assert (values - clean).abs().max() > 0.05
     for value, i in zip(values, chosen):
         writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
-        expected = path_patch(model, graph, pairs, writer, receiver)
+        expected = plain_edge_patch(model, graph, pairs, writer, receiver)
         t.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4, msg=f"{writer} to {receiver}")
 
 
@@ -120,7 +122,7 @@ def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
     values = edge_patch(world, graph, few, masks[chosen], memory_gb=0.05)
     for value, i in zip(values, chosen):
         writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
-        expected = path_patch(world, graph, few, writer, receiver)
+        expected = plain_edge_patch(world, graph, few, writer, receiver)
         t.testing.assert_close(value, expected, atol=1e-3, rtol=1e-4, msg=f"{writer} to {receiver}")
     plain = t.stack([plain_eap(world, graph, few, receiver) for receiver in graph.receiver_names], 1)
     plain_ig = t.stack([plain_eap_ig(world, graph, few, receiver, steps=2) for receiver in graph.receiver_names], 1)
@@ -174,7 +176,7 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
     for found, (receiver, wanted) in zip(values, expected.items()):
         assert (wanted - untouched).abs().max() > 1e-3, receiver
         t.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=receiver)
-        plain = path_patch(model, graph, pairs, "L0H2", receiver)
+        plain = plain_edge_patch(model, graph, pairs, "L0H2", receiver)
         t.testing.assert_close(plain, wanted, atol=1e-4, rtol=0, msg=receiver)
 
 
@@ -228,6 +230,7 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
     swaps = t.stack([graph.edges([writer]) for writer in graph.writers[:3]])
     calls = {
         "edges": lambda gb: edge_patch(model, graph, many, swaps, "logit_diff", gb),
+        "paths": lambda gb: path_patch_all(model, graph, many, ["logits"], "logit_diff", gb),
         "EAP": lambda gb: eap(model, graph, many, "logit_diff", gb),
         "EAP-IG": lambda gb: eap_ig(model, graph, many, "logit_diff", 1, gb),
         "writes": lambda gb: write_differences(model, graph, many, gb)[1],
@@ -250,6 +253,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_number(models, pairs, name
     swaps = t.stack([graph.edges([writer]) for writer in graph.writers])
     for call in (
         lambda: edge_patch(model, graph, many, swaps),
+        lambda: path_patch_all(model, graph, many, ["L1 MLP"]),
         lambda: eap(model, graph, many),
         lambda: eap_ig(model, graph, many, steps=2),
     ):
@@ -331,7 +335,7 @@ def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(m
     steps = trace_back(model, graph, pairs, "logit_diff", max_steps=8)
     assert steps[0][0] == ["logits"] and 1 < len(steps) < 12
     clean, corrupt = baselines(model, pairs, "logit_diff")
-    alone = path_patch(model, graph, pairs, "L1H2", "logits")
+    alone = path_patch(model, graph, pairs, "L1H2", ["logits"])
     expected = ((clean - alone).mean() / (clean - corrupt).mean()).item()
     assert steps[0][1][graph.writers.index("L1H2")] == pytest.approx(expected, abs=1e-4)
     strongest = steps[0][1].topk(3).indices.tolist()
