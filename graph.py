@@ -4,17 +4,20 @@ attribution (EAP, EAP-IG), circuits, roles. The plain forms, one sender, edge or
 fast engines.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 from hooks import Cache, act_name, block_norms, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
 from anatomy import attn_gain, folded_W_U
-from interventions import Pairs, baselines, by_groups, inputs, make_metric
+from interventions import Pairs, baselines, by_groups, inputs, make_metric, normalised
 
 import torch as t
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
+from scipy.stats import spearmanr
 from torch import Tensor
 
 
@@ -639,34 +642,118 @@ def layer_of(hook_name: str) -> int:
     return int(hook_name.split(".")[1])
 
 
+#%% Ablations: what stands in for a write that is not kept
+type Ablation = Callable[[nn.Module, Graph, Pairs], Tensor]  # writes (pair, pos, writer, d_model) of a group of pairs
+
+
+def corrupt_writes(model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
+    """What every writer writes in the pair's own corrupt run (interchange, or swap)."""
+    return run_graph(model, graph, group, "corrupt").writes
+
+
+def mean_ablation(
+    model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0, draws: int = 16, seed: int = 0
+) -> tuple[Ablation, str]:
+    """
+    (the ablation, in words): every writer's mean write at each position over a reference distribution. For indirect
+    objects Wang et al.'s (2023) p_ABC: each pair's own words with three different names in them, `draws` times. For
+    other pairs: the corrupt runs, position by position over all pairs.
+    """
+    if {"IO", "S1", "S2"} <= pairs.places.keys():
+        names = draw_names(pairs, draws, seed)
+        return partial(abc_mean_writes, names), f"mean over {draws} prompts of the same words and three other names"
+    mean = corrupt_mean_writes(model, graph, pairs, memory_gb)
+    return partial(shared_writes, mean), f"mean over {len(pairs)} corrupt runs, position by position"
+
+
+def draw_names(pairs: Pairs, draws: int, seed: int) -> Tensor:
+    """(draw, 3): token ids of three different names among those of the pairs."""
+    known = t.cat([pairs.answer, pairs.wrong]).unique()
+    assert len(known) >= 3, "a reference distribution needs three different names"
+    generator = t.Generator().manual_seed(seed)
+    return t.stack([known[t.randperm(len(known), generator=generator)[:3]] for _ in range(draws)])
+
+
+def abc_prompts(pairs: Pairs, names: Tensor) -> Tensor:
+    """(pair, pos): the clean tokens with the first name for the indirect object, the others for S1 and S2 (3)."""
+    is_io = pairs.clean == pairs.answer[:, None]
+    is_s = pairs.clean == pairs.wrong[:, None]
+    is_s1 = is_s & (is_s.cumsum(1) == 1)
+    tokens = pairs.clean.clone()
+    tokens[is_io] = names[0]
+    tokens[is_s1] = names[1]
+    tokens[is_s & ~is_s1] = names[2]
+    return tokens
+
+
+def abc_mean_writes(names: Tensor, model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
+    """Mean writes (pair, pos, writer, d_model) over the group's prompts with each of the names (draw, 3)."""
+    total: Tensor | float = 0.0
+    for three in names:
+        reference = replace(group, corrupt=abc_prompts(group, three), corrupt_resid=None)
+        total = total + corrupt_writes(model, graph, reference)
+    return total / len(names)
+
+
+@t.no_grad()
+def corrupt_mean_writes(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> Tensor:
+    """(pos, writer, d_model): mean over the corrupt runs that are still before their answer at this position."""
+
+    def summed(group: Pairs) -> tuple[Tensor, Tensor]:
+        position = t.arange(group.clean.shape[1], device=group.answer_pos.device)
+        real = (position <= group.answer_pos[:, None]).to(t.float32)
+        shorter = pairs.clean.shape[1] - group.clean.shape[1]  # groups are cut behind their last answer
+        writes = corrupt_writes(model, graph, group).float()
+        total = einsum(writes, real, "pair pos writer d_model, pair pos -> pos writer d_model")
+        return F.pad(total, (0, 0, 0, 0, 0, shorter)), F.pad(real.sum(0), (0, shorter))
+
+    sums, counts = zip(*by_groups(summed, pairs, pairs_that_fit(model, graph, pairs, memory_gb)))
+    return sum(sums) / sum(counts)[:, None, None]
+
+
+def shared_writes(mean: Tensor, model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
+    """The same writes (pos, writer, d_model) for every pair; beyond the last position of the mean its last."""
+    n_pos = group.clean.shape[1]
+    longer = mean[t.arange(n_pos, device=mean.device).clamp(max=len(mean) - 1)]
+    return longer.to(inputs(model, group, "clean").dtype).expand(len(group), -1, -1, -1)
+
+
 #%% Edge patching: any sets of edges
 @t.no_grad()
 def edge_patch(
-    model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    swaps: Tensor,
+    metric: str = "logit_diff",
+    memory_gb: float = 1.0,
+    ablation: Ablation = corrupt_writes,
 ) -> Tensor:
     """
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
-    corrupt run's writes; what lies behind a receiver is computed anew, all else stays. One edge is what Syed et al.
+    corrupt run's writes, or another ablation's; what lies behind a receiver is computed anew, all else stays. One edge is what Syed et al.
     (2023) attribute; a circuit is the run in which all other edges are swapped.
     """
     swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
-    patch = partial(patch_group, model, graph, swaps, metric, 2 * n_pairs)
+    patch = partial(patch_group, model, graph, swaps, metric, 2 * n_pairs, ablation)
     return t.cat(by_groups(patch, pairs, n_pairs), 1)
 
 
-def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, group: Pairs) -> Tensor:
+def patch_group(
+    model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, ablation: Ablation, group: Pairs
+) -> Tensor:
     """
     edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it,
     it is the clean run.
     """
     clean = run_graph(model, graph, group, "clean")
-    corrupt = run_graph(model, graph, group, "corrupt")
+    other = ablation(model, graph, group)
     metric_fn = make_metric(group, metric, clean.logits)
 
     def patch_rows(layer: int, rows: Tensor) -> Tensor:
         swap, pair = rows.unbind(1)
-        run = EdgeRun(model, graph, swaps[swap], corrupt.writes[pair])
+        run = EdgeRun(model, graph, swaps[swap], other[pair])
         resid = clean.cache["resid_pre", layer][pair]
         return metric_fn(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
 
@@ -778,32 +865,130 @@ def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
 
 
 def circuit_metric(
-    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    circuits: Tensor,
+    metric: str = "logit_diff",
+    memory_gb: float = 1.0,
+    ablation: Ablation = corrupt_writes,
 ) -> Tensor:
     """
-    Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all
-    others corrupt.
+    Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all others
+    ablated. Edges that no clean path reaches, or from which none goes on, are ablated too (prune), as in MIB (Mueller
+    et al. 2025).
     """
-    return edge_patch(model, graph, pairs, ~circuits, metric, memory_gb)
+    pruned = t.stack([graph.prune(circuit & graph.is_edge) for circuit in circuits])
+    different, which = pruned.unique(dim=0, return_inverse=True)  # each is run once
+    values = edge_patch(model, graph, pairs, ~different, metric, memory_gb, ablation)
+    return values[which.to(values.device)]
 
 
-def area(
-    values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000
-) -> tuple[float, float, float]:
+def smallest_circuit(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    score: Tensor,
+    metric: str = "logit_diff",
+    share: float = 0.9,
+    memory_gb: float = 1.0,
+    ablation: Ablation = corrupt_writes,
+) -> Tensor:
     """
-    Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval
-    from resampled pairs.
+    Mask (writer, receiver) of the fewest edges of the largest |score| that keep this share of the metric, from all
+    edges ablated (0) to none (1), pruned. Sizes double until one suffices; between it and the one before, bisection:
+    the size found suffices and one edge less does not. Faithfulness need not rise with every edge, so a smaller size
+    that suffices may have been passed over.
+    """
+    ends = t.stack([graph.is_edge, t.zeros_like(graph.is_edge)])
+    clean, ablated = circuit_metric(model, graph, pairs, ends, metric, memory_gb, ablation)
+
+    def suffices(size: int) -> bool:
+        circuit = top_edges(graph, score, [size])
+        values = circuit_metric(model, graph, pairs, circuit, metric, memory_gb, ablation)
+        return normalised(values, clean, ablated).item() >= share
+
+    n_edges = int(graph.is_edge.sum())
+    too_few, size = 0, 1
+    while size < n_edges and not suffices(size):
+        too_few, size = size, min(2 * size, n_edges)
+    while size - too_few > 1:
+        middle = (too_few + size) // 2
+        if suffices(middle):
+            size = middle
+        else:
+            too_few = middle
+    return graph.prune(top_edges(graph, score, [size])[0])
+
+
+#%% Faithfulness over the edges kept, by MIB's measures and on a logarithmic axis, with intervals over pairs
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def resampled_faithfulness(values: Tensor, clean: Tensor, ablated: Tensor, draws: int = 1000) -> Tensor:
+    """
+    (1 + draws, size): (metric - ablated) / (clean - ablated) of the mean metrics (size, pair), (pair), (pair); the
+    first row over the pairs themselves, the others over pairs drawn with replacement, the same for every call with as
+    many pairs, so that methods can be compared draw by draw.
     """
     n = len(clean)
     resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
-    # (1 + draws, pair); the first row is the pairs themselves
-    index = t.cat([t.arange(n)[None], resampled]).to(clean.device)
-    clean_mean = clean[index].mean(-1)
-    corrupt_mean = corrupt[index].mean(-1)
-    faithfulness = (values[:, index].mean(-1) - corrupt_mean) / (clean_mean - corrupt_mean)  # (size, 1 + draws)
-    areas = t.trapezoid(faithfulness.cpu(), t.tensor(x), dim=0)
-    low, high = areas[1:].quantile(t.tensor([0.025, 0.975])).tolist()
-    return areas[0].item(), low, high
+    index = t.cat([t.arange(n)[None], resampled])
+    values, clean, ablated = values.double().cpu(), clean.double().cpu(), ablated.double().cpu()
+    ablated_mean = ablated[index].mean(-1)
+    gap = clean[index].mean(-1) - ablated_mean
+    return ((values[:, index].mean(-1) - ablated_mean) / gap).T
+
+
+def cpr(faithfulness: Tensor, shares: list[float]) -> Tensor:
+    """
+    Integrated circuit performance ratio (Mueller et al. 2025): the area under faithfulness (..., size) over the shares
+    of edges kept. 1 if every circuit does what the model does.
+    """
+    return t.trapezoid(faithfulness, t.tensor(shares, dtype=faithfulness.dtype))
+
+
+def cmd(faithfulness: Tensor, shares: list[float]) -> Tensor:
+    """Integrated circuit-model distance (Mueller et al. 2025): the area of |1 - faithfulness|; 0 is best."""
+    return cpr((1 - faithfulness).abs(), shares)
+
+
+def log_area(faithfulness: Tensor, sizes: list[int]) -> Tensor:
+    """Mean faithfulness (..., size) over the logarithm of the edges kept, from the first size to the last."""
+    x = t.tensor(sizes, dtype=faithfulness.dtype).log()
+    return t.trapezoid(faithfulness, x) / (x[-1] - x[0])
+
+
+def interval(draws: Tensor) -> tuple[float, float, float]:
+    """(value, 2.5th and 97.5th percentile) of (1 + draws) values, whose first is that of the sample itself."""
+    low, high = draws[1:].quantile(t.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return draws[0].item(), low, high
+
+
+#%% Estimated effects of edges against exact ones
+class Agreement(NamedTuple):
+    """
+    pearson, spearman over all edges; top: share of the `n` edges of the largest |effect| among the n of the largest
+    |estimate|; sign: share of edges (but those without any effect) whose estimate has the effect's sign.
+    """
+
+    pearson: float
+    spearman: float
+    top: float
+    sign: float
+
+
+def agreement(effect: Tensor, estimate: Tensor, n: int) -> Agreement:
+    """How well estimates (edge) stand for the effects (edge) that edge patching has."""
+    strongest = set(effect.abs().topk(n).indices.tolist())
+    estimated = set(estimate.abs().topk(n).indices.tolist())
+    acts = effect != 0
+    return Agreement(
+        pearson=t.corrcoef(t.stack([effect, estimate]))[0, 1].item(),
+        spearman=float(spearmanr(effect.tolist(), estimate.tolist()).statistic),
+        top=len(strongest & estimated) / n,
+        sign=(effect.sign() == estimate.sign())[acts].float().mean().item(),
+    )
 
 
 #%% Backwards from the logits by path patching

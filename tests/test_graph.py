@@ -10,21 +10,29 @@ from conftest import ROOT, memory_for
 from models_for_tests import H, L, three_pairs, tiny_models
 
 from hooks import act_name, peak_bytes, run_with_cache, run_with_hooks
-from interventions import Pairs, baselines, draw_pairs, make_metric, sweep
+from interventions import Pairs, baselines, draw_pairs, find_places, make_metric, normalised, sweep
 from graph import (
     Graph,
-    area,
+    abc_prompts,
+    agreement,
     circuit_metric,
+    cmd,
+    cpr,
     eap,
     eap_ig,
     edge_patch,
     find_roles,
+    interval,
+    log_area,
+    mean_ablation,
     path_patch,
     path_patch_all,
     plain_eap,
     plain_eap_ig,
     plain_edge_patch,
+    resampled_faithfulness,
     self_repair,
+    smallest_circuit,
     top_edges,
     trace_back,
     write_differences,
@@ -212,7 +220,102 @@ def test_all_paths_are_activation_patching_of_the_sender_and_all_edges_the_corru
     values = edge_patch(model, graph, pairs, t.stack([~kept, ~pruned]))
     assert 0 < pruned.sum() < kept.sum()
     t.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
-    assert circuit_metric(model, graph, pairs, t.stack([kept, pruned])).equal(values)
+    t.testing.assert_close(circuit_metric(model, graph, pairs, t.stack([kept, pruned])), values, atol=1e-5, rtol=1e-5)
+
+
+# %% Ablations
+def indirect_objects() -> Pairs:
+    """Three prompts IO .. S1 .. S2 .., or S1 first, of different lengths."""
+    clean = t.tensor(
+        [
+            [1, 50, 20, 60, 30, 60, 40, 41],
+            [1, 21, 61, 51, 31, 61, 42, 1],
+            [1, 52, 22, 62, 32, 33, 62, 43],
+        ]
+    )
+    answer, wrong = t.tensor([50, 51, 52]), t.tensor([60, 61, 62])
+    corrupt = clean.clone()
+    corrupt[[0, 1, 2], [5, 5, 6]] = answer
+    made = Pairs(clean=clean, corrupt=corrupt, answer=answer, wrong=wrong, answer_pos=t.tensor([7, 6, 7]))
+    made.places = find_places(made)
+    return made
+
+
+def z_replaced(model: nn.Module, pairs: Pairs, mean: t.Tensor) -> t.Tensor:
+    """The metric of clean runs in which head L1H2's z (pair, pos, d_head) is this."""
+
+    def put(z, hook):
+        z = z.clone()
+        z[:, :, 2] = mean
+        return z
+
+    logits = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_z", put)])
+    return make_metric(pairs, "logit_diff")(logits[pairs.index, pairs.answer_pos], pairs.index)
+
+
+def test_prompts_of_the_reference_have_the_words_and_three_other_names():
+    pairs = indirect_objects()
+    assert {"IO", "S1", "S2"} <= pairs.places.keys()
+    found = abc_prompts(pairs, t.tensor([7, 8, 9]))
+    assert found.tolist() == [
+        [1, 7, 20, 8, 30, 9, 40, 41],
+        [1, 21, 8, 7, 31, 9, 42, 1],
+        [1, 7, 22, 8, 32, 33, 9, 43],
+    ]
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_a_head_ablated_by_the_mean_writes_the_mean_of_what_it_wrote_in_reference_prompts(models, name):
+    model = models[name]
+    graph = Graph(model)
+    pairs = indirect_objects()
+    ablation, words = mean_ablation(model, graph, pairs, draws=5)
+    assert "5 prompts" in words and "other names" in words
+    names = ablation.args[0]
+    assert names.shape == (5, 3) and all(len(set(three)) == 3 for three in names.tolist())
+    mean = 0
+    for three in names:
+        _, cache = run_with_cache(model, abc_prompts(pairs, three), "blocks.1.attn.hook_z")
+        mean = mean + cache["z", 1][:, :, 2] / 5
+    all_of_the_head = graph.edges(["L1H2"])[None]
+    found = edge_patch(model, graph, pairs, all_of_the_head, ablation=ablation)[0]
+    t.testing.assert_close(found, z_replaced(model, pairs, mean), atol=1e-4, rtol=1e-4)
+    assert (found - baselines(model, pairs, "logit_diff")[0]).abs().max() > 1e-3
+
+
+@t.no_grad()
+def test_pairs_without_names_are_ablated_by_the_mean_of_their_corrupt_runs(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    ablation, words = mean_ablation(model, graph, pairs, memory_gb=1e-3)
+    assert "3 corrupt runs" in words
+    _, cache = run_with_cache(model, pairs.corrupt, "blocks.1.attn.hook_z")
+    z = cache["z", 1][:, :, 2]
+    mean = t.cat([z[:, :6].mean(0), z[:2, 6:].mean(0)])  # the third pair ends at position 5
+    found = edge_patch(model, graph, pairs, graph.edges(["L1H2"])[None], ablation=ablation)[0]
+    t.testing.assert_close(found, z_replaced(model, pairs, mean.expand(3, -1, -1)), atol=1e-4, rtol=1e-4)
+    assert (found - baselines(model, pairs, "logit_diff")[0]).abs().max() > 1e-3
+
+
+@t.no_grad()
+def test_with_all_edges_ablated_the_logits_read_the_sum_of_the_mean_writes(models):
+    model = models["ours"]
+    graph = Graph(model)
+    pairs = indirect_objects()
+    ablation, _ = mean_ablation(model, graph, pairs, draws=4)
+    nothing, everything = circuit_metric(
+        model, graph, pairs, t.stack([t.zeros_like(graph.is_edge), graph.is_edge]), ablation=ablation
+    )
+    t.testing.assert_close(everything, baselines(model, pairs, "logit_diff")[0], atol=1e-4, rtol=1e-4)
+    final = 0
+    for three in ablation.args[0]:  # the stream is the sum of all writes and of biases, the same in every run
+        _, cache = run_with_cache(model, abc_prompts(pairs, three), f"blocks.{L - 1}.hook_resid_post")
+        final = final + cache["resid_post", L - 1][pairs.index, pairs.answer_pos] / 4
+    logits = model.unembed(model.ln_final(final))
+    expected = make_metric(pairs, "logit_diff")(logits, pairs.index)
+    t.testing.assert_close(nothing, expected, atol=1e-4, rtol=1e-4)
+    assert (nothing - everything).abs().max() > 1e-2
 
 
 # %% Memory
@@ -367,16 +470,57 @@ def test_self_repair_of_a_head_is_its_mean_patched_in(models, pairs):
     assert repair.change[:n_before].abs().max() < 1e-4  # those before it do not notice
 
 
-def test_areas_and_top_edges_by_hand(models):
-    values = t.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 4.0]])  # faithfulness 0, 2/3, 1 at shares 0, .5, 1
-    value, low, high = area(values, t.tensor([2.0, 4.0]), t.tensor([0.0, 0.0]), [0.0, 0.5, 1.0])
-    assert value == pytest.approx(0.25 * 2 / 3 + 0.25 * (1 + 2 / 3))
-    assert low <= value <= high and low < high
+def test_top_edges_by_hand(models):
     graph = Graph(models["ours"])
     score = graph.is_edge * -t.arange(1.0, graph.is_edge.numel() + 1).view(graph.is_edge.shape)
     masks = top_edges(graph, score, [0, 1, 1000])
     assert masks.sum((1, 2)).tolist() == [0, 1, int(graph.is_edge.sum())]
     assert masks[1].flatten().nonzero().item() == graph.is_edge.flatten().nonzero().max()
+
+
+def test_areas_under_faithfulness_by_hand_and_methods_on_the_same_draws():
+    values = t.tensor([[0.0, 0.0], [2.0, 7.0], [2.0, 4.0]])  # faithfulness 0, 1.5, 1
+    clean, ablated = t.tensor([2.0, 4.0]), t.tensor([0.0, 0.0])
+    drawn = resampled_faithfulness(values, clean, ablated, draws=200)
+    assert drawn.shape == (201, 3) and drawn[0].tolist() == [0.0, 1.5, 1.0]
+    shares = [0.0, 0.5, 1.0]
+    assert cpr(drawn, shares)[0].item() == pytest.approx(0.25 * 1.5 + 0.25 * 2.5)
+    assert cmd(drawn, shares)[0].item() == pytest.approx(0.25 * 1.5 + 0.25 * 0.5)
+    assert log_area(drawn, [1, 4, 16])[0].item() == pytest.approx(0.25 * 1.5 + 0.25 * 2.5)
+    # both pairs the first: faithfulness 1, both the second: 1.75
+    assert {round(x, 3) for x in drawn[:, 1].tolist()} == {1.0, 1.5, 1.75}
+    value, low, high = interval(cpr(drawn, shares))
+    assert low < value < high
+    # a method that is ahead by 0.1 of the gap in every pair is so in every draw
+    ahead = resampled_faithfulness(values + 0.1 * clean, clean, ablated, draws=200)
+    t.testing.assert_close(ahead - drawn, t.full_like(drawn, 0.1), atol=1e-6, rtol=0)
+
+
+def test_the_smallest_circuit_keeps_enough_and_one_edge_less_does_not(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    score = eap_ig(model, graph, pairs, steps=2)
+    n_edges = int(graph.is_edge.sum())
+    ladder = top_edges(graph, score, list(range(n_edges + 1)))
+    clean, corrupt = baselines(model, pairs, "logit_diff")
+    kept = normalised(circuit_metric(model, graph, pairs, ladder), clean, corrupt)
+    for share in (0.5, 0.9):
+        enough = kept >= share
+        turns = (enough[1:] & ~enough[:-1]).nonzero()[:, 0] + 1
+        circuit = smallest_circuit(model, graph, pairs, score, share=share)
+        assert 0 < circuit.sum() < n_edges
+        assert any(circuit.equal(graph.prune(ladder[size])) for size in turns.tolist())
+
+
+def test_agreement_of_estimates_with_effects_by_hand():
+    effect = t.tensor([3.0, -2.0, 1.0, 0.0])  # ranks 4 1 3 2
+    estimate = t.tensor([2.0, -1.0, -3.0, 5.0])  # ranks 3 2 1 4
+    found = agreement(effect, estimate, 2)
+    assert found.spearman == pytest.approx(1 - 6 * 10 / (4 * 15), abs=1e-9)
+    assert found.top == 0 and agreement(effect, estimate, 3).top == pytest.approx(2 / 3)
+    assert found.sign == pytest.approx(2 / 3)
+    assert found.pearson == pytest.approx(3.5 / (13 * 36.75) ** 0.5)
+    assert agreement(effect, 2 * effect, 2) == pytest.approx((1, 1, 1, 1))
 
 
 def test_shared_keys_are_named_and_drawn_by_the_heads_that_they_feed(models):
