@@ -5,6 +5,7 @@ The methods are in graph.py: path_patch, plain_edge_patch, plain_eap, plain_eap_
 edge_patch, eap and eap_ig.
 """
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from graph import (
     interval,
     log_area,
     mean_ablation,
+    mib_graph,
     path_losses,
     resampled_faithfulness,
     self_repair,
@@ -82,6 +84,7 @@ class Config:
     # (2023) put the mean in the place of heads alone; here every edge outside is ablated, the embedding's and MLPs' too
     ablation: Literal["corrupt", "mean"] = "corrupt"
     ig_steps: int = 5  # runs between corrupt and clean embeddings (EAP-IG)
+    export: str | None = None  # write all scores and the circuit here, as JSON that EAP-IG's and MIB's code reads
     memory_gb: float = 1.0  # cap on activations
     seed: int = 0
     device: str = "auto"
@@ -271,6 +274,7 @@ estimates = {
     "EAP-IG": eap_ig(model, graph, few, metric, cfg.ig_steps, cfg.memory_gb)[writer, receiver],
     "EAP": eap(model, graph, few, metric, cfg.memory_gb)[writer, receiver],
 }
+# a weak edge patched alone follows the clean run's gradient (EAP); along a strong one it changes, which EAP-IG averages
 top = max(1, len(picked) // 20)
 agree = {method: agreement(lost_by_patching, estimated, top) for method, estimated in estimates.items()}
 numbers |= {
@@ -517,6 +521,10 @@ show(draw_circuit(graph, circuit, score, title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
 save_results("circuits", cfg, **numbers)
+if cfg.export:
+    Path(cfg.export).parent.mkdir(parents=True, exist_ok=True)
+    Path(cfg.export).write_text(json.dumps(mib_graph(model, graph, ranking[cfg.rank_by], circuit)))
+    print(f"{gray}scores and circuit: {cfg.export}{endc}")
 if has_roles:
     have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.items() if names) or "none"
     lack = ", ".join(role for role, names in roles.items() if not names) or "missing"

@@ -656,20 +656,20 @@ def mean_ablation(
 ) -> tuple[Ablation, str]:
     """
     (the ablation, in words): every writer's mean write at each position over a reference distribution. For indirect
-    objects Wang et al.'s (2023) p_ABC: each pair's own words with three different names in them, `draws` times. For
-    other pairs: the corrupt runs, position by position over all pairs.
+    objects Wang et al.'s (2023) p_ABC: each pair's own words with three different names in them (the pairs' names),
+    `draws` times. For other pairs, or where these know fewer than three names: the corrupt runs, position by position
+    over all pairs. Wang et al. ablate heads alone; here the embedding and MLPs are writers as well.
     """
-    if {"IO", "S1", "S2"} <= pairs.places.keys():
-        names = draw_names(pairs, draws, seed)
+    known = t.cat([pairs.answer, pairs.wrong]).unique()
+    if {"IO", "S1", "S2"} <= pairs.places.keys() and len(known) >= 3:
+        names = draw_names(known, draws, seed)
         return partial(abc_mean_writes, names), f"mean over {draws} prompts of the same words and three other names"
     mean = corrupt_mean_writes(model, graph, pairs, memory_gb)
     return partial(shared_writes, mean), f"mean over {len(pairs)} corrupt runs, position by position"
 
 
-def draw_names(pairs: Pairs, draws: int, seed: int) -> Tensor:
-    """(draw, 3): token ids of three different names among those of the pairs."""
-    known = t.cat([pairs.answer, pairs.wrong]).unique()
-    assert len(known) >= 3, "a reference distribution needs three different names"
+def draw_names(known: Tensor, draws: int, seed: int) -> Tensor:
+    """(draw, 3): three different ones of the known token ids (name)."""
     generator = t.Generator().manual_seed(seed)
     return t.stack([known[t.randperm(len(known), generator=generator)[:3]] for _ in range(draws)])
 
@@ -989,6 +989,41 @@ def agreement(effect: Tensor, estimate: Tensor, n: int) -> Agreement:
         top=len(strongest & estimated) / n,
         sign=(effect.sign() == estimate.sign())[acts].float().mean().item(),
     )
+
+
+#%% Scores and a circuit in the layout that EAP-IG's Graph.from_json and MIB read
+def mib_graph(model: nn.Module, graph: Graph, score: Tensor, kept: Tensor) -> dict:
+    """
+    {cfg, nodes {name: in_graph}, edges {name: score, in_graph}} of scores and a circuit (writer, receiver); nodes are
+    called input, a3.h5, m3, logits, edges m0->a3.h5<q>. There every head has keys and values of its own: where heads
+    share them, each is given an equal part of the score.
+    """
+    config = {
+        "n_layers": graph.n_layers,
+        "n_heads": graph.n_heads,
+        "parallel_attn_mlp": not graph.serial,
+        "d_model": model.cfg.d_model,
+    }
+    reached = kept.any(1)
+    nodes = {mib_name(writer): {"in_graph": bool(on)} for writer, on in zip(graph.writers, reached)}
+    nodes["logits"] = {"in_graph": True}
+    edges = {}
+    for w, r in graph.is_edge.nonzero().tolist():
+        receiver = graph.receivers[r]
+        suffix = f"<{receiver.input}>" if receiver.input in ("q", "k", "v") else ""
+        for fed in graph.fed_by(r):
+            name = f"{mib_name(graph.writers[w])}->{mib_name(fed)}{suffix}"
+            edges[name] = {"score": score[w, r].item() / receiver.sharing, "in_graph": bool(kept[w, r])}
+    return {"cfg": config, "nodes": nodes, "edges": edges}
+
+
+def mib_name(node: str) -> str:
+    """embed: input, L3H5: a3.h5, L3 MLP: m3, logits: logits"""
+    if node == "embed":
+        return "input"
+    if node.endswith(" MLP"):
+        return "m" + node.removeprefix("L").removesuffix(" MLP")
+    return node.replace("L", "a").replace("H", ".h")
 
 
 #%% Backwards from the logits by path patching

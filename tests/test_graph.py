@@ -25,6 +25,7 @@ from graph import (
     interval,
     log_area,
     mean_ablation,
+    mib_graph,
     path_patch,
     path_patch_all,
     plain_eap,
@@ -532,3 +533,36 @@ def test_shared_keys_are_named_and_drawn_by_the_heads_that_they_feed(models):
     assert graph.fed_by(graph.receiver_names.index("logits")) == ["logits"]
     assert graph.receivers_of(["L1H3"], "k") == ["L1H2-3.k"]
     assert "L1H1.v" not in graph.receiver_names
+
+
+def names_in_mib(layers: int, heads: int, parallel: bool) -> set[str]:
+    """The edges that EAP-IG's Graph.from_model builds, by its names."""
+    names = set()
+    before = ["input"]
+    for layer in range(layers):
+        own = [f"a{layer}.h{head}" for head in range(heads)]
+        names |= {f"{node}->{head}<{input}>" for node in before for head in own for input in "qkv"}
+        names |= {f"{node}->m{layer}" for node in (before if parallel else before + own)}
+        before += [*own, f"m{layer}"]
+    return names | {f"{node}->logits" for node in before}
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox"])
+def test_the_exported_graph_has_mibs_nodes_and_edges_and_our_scores(models, name):
+    graph = Graph(models[name])
+    score = t.randn(graph.is_edge.shape, generator=t.Generator().manual_seed(0)) * graph.is_edge
+    kept = top_edges(graph, score, [20])[0]
+    found = mib_graph(models[name], graph, score, kept)
+    assert found["cfg"] == {"n_layers": L, "n_heads": H, "parallel_attn_mlp": name == "gpt_neox", "d_model": 32}
+    assert found["edges"].keys() == names_in_mib(L, H, name == "gpt_neox")
+    assert found["nodes"].keys() == {"input", "logits", *(f"m{l}" for l in range(L))} | {
+        f"a{l}.h{h}" for l in range(L) for h in range(H)
+    }
+    assert sum(edge["score"] for edge in found["edges"].values()) == pytest.approx(score.sum().item(), abs=1e-4)
+    w, r = graph.writers.index("L0H1"), graph.receiver_names.index("L1H2.q")
+    assert found["edges"]["a0.h1->a1.h2<q>"] == {"score": score[w, r].item(), "in_graph": bool(kept[w, r])}
+    assert any(edge["in_graph"] for edge in found["edges"].values())
+    if name == "ours":  # keys and values are shared by two heads
+        r = graph.receiver_names.index("L1H2-3.v")
+        for edge in ("a0.h1->a1.h2<v>", "a0.h1->a1.h3<v>"):
+            assert found["edges"][edge]["score"] == pytest.approx(score[w, r].item() / 2)
