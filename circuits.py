@@ -1,8 +1,8 @@
 """
 Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
 edge attribution and circuits, on our own models and any TransformerBridge.
-The methods are in graph.py: path_patch, plain_edge_patch, plain_eap, plain_eap_ig, and their fast forms path_patch_all,
-edge_patch, eap and eap_ig.
+The methods are in graph.py: path_patch, plain_edge_patch, plain_eap, plain_eap_ig, plain_eap_ig_activations, and their
+fast forms path_patch_all, edge_patch, eap, eap_ig and eap_ig_activations.
 """
 
 import json
@@ -39,6 +39,7 @@ from graph import (
     cpr,
     eap,
     eap_ig,
+    eap_ig_activations,
     edge_patch,
     find_roles,
     interval,
@@ -79,7 +80,8 @@ class Config:
     # what goes back from the logits and tells roles: path_patch sends along residual connections and MLPs (Wang et al.
     # 2023), edge_patch along single edges
     trace_by: Literal["path_patch", "edge_patch"] = "path_patch"
-    rank_by: Literal["EAP-IG", "EAP", "magnitude", "random"] = "EAP-IG"  # whose strongest edges become the circuit
+    # whose strongest edges become the circuit; EAP-IG on activations takes 1 + 2 n_layers times EAP-IG's runs
+    rank_by: Literal["EAP-IG", "EAP-IG on activations", "EAP", "magnitude", "random"] = "EAP-IG"
     # what stands outside the circuit: each pair's corrupt run, or the mean over prompts with other names. Wang et al.
     # (2023) put the mean in the place of heads alone; here every edge outside is ablated, the embedding's and MLPs' too
     ablation: Literal["corrupt", "mean"] = "corrupt"
@@ -262,6 +264,8 @@ start = time.perf_counter()
 ranking = {"EAP-IG": eap_ig(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)}
 numbers["edge_attribution_seconds"] = time.perf_counter() - start
 ranking["EAP"] = eap(model, graph, pairs, metric, cfg.memory_gb)
+if cfg.rank_by == "EAP-IG on activations":
+    ranking[cfg.rank_by] = eap_ig_activations(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)
 ranking["magnitude"] = magnitude[:, None].expand(graph.is_edge.shape)
 ranking["random"] = t.rand(graph.is_edge.shape)
 

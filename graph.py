@@ -150,6 +150,13 @@ class Graph:
         layer = (self.writers.index(writer) - 1) // (self.n_heads + 1)
         return act_name("mlp_out" if writer.endswith("MLP") else "attn_out", layer)
 
+    def writers_at(self) -> dict[str, list[int]]:
+        """{hook: the writers (their places among all) whose writes join the stream at it}"""
+        together: dict[str, list[int]] = {}
+        for i, writer in enumerate(self.writers):
+            together.setdefault(self.write_hook(writer), []).append(i)
+        return together
+
     def read_hooks(self, receivers: list[str]) -> dict[str, list[int]]:
         """
         {hook: heads} at which what these receivers (but the logits) make of their inputs can be put: q, k, v of these
@@ -305,8 +312,8 @@ class InputChange:
         self.change = change
         self.stream: Tensor | None = None
 
-    def run(self, resid: Tensor, answer_pos: Tensor) -> Tensor:
-        """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0."""
+    def run(self, resid: Tensor, answer_pos: Tensor, also: list[tuple] = ()) -> Tensor:
+        """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0. also: further hooks."""
         fwd_hooks, module_inputs = [], []
         if self.receiver.input == "logits":
             module_inputs = [(self.model.ln_final, "in", self.change_input)]
@@ -322,7 +329,7 @@ class InputChange:
                 (act_name("resid_pre", self.receiver.layer), self.keep_stream),
                 (act_name(self.receiver.input, self.receiver.layer), self.change_head),
             ]
-        return run_from(self.model, resid, answer_pos, 0, fwd_hooks, module_inputs)
+        return run_from(self.model, resid, answer_pos, 0, [*also, *fwd_hooks], module_inputs)
 
     def change_input(self, x: Tensor) -> Tensor:
         return x + self.change.view(x.shape)
@@ -376,12 +383,21 @@ def plain_edge_patch(
 
 
 def input_gradient(
-    model: nn.Module, receiver: Receiver, resid: Tensor, pairs: Pairs, metric: str, clean_logits: Tensor
+    model: nn.Module,
+    receiver: Receiver,
+    resid: Tensor,
+    pairs: Pairs,
+    metric: str,
+    clean_logits: Tensor,
+    also: list[tuple] = (),
 ) -> Tensor:
-    """Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0."""
+    """
+    Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0. also:
+    hooks of that run.
+    """
     change = t.zeros_like(resid).requires_grad_()
     with t.enable_grad():
-        logits = InputChange(model, receiver, change).run(resid, pairs.answer_pos)
+        logits = InputChange(model, receiver, change).run(resid, pairs.answer_pos, also)
         value = make_metric(pairs, metric, clean_logits)(logits, pairs.index).sum()
     (gradient,) = t.autograd.grad(value, change)
     return gradient
@@ -424,6 +440,38 @@ def plain_eap_ig(
     return scores.cpu() * graph.is_edge[:, r]
 
 
+def add_to(change: Tensor, x: Tensor, hook: nn.Module) -> Tensor:
+    return x + change
+
+
+@t.no_grad()
+def plain_eap_ig_activations(
+    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff", steps: int = 5
+) -> Tensor:
+    """
+    EAP-IG on activations (Mueller et al. 2025, after Marks et al. 2024): as plain_eap, the gradient of a writer's edge
+    averaged over clean runs in which the writer, together with all that join the stream at the same hook (a layer's
+    heads), writes between corrupt and clean. Plain form of eap_ig_activations.
+    """
+    clean = run_graph(model, graph, pairs, "clean")
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    r = graph.receiver_names.index(receiver)
+    difference = clean.writes - corrupt.writes
+    scores = t.zeros(len(graph.writers))
+    for written_at, writers in graph.writers_at().items():
+        gradient = t.zeros_like(clean.cache["resid_pre", 0])
+        for step in range(steps):
+            alpha = (step + 0.5) / steps
+            change = -(1 - alpha) * difference[:, :, writers].sum(2)
+            also = [(written_at, partial(add_to, change))]
+            resid = clean.cache["resid_pre", 0]
+            gradient += input_gradient(model, graph.receivers[r], resid, pairs, metric, clean.logits, also) / steps
+        scores[writers] = einsum(
+            difference[:, :, writers], gradient, "pair pos writer d_model, pair pos d_model -> writer"
+        ).cpu()
+    return scores / len(pairs) * graph.is_edge[:, r]
+
+
 #%% The engine: one forward pass in which every receiver has an input of its own
 class EdgeRun:
     """
@@ -456,16 +504,23 @@ class EdgeRun:
         # what the MLP's input moves by, where it reads the same stream as attention
         self.parallel_mlp_change: Tensor | None = None
 
-    def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        resid: Tensor,
+        answer_pos: Tensor,
+        layer: int = 0,
+        own: Tensor | None = None,
+        also: list[tuple] = (),
+    ) -> Tensor:
         """
         Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its
-        writes below.
+        writes below. also: further hooks.
         """
         if self.swap is not None:
             below = self.graph.head_slice(layer).start
             own_below = resid[:, :, None] if layer == 0 else own[:, :, :below]
             self.gaps.append(self.other[:, :, :below] - own_below)
-        fwd_hooks, module_inputs = [], []
+        fwd_hooks, module_inputs = list(also), []
         for l in range(layer, self.graph.n_layers):
             fwd_hooks.append((act_name("resid_pre", l), partial(self.enter_layer, l)))
             fwd_hooks += [(act_name(site, l), partial(self.change_heads, l, site)) for site in ("q", "k", "v")]
@@ -579,10 +634,10 @@ def patch_paths_of_group(
     # to begin with as if nothing were sent, which holds where no direct path leads from the sender to a receiver
     values = metric_fn(clean.logits, group.index).repeat(len(graph.writers), 1)
     sends = graph.edges(graph.writers, receivers).any(1)
-    sends_at: dict[str, list[int]] = {}
-    for w in sends.nonzero()[:, 0].tolist():
-        sends_at.setdefault(graph.write_hook(graph.writers[w]), []).append(w)
-    for written_at, senders in sends_at.items():
+    for written_at, writers in graph.writers_at().items():
+        senders = [w for w in writers if sends[w]]
+        if not senders:
+            continue
         rows = t.cartesian_prod(t.tensor(senders, device=group.index.device), group.index)  # (sender, pair)
         values[rows.unbind(1)] = t.cat(list(in_batches(partial(patch_rows, written_at), rows, n_rows, "paths")))
     return values
@@ -817,21 +872,73 @@ def attribute_group(model: nn.Module, graph: Graph, metric: str, alphas: list[fl
         clean = run_graph(model, graph, group, "clean")
         corrupt = run_graph(model, graph, group, "corrupt")
     metric_fn = make_metric(group, metric, clean.logits)
+    difference = clean.writes - corrupt.writes
     total = t.zeros(graph.is_edge.shape, device=group.answer_pos.device)
     for alpha in alphas:
         resid = corrupt.cache["resid_pre", 0].lerp(clean.cache["resid_pre", 0], alpha)
-        pair, pos, d_model = resid.shape
-        nudge = resid.new_zeros(pair, pos, len(graph.receiver_names), d_model).requires_grad_()
-        with t.enable_grad():
-            logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos)
-            values = metric_fn(logits, group.index)
-        (gradient,) = t.autograd.grad(values.sum(), nudge)
-        scores = einsum(
-            (clean.writes - corrupt.writes).float(),
-            gradient.float(),
-            "pair pos writer d_model, pair pos receiver d_model -> writer receiver",
-        )
-        total += scores / len(alphas)
+        total += edge_scores(model, graph, group, resid, difference, metric_fn) / len(alphas)
+    return total
+
+
+def edge_scores(
+    model: nn.Module,
+    graph: Graph,
+    group: Pairs,
+    resid: Tensor,
+    difference: Tensor,
+    metric_fn: Callable[[Tensor, Tensor], Tensor],
+    also: list[tuple] = (),
+) -> Tensor:
+    """
+    (writer, receiver): gradients of the metric at what receivers read, in a run that resid (pair, pos, d_model)
+    enters, times difference (pair, pos, writer, d_model), summed over pairs. also: hooks of that run.
+    """
+    pair, pos, d_model = resid.shape
+    nudge = resid.new_zeros(pair, pos, len(graph.receiver_names), d_model).requires_grad_()
+    with t.enable_grad():
+        logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos, also=also)
+        value = metric_fn(logits, group.index).sum()
+    (gradient,) = t.autograd.grad(value, nudge)
+    return einsum(
+        difference.float(),
+        gradient.float(),
+        "pair pos writer d_model, pair pos receiver d_model -> writer receiver",
+    )
+
+
+def eap_ig_activations(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    metric: str = "logit_diff",
+    steps: int = 5,
+    memory_gb: float = 1.0,
+) -> Tensor:
+    """
+    EAP-IG on activations (Mueller et al. 2025, after Marks et al. 2024), (writer, receiver): as eap, the gradient of a
+    writer's edges averaged over `steps` clean runs in which this writer, with all that join the stream at its hook,
+    writes between corrupt and clean. It takes 1 + 2 n_layers times the runs of eap_ig.
+    """
+    assert steps > 0
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    totals = by_groups(partial(attribute_group_by_activations, model, graph, metric, steps), pairs, n_pairs)
+    return (sum(totals) / len(pairs)).cpu() * graph.is_edge
+
+
+def attribute_group_by_activations(model: nn.Module, graph: Graph, metric: str, steps: int, group: Pairs) -> Tensor:
+    """eap_ig_activations of pairs that fit into memory at once, summed over them."""
+    with t.no_grad():
+        clean = run_graph(model, graph, group, "clean")
+        corrupt = run_graph(model, graph, group, "corrupt")
+    metric_fn = make_metric(group, metric, clean.logits)
+    total = t.zeros(graph.is_edge.shape, device=group.answer_pos.device)
+    for written_at, writers in graph.writers_at().items():
+        difference = clean.writes[:, :, writers] - corrupt.writes[:, :, writers]
+        for step in range(steps):
+            share_corrupt = 1 - (step + 0.5) / steps
+            also = [(written_at, partial(add_to, -share_corrupt * difference.sum(2)))]
+            resid = clean.cache["resid_pre", 0]
+            total[writers] += edge_scores(model, graph, group, resid, difference, metric_fn, also) / steps
     return total
 
 

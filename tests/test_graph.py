@@ -20,6 +20,7 @@ from graph import (
     cpr,
     eap,
     eap_ig,
+    eap_ig_activations,
     edge_patch,
     find_roles,
     interval,
@@ -30,6 +31,7 @@ from graph import (
     path_patch_all,
     plain_eap,
     plain_eap_ig,
+    plain_eap_ig_activations,
     plain_edge_patch,
     resampled_faithfulness,
     self_repair,
@@ -115,12 +117,30 @@ def test_every_single_edge_equals_plain_edge_patching(models, pairs, name):
 def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, name):
     model = models[name]
     graph = Graph(model)
-    for metric in ("logit_diff", "log_prob"):
-        plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in graph.receiver_names], 1)
-        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in graph.receiver_names], 1)
+    for metric, every in (("logit_diff", 1), ("log_prob", 5)):
+        receivers = graph.receiver_names[::every]
+        plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in receivers], 1)
+        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in receivers], 1)
         assert plain.abs().max() > 0.05 and (plain - plain_ig).abs().max() > 0.01
-        t.testing.assert_close(eap(model, graph, pairs, metric, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
-        t.testing.assert_close(eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
+        found = eap(model, graph, pairs, metric, memory_gb=1e-2)[:, ::every]
+        found_ig = eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2)[:, ::every]
+        t.testing.assert_close(found, plain, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(found_ig, plain_ig, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox", "gemma2"])
+def test_eap_ig_on_activations_equals_its_plain_form_and_from_the_embedding_eap_ig(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    found = eap_ig_activations(model, graph, pairs, steps=2, memory_gb=1e-2)
+    for receiver in ("L1 MLP", "logits", graph.receivers_of(["L1H1"], "v")[0]):
+        plain = plain_eap_ig_activations(model, graph, pairs, receiver, steps=2)
+        column = found[:, graph.receiver_names.index(receiver)]
+        assert plain.abs().max() > 1e-3
+        t.testing.assert_close(column, plain, atol=1e-4, rtol=1e-3, msg=receiver)
+    on_inputs = eap_ig(model, graph, pairs, steps=2)
+    t.testing.assert_close(found[0], on_inputs[0], atol=1e-4, rtol=1e-3)
+    assert (found[1:] - on_inputs[1:]).abs().max() > 1e-3
 
 
 def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
@@ -408,7 +428,11 @@ def test_eap_and_eap_ig_are_exact_on_a_linear_model():
     clean, _ = baselines(model, small, "logit_diff")
     truth = (clean - edge_patch(model, graph, small, masks, "logit_diff")).mean(-1)
     assert truth.abs().max() > 0.1
-    for scores in (eap(model, graph, small), eap_ig(model, graph, small, steps=3)):
+    for scores in (
+        eap(model, graph, small),
+        eap_ig(model, graph, small, steps=3),
+        eap_ig_activations(model, graph, small, steps=2),
+    ):
         t.testing.assert_close(scores[edges[:, 0], edges[:, 1]], truth, atol=1e-4, rtol=1e-3)
 
 
@@ -426,8 +450,10 @@ def test_where_the_model_saturates_eap_fails_and_eap_ig_does_not():
     truth = (clean - edge_patch(model, graph, small, path[None], "logit_diff")).item()
     by_eap = eap(model, graph, small)[path].item()
     by_eap_ig = eap_ig(model, graph, small, steps=50)[path].item()
-    found = (truth, by_eap, by_eap_ig)
+    by_activations = eap_ig_activations(model, graph, small, steps=50)[path].item()
+    found = (truth, by_eap, by_eap_ig, by_activations)
     assert abs(truth) > 0.3, found
+    assert abs(by_activations - truth) < 0.15 * abs(truth), found
     assert abs(by_eap) < 0.2 * abs(truth), found
     assert abs(by_eap_ig - truth) < 0.15 * abs(truth), found
 
