@@ -1,12 +1,13 @@
 """
 Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
 edge attribution and circuits, on our own models and any TransformerBridge.
-The methods are in graph.py: path_patch, plain_eap, plain_eap_ig, and their fast forms edge_patch, eap and eap_ig.
+The methods are in graph.py: path_patch, plain_edge_patch, plain_eap, plain_eap_ig, plain_eap_ig_activations, and their
+fast forms path_patch_all, edge_patch, eap, eap_ig and eap_ig_activations.
 """
 
+import json
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,15 +29,27 @@ from interventions import (
     sweep_gates,
 )
 from graph import (
+    MIB_SHARES,
     WANG,
     Graph,
-    area,
+    agreement,
     circuit_metric,
+    cmd,
+    corrupt_writes,
+    cpr,
     eap,
     eap_ig,
+    eap_ig_activations,
     edge_patch,
     find_roles,
+    interval,
+    log_area,
+    mean_ablation,
+    mib_graph,
+    path_losses,
+    resampled_faithfulness,
     self_repair,
+    smallest_circuit,
     top_edges,
     trace_back,
     write_differences,
@@ -64,8 +77,16 @@ class Config:
     metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
     n: int = 32  # pairs to find the circuit on
     held_out: int = 100  # pairs to test it on
-    rank_by: Literal["EAP-IG", "EAP", "magnitude", "random"] = "EAP-IG"  # whose strongest edges become the circuit
+    # what goes back from the logits and tells roles: path_patch sends along residual connections and MLPs (Wang et al.
+    # 2023), edge_patch along single edges
+    trace_by: Literal["path_patch", "edge_patch"] = "path_patch"
+    # whose strongest edges become the circuit; EAP-IG on activations takes 1 + 2 n_layers times EAP-IG's runs
+    rank_by: Literal["EAP-IG", "EAP-IG on activations", "EAP", "magnitude", "random"] = "EAP-IG"
+    # what stands outside the circuit: each pair's corrupt run, or the mean over prompts with other names. Wang et al.
+    # (2023) put the mean in the place of heads alone; here every edge outside is ablated, the embedding's and MLPs' too
+    ablation: Literal["corrupt", "mean"] = "corrupt"
     ig_steps: int = 5  # runs between corrupt and clean embeddings (EAP-IG)
+    export: str | None = None  # write all scores and the circuit here, as JSON that EAP-IG's and MIB's code reads
     memory_gb: float = 1.0  # cap on activations
     seed: int = 0
     device: str = "auto"
@@ -94,6 +115,11 @@ heads = [f"H{head}" for head in range(graph.n_heads)]
 numbers = {}
 
 
+def in_interval(draws: Tensor, sign: str = "") -> str:
+    value, low, high = interval(draws)
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
 def text_of(ids: Tensor) -> str:
     return "".join(token_text(model, int(i)) for i in ids)
 
@@ -108,8 +134,6 @@ print(f"answer  {text_of(shown.answer)!r}, wrong {text_of(shown.wrong)!r}; {abou
 clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
 test_clean, test_corrupt = baselines(model, test_pairs, metric, cfg.memory_gb)
 few_clean, few_corrupt = baselines(model, few, metric, cfg.memory_gb)
-faithfulness_of = partial(normalised, clean=clean, corrupt=corrupt)
-test_faithfulness_of = partial(normalised, clean=test_clean, corrupt=test_corrupt)
 require_gap(clean, corrupt)
 gap = (clean.mean() - corrupt.mean()).item()  # figures show shares of it
 few_gap = (few_clean.mean() - few_corrupt.mean()).item()
@@ -143,19 +167,33 @@ if missed:
     save_results("circuits", cfg, **numbers)
     raise SystemExit
 
-#%% Backwards from the logits by path patching: which writers reach them straight, and what reaches those
-print(f"{purple}=== Path patching ==={endc}")
-paths = {" ".join(to): lost for to, lost in trace_back(model, graph, few, metric, cfg.memory_gb)}
+#%% Backwards from the logits: which writers reach them directly, and what reaches those
+PATHS = {
+    "path_patch": "path patching (Wang et al. 2023: direct paths run through MLPs, not through heads)",
+    "edge_patch": "edge patching (the edge from a writer to an input, and no other path)",
+}
+print(f"{purple}=== Backwards from the logits by {PATHS[cfg.trace_by]} ==={endc}")
+steps = trace_back(model, graph, few, metric, cfg.memory_gb, by=cfg.trace_by)
+paths = {" ".join(to): lost for to, lost in steps}
 numbers["paths"] = {title: dict(zip(graph.writers, lost.tolist())) for title, lost in paths.items()}
 for title, lost in paths.items():
     strongest = lost.abs().topk(4).indices.tolist()
     print(f"{gray}into {title}: {cyan}{', '.join(f'{graph.writers[i]} {lost[i]:+.2f}' for i in strongest)}{endc}")
 
+#%% ... and by how much the two ways differ for the heads that reach the logits most
+by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
+numbers["direct_effects"] = {}
+for by in PATHS:
+    lost = path_losses(model, graph, few, ["logits"], metric, cfg.memory_gb, by).mean(1) / few_gap
+    numbers["direct_effects"][by] = {head: lost[graph.writers.index(head)].item() for head in by_direct_effect[:6]}
+table = [[head, *(effects[head] for effects in numbers["direct_effects"].values())] for head in by_direct_effect[:6]]
+print(tabulate(table, headers=["lost to the logits by", "path patching", "edge patching"], floatfmt=".3f"))
+
 #%% ... as a map of writers and the inputs they reach
 fig = imshow(
     t.stack(list(paths.values())),
     title=(
-        f"Exact path patching: metric lost when the path from a writer to these inputs is corrupt (n = {len(few)}, "
+        f"Metric lost when a writer's corrupt output reaches these inputs, by {PATHS[cfg.trace_by]} (n = {len(few)}, "
         f"{about}; 0 = clean, 1 = corrupt)"
     ),
     xlabel="writer",
@@ -167,7 +205,6 @@ fig = imshow(
 show(fig, "circuits/paths")
 
 #%% Self-repair: what the strongest heads do directly, and who steps in when they fail
-by_direct_effect = sorted(graph.head_names, key=lambda head: -paths["logits"][graph.writers.index(head)])
 repairs = []
 for head in by_direct_effect[:4]:
     repair = self_repair(model, graph, few, head, metric, cfg.memory_gb)
@@ -175,13 +212,18 @@ for head in by_direct_effect[:4]:
     steps_in = ", ".join(f"{graph.writers[i]} {repair.change[i]:+.2f}" for i in helpers)
     repairs.append([head, repair.lost_directly, repair.lost_in_all, steps_in])
 numbers["self_repair"] = repairs
-headers = ["set to its mean", f"lost directly ({units})", f"lost in all ({units})", "steps in (direct effect, logits)"]
+headers = [
+    "set to its mean",
+    f"lost by its edge to logits ({units})",
+    f"lost in all ({units})",
+    "steps in (direct effect, logits)",
+]
 print(tabulate(repairs, headers=headers, floatfmt=".2f"))
 
 #%% Indirect objects: which roles of GPT-2's circuit exist in this model, each against a permutation null
 has_roles = {"IO", "S1", "S1+1", "S2"} <= test_pairs.places.keys()
 if has_roles:
-    role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb)
+    role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb, by=cfg.trace_by)
     numbers |= {
         "roles": roles,
         "role_bars": role_bars,
@@ -222,6 +264,8 @@ start = time.perf_counter()
 ranking = {"EAP-IG": eap_ig(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)}
 numbers["edge_attribution_seconds"] = time.perf_counter() - start
 ranking["EAP"] = eap(model, graph, pairs, metric, cfg.memory_gb)
+if cfg.rank_by == "EAP-IG on activations":
+    ranking[cfg.rank_by] = eap_ig_activations(model, graph, pairs, metric, cfg.ig_steps, cfg.memory_gb)
 ranking["magnitude"] = magnitude[:, None].expand(graph.is_edge.shape)
 ranking["random"] = t.rand(graph.is_edge.shape)
 
@@ -234,18 +278,33 @@ estimates = {
     "EAP-IG": eap_ig(model, graph, few, metric, cfg.ig_steps, cfg.memory_gb)[writer, receiver],
     "EAP": eap(model, graph, few, metric, cfg.memory_gb)[writer, receiver],
 }
-correlation = {}
-for method, estimated in estimates.items():
-    correlation[method] = t.corrcoef(t.stack([lost_by_patching, estimated]))[0, 1].item()
+# a weak edge patched alone follows the clean run's gradient (EAP); along a strong one it changes, which EAP-IG averages
+top = max(1, len(picked) // 20)
+agree = {method: agreement(lost_by_patching, estimated, top) for method, estimated in estimates.items()}
 numbers |= {
-    "attribution_correlation": correlation["EAP-IG"],
-    "attribution_correlation_eap": correlation["EAP"],
+    "attribution_agreement": {method: found._asdict() for method, found in agree.items()},
     "node_attribution": dict(zip(graph.writers, ranking["EAP-IG"].sum(1).tolist())),
 }
 print(
     f"{cyan}{n_edges} edges attributed in {numbers['edge_attribution_seconds']:.1f} s (EAP-IG, {cfg.ig_steps} steps, "
-    f"{len(pairs)} pairs); correlation with patching {len(picked)} of them: EAP-IG {correlation['EAP-IG']:.2f}, EAP "
-    f"{correlation['EAP']:.2f}{endc}"
+    f"{len(pairs)} pairs){endc}"
+)
+headers = [f"against {len(picked)} edges patched", "Pearson", "Spearman", f"top {top} shared", "same sign"]
+print(tabulate([[method, *found] for method, found in agree.items()], headers=headers, floatfmt=".2f"))
+
+
+def nearer(measure: str) -> str:
+    """The method that is nearer to patching by a measure of agreement."""
+    by_ig, by_eap = (round(getattr(agree[method], measure), 2) for method in ("EAP-IG", "EAP"))
+    if by_ig == by_eap:
+        return "both alike"
+    return "EAP-IG" if by_ig > by_eap else "EAP"
+
+
+print(
+    f"{cyan}Nearer to patching in the sizes of the strong edges (Pearson): {nearer('pearson')}; in which edges are "
+    f"strongest (top {top}): {nearer('top')}; in the order of all, most of them near 0 (Spearman): "
+    f"{nearer('spearman')}; in signs: {nearer('sign')}. A circuit is made of the strong ones.{endc}"
 )
 
 #%% ... as a scatter of edges: lost by patching, and estimated
@@ -257,7 +316,7 @@ for method, estimated in estimates.items():
             x=lost_by_patching / few_gap,
             y=estimated / few_gap,
             mode="markers",
-            name=f"{method}, correlation {correlation[method]:.2f}",
+            name=f"{method}, correlation {agree[method].pearson:.2f}",
             text=edge_names,
             hovertemplate="%{text}<br>patched %{x:.3f}<br>estimated %{y:.3f}<extra></extra>",
         )
@@ -272,59 +331,111 @@ fig.update_layout(
 )
 show(fig, "circuits/attribution")
 
-#%% The circuit: the fewest edges that keep the behaviour, found on some pairs, tested on others, beside random ones
-shares = [0.0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.3, 0.5, 1.0]
-sizes = [round(share * n_edges) for share in shares]
-ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
-
-# found: the first step of the ranking's ladder that keeps 90% of the metric
-kept_by_step = faithfulness_of(circuit_metric(model, graph, pairs, ladders[cfg.rank_by], metric, cfg.memory_gb))
-first_enough = int((kept_by_step >= 0.9).nonzero()[0])
-circuit = graph.prune(ladders[cfg.rank_by][first_enough])
+#%% The circuit: the fewest edges that keep 90% of the metric, found on some pairs
+mean_writes, mean_words = mean_ablation(model, graph, pairs, cfg.memory_gb)
+ABLATIONS = {"corrupt": corrupt_writes, "mean": mean_writes}
+OUTSIDE = {"corrupt": "the pair's corrupt run (swap)", "mean": mean_words}
+ablation = ABLATIONS[cfg.ablation]
+score = ranking[cfg.rank_by]
+circuit = smallest_circuit(model, graph, pairs, score, metric, 0.9, cfg.memory_gb, ablation)
 circuit_size = int(circuit.sum())
 
-# tested on other pairs: the ladders of all methods
-areas = {}
-faithfulness_by_share = {}
-for method, circuits in ladders.items():
-    values = circuit_metric(model, graph, test_pairs, circuits, metric, cfg.memory_gb)
-    areas[method] = area(values, test_clean, test_corrupt, shares)
-    faithfulness_by_share[f"{method} (area {areas[method][0]:.2f})"] = test_faithfulness_of(values)
-values = circuit_metric(model, graph, test_pairs, ~ladders[cfg.rank_by], metric, cfg.memory_gb)
-faithfulness_by_share[f"all but the {cfg.rank_by} edges (completeness)"] = test_faithfulness_of(values)
-
-# ... and the circuit, all but the circuit, and random circuits of its size
+#%% ... tested on others, beside all other edges and random circuits of its size, with either ablation, in both units
 rivals = [top_edges(graph, t.rand(graph.is_edge.shape), [circuit_size])[0] for _ in range(10)]
-tested = t.stack([circuit, ~circuit, *rivals])
-values = circuit_metric(model, graph, test_pairs, tested, metric, cfg.memory_gb)
-faithfulness, complement, *by_chance = test_faithfulness_of(values).tolist()
+tested = t.stack([circuit, t.zeros_like(circuit), ~circuit, *rivals])
+faithfulness_by_ablation = {}
+table = []
+for how, words in OUTSIDE.items():
+    values = circuit_metric(model, graph, test_pairs, tested, metric, cfg.memory_gb, ABLATIONS[how])
+    kept, complement, *by_chance = normalised(values[[0, 2, *range(3, len(values))]], test_clean, values[1]).tolist()
+    faithfulness_by_ablation[how] = {
+        "normalised": kept,  # 0 = all edges ablated, 1 = none
+        "circuit_over_clean": (values[0].mean() / test_clean.mean()).item(),  # Wang et al.'s unit, of logit differences
+        "all_ablated": values[1].mean().item(),
+        "circuit_complement": complement,
+        "random_circuit": float(np.mean(by_chance)),
+        "random_circuit_max": max(by_chance),
+    }
+    numbers_of = faithfulness_by_ablation[how]
+    over_clean = numbers_of["circuit_over_clean"] if metric == "logit_diff" else "-"
+    table.append([words, numbers_of["all_ablated"], kept, over_clean, complement, numbers_of["random_circuit"]])
+headers = [
+    "outside the circuit",
+    f"all ablated ({units})",
+    "(circuit - all ablated) / (clean - all ablated)",
+    "circuit / clean",
+    "the other edges",
+    "as many at random",
+]
+print(f"{circuit_size} of {n_edges} edges, found with the ablation {OUTSIDE[cfg.ablation]}:")
+print(tabulate(table, headers=headers, floatfmt=".2f", maxheadercolwidths=20, maxcolwidths=40))
+tested_as_found = faithfulness_by_ablation[cfg.ablation]
+faithfulness = tested_as_found["normalised"]
 numbers |= {
     "circuit_faithfulness": faithfulness,
     "circuit_edges": circuit_size,
     "circuit_edges_total": n_edges,
-    "circuit_complement": complement,
-    "random_circuit_faithfulness": float(np.mean(by_chance)),
-    "random_circuit_faithfulness_max": max(by_chance),
-    "eap_ig_faithfulness": areas["EAP-IG"][0],
-    "eap_faithfulness": areas["EAP"][0],
-    "areas": areas,
+    "faithfulness_by_ablation": faithfulness_by_ablation,
     "circuit": graph.edge_names(circuit),
 }
-for method, (value, low, high) in areas.items():
-    print(
-        f"{cyan}area under faithfulness, {method}: {value:.3f} ({low:.3f} to {high:.3f}, 95% over {len(test_pairs)} "
-        f"pairs){endc}"
-    )
+
+#%% Which ranking is best? Faithfulness over the edges kept, on the held-out pairs
+shares_between = [0.003, 0.007, 0.014, 0.03, 0.07, 0.14, 0.3, 0.7]  # and MIB's
+sizes = sorted({int(share * n_edges) for share in [*MIB_SHARES, *shares_between]} | {0, 1})
+ladders = {method: top_edges(graph, score, sizes) for method, score in ranking.items()}
+completeness = f"all but the {cfg.rank_by} edges (completeness)"
+curves = {}  # (1 + draws, size), the first row on the pairs themselves
+for method, circuits in [*ladders.items(), (completeness, ~ladders[cfg.rank_by])]:
+    values = circuit_metric(model, graph, test_pairs, circuits, metric, cfg.memory_gb, ablation)
+    all_ablated = values[-1] if method == completeness else values[0]
+    curves[method] = resampled_faithfulness(values, test_clean, all_ablated)
+
+at_mib_shares = [sizes.index(int(share * n_edges)) for share in MIB_SHARES]
+measures = {}
+for method in ranking:
+    measures[method] = {
+        "CPR": cpr(curves[method][:, at_mib_shares], list(MIB_SHARES)),
+        "CMD": cmd(curves[method][:, at_mib_shares], list(MIB_SHARES)),
+        "log_area": log_area(curves[method][:, 1:], sizes[1:]),
+    }
+table = []
+numbers["rankings"] = {}
+for method, drawn in measures.items():
+    numbers["rankings"][method] = {name: interval(values) for name, values in drawn.items()}
+    row = [method, *(in_interval(values) for values in drawn.values())]
+    if method == "EAP-IG":
+        row += ["", ""]
+    else:
+        ahead = {f"{name}_behind_eap_ig": measures["EAP-IG"][name] - drawn[name] for name in ("CPR", "log_area")}
+        numbers["rankings"][method] |= {name: interval(values) for name, values in ahead.items()}
+        row += [in_interval(values, sign="+") for values in ahead.values()]
+    table.append(row)
+headers = [
+    "edges ranked by",
+    "CPR (1 is best)",
+    "CMD (0 is best)",
+    "area over log edges",
+    "EAP-IG ahead, CPR",
+    "EAP-IG ahead, log area",
+]
+print(tabulate(table, headers=headers, maxheadercolwidths=14))
+print(
+    f"{gray}CPR, CMD: Mueller et al. 2025 (MIB); in brackets 95% over {len(test_pairs)} pairs, drawn alike for all{endc}"
+)
 
 #%% ... as curves of what is kept against edges kept
 fig = line(
-    faithfulness_by_share,
-    title=f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; 0 = corrupt, 1 = clean)",
-    xlabel="share of edges",
+    {method: curve[0, 1:] for method, curve in curves.items()},
+    title=(
+        f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; outside: "
+        f"{OUTSIDE[cfg.ablation]}; 0 = all edges ablated, 1 = none)"
+    ),
+    xlabel="edges kept",
     ylabel="share of the metric kept",
-    x=shares,
+    x=sizes[1:],
     markers=True,
-    dashed=[name for name in faithfulness_by_share if name.startswith(("magnitude", "random", "all but"))],
+    logx=True,
+    dashed=["magnitude", "random", completeness],
 )
 show(fig, "circuits/faithfulness")
 
@@ -408,25 +519,32 @@ title = (
     f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by "
     f"{cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
 )
-score = ranking[cfg.rank_by]
 if cfg.rank_by.startswith("EAP"):
     score = score / gap  # what an edge carries, as a share of the metric
 show(draw_circuit(graph, circuit, score, title), "circuits/circuit")
 
 #%% The numbers for machines, and the conclusion
 save_results("circuits", cfg, **numbers)
+if cfg.export:
+    Path(cfg.export).parent.mkdir(parents=True, exist_ok=True)
+    Path(cfg.export).write_text(json.dumps(mib_graph(model, graph, ranking[cfg.rank_by], circuit)))
+    print(f"{gray}scores and circuit: {cfg.export}{endc}")
 if has_roles:
     have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.items() if names) or "none"
     lack = ", ".join(role for role, names in roles.items() if not names) or "missing"
     print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
-worse, better = sorted(("EAP", "EAP-IG"), key=lambda method: areas[method][0])
-ranked = "EAP and EAP-IG rank edges alike, within their intervals"
-if areas[better][1] > areas[worse][2]:
-    ranked = f"{better} ranks edges best"
+ahead, low, high = numbers["rankings"]["EAP"]["log_area_behind_eap_ig"]
+ranked = "EAP and EAP-IG rank edges alike, within the interval of their difference"
+if low > 0 or high < 0:
+    ranked = f"{'EAP-IG' if low > 0 else 'EAP'} ranks edges better"
 inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
+in_wangs_unit = ""
+if metric == "logit_diff":
+    in_wangs_unit = f" ({tested_as_found['circuit_over_clean']:.0%} of the clean logit difference, Wang et al.'s unit)"
 print(
-    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of "
-    f"the metric on {len(test_pairs)} held-out pairs, as many random edges {np.mean(by_chance):.0%}, all the others "
-    f"{complement:.0%}; {ranked} (areas {areas['EAP-IG'][0]:.3f} by EAP-IG, {areas['EAP'][0]:.3f} by EAP). Gates: the "
-    f"worst misses by {max(gates.values()):.0e}.{endc}"
+    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of the "
+    f"way from all ablated to clean{in_wangs_unit} on {len(test_pairs)} held-out pairs, outside them "
+    f"{OUTSIDE[cfg.ablation]}; as many random edges {tested_as_found['random_circuit']:.0%}, all the others "
+    f"{tested_as_found['circuit_complement']:.0%}; {ranked} (area over log edges {ahead:+.3f}, {low:+.3f} to "
+    f"{high:+.3f}). Gates: the worst misses by {max(gates.values()):.0e}.{endc}"
 )

@@ -1,19 +1,23 @@
 """
-The graph of writes and reads: path patching, edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one
-edge or one receiver at a time, stand before the fast engine.
+The graph of writes and reads: path patching (direct paths run through MLPs), edge patching (one edge alone), edge
+attribution (EAP, EAP-IG), circuits, roles. The plain forms, one sender, edge or receiver at a time, stand before the
+fast engines.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from hooks import Cache, act_name, block_norms, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
 from anatomy import attn_gain, folded_W_U
-from interventions import Pairs, baselines, by_groups, inputs, make_metric
+from interventions import Pairs, baselines, by_groups, inputs, make_metric, normalised
 
 import torch as t
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
+from scipy.stats import spearmanr
 from torch import Tensor
 
 
@@ -139,6 +143,34 @@ class Graph:
         belongs = self.is_input_of[:, columns].any(1).tolist()
         return [receiver.name for receiver, on in zip(self.receivers, belongs) if on and receiver.input == input]
 
+    def write_hook(self, writer: str) -> str:
+        """The hook at which what a writer writes joins the stream; a head's is that of its whole layer."""
+        if writer == "embed":
+            return act_name("resid_pre", 0)
+        layer = (self.writers.index(writer) - 1) // (self.n_heads + 1)
+        return act_name("mlp_out" if writer.endswith("MLP") else "attn_out", layer)
+
+    def writers_at(self) -> dict[str, list[int]]:
+        """{hook: the writers (their places among all) whose writes join the stream at it}"""
+        together: dict[str, list[int]] = {}
+        for i, writer in enumerate(self.writers):
+            together.setdefault(self.write_hook(writer), []).append(i)
+        return together
+
+    def read_hooks(self, receivers: list[str]) -> dict[str, list[int]]:
+        """
+        {hook: heads} at which what these receivers (but the logits) make of their inputs can be put: q, k, v of these
+        heads, or the whole MLP's output (no heads).
+        """
+        heads: dict[str, list[int]] = {}
+        for name in receivers:
+            receiver = self.receivers[self.receiver_names.index(name)]
+            if receiver.input == "MLP":
+                heads[act_name("mlp_out", receiver.layer)] = []
+            elif receiver.input != "logits":
+                heads.setdefault(act_name(receiver.input, receiver.layer), []).append(receiver.head)
+        return heads
+
     def fed_by(self, receiver: int) -> list[str]:
         """The heads or the MLP that compute what they write from a receiver; the logits from theirs."""
         fed = self.is_input_of[receiver].nonzero()[:, 0].tolist()
@@ -207,7 +239,67 @@ def mlp_entrance(model: nn.Module, layer: int) -> nn.Module:
     return block_norms(model, layer).before_mlp or model.blocks[layer].mlp
 
 
-#%% Plain forms: path patching of one edge, EAP and EAP-IG of the edges into one receiver
+#%% Plain form of path patching: one sender, any receivers
+def keep_activation(kept: Cache, name: str, x: Tensor, hook: nn.Module) -> None:
+    kept[name] = x
+
+
+def put_activation(new: Tensor, heads: list[int], x: Tensor, hook: nn.Module) -> Tensor:
+    """new in the place of x; where heads are named, of these heads alone (row, pos, head, d_head)."""
+    if not heads:
+        return new
+    changed = x.clone()
+    changed[:, :, heads] = new[:, :, heads]
+    return changed
+
+
+@t.no_grad()
+def path_patch(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    sender: str,
+    receivers: list[str],
+    metric: str = "logit_diff",
+    mlps: Literal["free", "frozen"] = "free",
+) -> Tensor:
+    """
+    Metric (pair) of clean runs in which the receivers read what reaches them when the sender alone writes what it does
+    in the corrupt run: path patching (Wang et al. 2023, appendix B). A path is direct if no attention head stands on
+    it: it runs through residual connections and through the MLPs between ("frozen": through no MLP, so that a single
+    receiver reads one edge). What lies behind the receivers is computed anew. Plain form of path_patch_all.
+    """
+    layers = range(graph.n_layers)
+    attn_outs = tuple(act_name("attn_out", layer) for layer in layers)
+
+    # Step 1: a clean and a corrupt run
+    clean = run_graph(model, graph, pairs, "clean", also=attn_outs)
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    resid = clean.cache["resid_pre", 0]
+
+    # Step 2: the clean run with all heads frozen, the sender corrupt and the MLPs recomputed, to see what receivers read
+    frozen = {name: clean.cache[name] for name in attn_outs}
+    if mlps == "frozen":
+        frozen |= {act_name("mlp_out", layer): clean.cache["mlp_out", layer] for layer in layers}
+    w = graph.writers.index(sender)
+    written_at = graph.write_hook(sender)
+    frozen[written_at] = clean.cache[written_at] + corrupt.writes[:, :, w] - clean.writes[:, :, w]
+    read = Cache()
+    read_at = graph.read_hooks(receivers)
+    fwd_hooks = [(name, partial(keep_activation, read, name)) for name in read_at]  # before it is frozen
+    fwd_hooks += [(name, partial(put_activation, value, [])) for name, value in frozen.items()]
+    logits = run_from(model, resid, pairs.answer_pos, 0, fwd_hooks)
+
+    # Step 3: the clean run again, the receivers given that, and all else free
+    if receivers != ["logits"]:
+        fwd_hooks = [(name, partial(put_activation, read[name], heads)) for name, heads in read_at.items()]
+        logits = run_from(model, resid, pairs.answer_pos, 0, fwd_hooks)
+
+    # Step 4: the metric
+    return make_metric(pairs, metric, clean.logits)(logits, pairs.index)
+
+
+#%% Plain forms: edge patching of one edge, EAP and EAP-IG of the edges into one receiver
 class InputChange:
     """
     Adds change (pair, pos, d_model) to what one receiver reads, ahead of its norm; everything else reads the stream
@@ -220,8 +312,8 @@ class InputChange:
         self.change = change
         self.stream: Tensor | None = None
 
-    def run(self, resid: Tensor, answer_pos: Tensor) -> Tensor:
-        """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0."""
+    def run(self, resid: Tensor, answer_pos: Tensor, also: list[tuple] = ()) -> Tensor:
+        """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0. also: further hooks."""
         fwd_hooks, module_inputs = [], []
         if self.receiver.input == "logits":
             module_inputs = [(self.model.ln_final, "in", self.change_input)]
@@ -237,7 +329,7 @@ class InputChange:
                 (act_name("resid_pre", self.receiver.layer), self.keep_stream),
                 (act_name(self.receiver.input, self.receiver.layer), self.change_head),
             ]
-        return run_from(self.model, resid, answer_pos, 0, fwd_hooks, module_inputs)
+        return run_from(self.model, resid, answer_pos, 0, [*also, *fwd_hooks], module_inputs)
 
     def change_input(self, x: Tensor) -> Tensor:
         return x + self.change.view(x.shape)
@@ -268,13 +360,12 @@ class InputChange:
 
 
 @t.no_grad()
-def path_patch(
+def plain_edge_patch(
     model: nn.Module, graph: Graph, pairs: Pairs, writer: str, receiver: str, metric: str = "logit_diff"
 ) -> Tensor:
     """
-    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one: path
-    patching (Wang et al. 2023) along one edge. What lies behind the receiver is computed anew. Plain form of
-    edge_patch.
+    Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one, and
+    no other path carries it. What lies behind the receiver is computed anew. Plain form of edge_patch.
     """
     # Step 1: a clean and a corrupt run
     clean = run_graph(model, graph, pairs, "clean")
@@ -292,12 +383,21 @@ def path_patch(
 
 
 def input_gradient(
-    model: nn.Module, receiver: Receiver, resid: Tensor, pairs: Pairs, metric: str, clean_logits: Tensor
+    model: nn.Module,
+    receiver: Receiver,
+    resid: Tensor,
+    pairs: Pairs,
+    metric: str,
+    clean_logits: Tensor,
+    also: list[tuple] = (),
 ) -> Tensor:
-    """Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0."""
+    """
+    Gradient (pair, pos, d_model) of the metric at what one receiver reads, in a run that resid enters at layer 0. also:
+    hooks of that run.
+    """
     change = t.zeros_like(resid).requires_grad_()
     with t.enable_grad():
-        logits = InputChange(model, receiver, change).run(resid, pairs.answer_pos)
+        logits = InputChange(model, receiver, change).run(resid, pairs.answer_pos, also)
         value = make_metric(pairs, metric, clean_logits)(logits, pairs.index).sum()
     (gradient,) = t.autograd.grad(value, change)
     return gradient
@@ -340,6 +440,38 @@ def plain_eap_ig(
     return scores.cpu() * graph.is_edge[:, r]
 
 
+def add_to(change: Tensor, x: Tensor, hook: nn.Module) -> Tensor:
+    return x + change
+
+
+@t.no_grad()
+def plain_eap_ig_activations(
+    model: nn.Module, graph: Graph, pairs: Pairs, receiver: str, metric: str = "logit_diff", steps: int = 5
+) -> Tensor:
+    """
+    EAP-IG on activations (Mueller et al. 2025, after Marks et al. 2024): as plain_eap, the gradient of a writer's edge
+    averaged over clean runs in which the writer, together with all that join the stream at the same hook (a layer's
+    heads), writes between corrupt and clean. Plain form of eap_ig_activations.
+    """
+    clean = run_graph(model, graph, pairs, "clean")
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    r = graph.receiver_names.index(receiver)
+    difference = clean.writes - corrupt.writes
+    scores = t.zeros(len(graph.writers))
+    for written_at, writers in graph.writers_at().items():
+        gradient = t.zeros_like(clean.cache["resid_pre", 0])
+        for step in range(steps):
+            alpha = (step + 0.5) / steps
+            change = -(1 - alpha) * difference[:, :, writers].sum(2)
+            also = [(written_at, partial(add_to, change))]
+            resid = clean.cache["resid_pre", 0]
+            gradient += input_gradient(model, graph.receivers[r], resid, pairs, metric, clean.logits, also) / steps
+        scores[writers] = einsum(
+            difference[:, :, writers], gradient, "pair pos writer d_model, pair pos d_model -> writer"
+        ).cpu()
+    return scores / len(pairs) * graph.is_edge[:, r]
+
+
 #%% The engine: one forward pass in which every receiver has an input of its own
 class EdgeRun:
     """
@@ -372,16 +504,23 @@ class EdgeRun:
         # what the MLP's input moves by, where it reads the same stream as attention
         self.parallel_mlp_change: Tensor | None = None
 
-    def run(self, resid: Tensor, answer_pos: Tensor, layer: int = 0, own: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        resid: Tensor,
+        answer_pos: Tensor,
+        layer: int = 0,
+        own: Tensor | None = None,
+        also: list[tuple] = (),
+    ) -> Tensor:
         """
         Logits (row, d_vocab) of a run that resid (row, pos, d_model) enters at `layer`; own, like other, holds its
-        writes below.
+        writes below. also: further hooks.
         """
         if self.swap is not None:
             below = self.graph.head_slice(layer).start
             own_below = resid[:, :, None] if layer == 0 else own[:, :, :below]
             self.gaps.append(self.other[:, :, :below] - own_below)
-        fwd_hooks, module_inputs = [], []
+        fwd_hooks, module_inputs = list(also), []
         for l in range(layer, self.graph.n_layers):
             fwd_hooks.append((act_name("resid_pre", l), partial(self.enter_layer, l)))
             fwd_hooks += [(act_name(site, l), partial(self.change_heads, l, site)) for site in ("q", "k", "v")]
@@ -460,34 +599,216 @@ def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: floa
     return rows_that_fit(model, pairs.clean.shape[1], memory_gb / 4, floats)
 
 
-#%% Path patching of any sets of edges
+#%% Path patching of every sender
 @t.no_grad()
-def edge_patch(
-    model: nn.Module, graph: Graph, pairs: Pairs, swaps: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
+def path_patch_all(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    receivers: list[str],
+    metric: str = "logit_diff",
+    memory_gb: float = 1.0,
 ) -> Tensor:
-    """
-    Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
-    corrupt run's writes; what lies behind a receiver is computed anew, all else stays (path patching, Wang et al.
-    2023). A circuit is the run in which all other edges are swapped.
-    """
-    swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
+    """Metric (writer, pair): path_patch of each writer as the sender (Wang et al. 2023), the MLPs free."""
+    assert receivers == ["logits"] or "logits" not in receivers, "given logits would leave nothing to the others"
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
-    patch = partial(patch_group, model, graph, swaps, metric, 2 * n_pairs)
+    patch = partial(patch_paths_of_group, model, graph, receivers, metric, 2 * n_pairs)
     return t.cat(by_groups(patch, pairs, n_pairs), 1)
 
 
-def patch_group(model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, group: Pairs) -> Tensor:
+def patch_paths_of_group(
+    model: nn.Module, graph: Graph, receivers: list[str], metric: str, n_rows: int, group: Pairs
+) -> Tensor:
+    """path_patch_all of pairs that fit into memory at once: senders that write at one hook share a batch."""
+    attn_outs = tuple(act_name("attn_out", layer) for layer in range(graph.n_layers))
+    clean = run_graph(model, graph, group, "clean", also=attn_outs)
+    corrupt = run_graph(model, graph, group, "corrupt")
+    metric_fn = make_metric(group, metric, clean.logits)
+
+    def patch_rows(written_at: str, rows: Tensor) -> Tensor:
+        sender, pair = rows.unbind(1)
+        change = corrupt.writes[pair, :, sender] - clean.writes[pair, :, sender]
+        run = PathRun(model, graph, clean.cache, receivers, pair, group.answer_pos[pair])
+        return metric_fn(run.run(written_at, change), pair)
+
+    # to begin with as if nothing were sent, which holds where no direct path leads from the sender to a receiver
+    values = metric_fn(clean.logits, group.index).repeat(len(graph.writers), 1)
+    sends = graph.edges(graph.writers, receivers).any(1)
+    for written_at, writers in graph.writers_at().items():
+        senders = [w for w in writers if sends[w]]
+        if not senders:
+            continue
+        rows = t.cartesian_prod(t.tensor(senders, device=group.index.device), group.index)  # (sender, pair)
+        values[rows.unbind(1)] = t.cat(list(in_batches(partial(patch_rows, written_at), rows, n_rows, "paths")))
+    return values
+
+
+class PathRun:
+    """
+    Steps 2 and 3 of path_patch in rows that are runs of these pairs (row), each with its own sender. The run with
+    frozen heads enters at the layer where they write, the run with patched receivers at the first receiver's: below,
+    both are the clean run, whose activations cache holds.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: Graph, cache: Cache, receivers: list[str], pair: Tensor, answer_pos: Tensor
+    ):
+        self.model = model
+        self.graph = graph
+        self.cache = cache
+        self.pair = pair
+        self.answer_pos = answer_pos
+        self.read_at = graph.read_hooks(receivers)
+        self.read = Cache()
+
+    def run(self, written_at: str, change: Tensor) -> Tensor:
+        """Logits (row, d_vocab), what is written at this hook having changed by change (row, pos, d_model)."""
+        logits = self.frozen_run(written_at, change)
+        return self.patched_run() if self.read_at else logits  # who reads at no hook is the logits
+
+    def frozen_run(self, written_at: str, change: Tensor) -> Tensor:
+        first = layer_of(written_at)
+        frozen = {}
+        for layer in range(first, self.graph.n_layers):
+            name = act_name("attn_out", layer)
+            frozen[name] = self.cache[name][self.pair]
+        frozen[written_at] = self.cache[written_at][self.pair] + change
+        fwd_hooks = [
+            (name, partial(keep_activation, self.read, name)) for name in self.read_at if layer_of(name) >= first
+        ]
+        fwd_hooks += [(name, partial(put_activation, value, [])) for name, value in frozen.items()]
+        return self.run_from(first, fwd_hooks)
+
+    def patched_run(self) -> Tensor:
+        fwd_hooks = [
+            (name, partial(put_activation, self.read[name], heads))
+            for name, heads in self.read_at.items()
+            if name in self.read  # else no path leads there: it is read as in the clean run
+        ]
+        return self.run_from(min(map(layer_of, self.read)), fwd_hooks)
+
+    def run_from(self, layer: int, fwd_hooks: list[tuple]) -> Tensor:
+        resid = self.cache["resid_pre", layer][self.pair]
+        return run_from(self.model, resid, self.answer_pos, layer, fwd_hooks)
+
+
+def layer_of(hook_name: str) -> int:
+    """blocks.3.attn.hook_q: 3"""
+    return int(hook_name.split(".")[1])
+
+
+#%% Ablations: what stands in for a write that is not kept
+type Ablation = Callable[[nn.Module, Graph, Pairs], Tensor]  # writes (pair, pos, writer, d_model) of a group of pairs
+
+
+def corrupt_writes(model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
+    """What every writer writes in the pair's own corrupt run (interchange, or swap)."""
+    return run_graph(model, graph, group, "corrupt").writes
+
+
+def mean_ablation(
+    model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0, draws: int = 16, seed: int = 0
+) -> tuple[Ablation, str]:
+    """
+    (the ablation, in words): every writer's mean write at each position over a reference distribution. For indirect
+    objects Wang et al.'s (2023) p_ABC: each pair's own words with three different names in them (the pairs' names),
+    `draws` times. For other pairs, or where these know fewer than three names: the corrupt runs, position by position
+    over all pairs. Wang et al. ablate heads alone; here the embedding and MLPs are writers as well.
+    """
+    known = t.cat([pairs.answer, pairs.wrong]).unique()
+    if {"IO", "S1", "S2"} <= pairs.places.keys() and len(known) >= 3:
+        names = draw_names(known, draws, seed)
+        return partial(abc_mean_writes, names), f"mean over {draws} prompts of the same words and three other names"
+    mean = corrupt_mean_writes(model, graph, pairs, memory_gb)
+    return partial(shared_writes, mean), f"mean over {len(pairs)} corrupt runs, position by position"
+
+
+def draw_names(known: Tensor, draws: int, seed: int) -> Tensor:
+    """(draw, 3): three different ones of the known token ids (name)."""
+    generator = t.Generator().manual_seed(seed)
+    return t.stack([known[t.randperm(len(known), generator=generator)[:3]] for _ in range(draws)])
+
+
+def abc_prompts(pairs: Pairs, names: Tensor) -> Tensor:
+    """(pair, pos): the clean tokens with the first name for the indirect object, the others for S1 and S2 (3)."""
+    is_io = pairs.clean == pairs.answer[:, None]
+    is_s = pairs.clean == pairs.wrong[:, None]
+    is_s1 = is_s & (is_s.cumsum(1) == 1)
+    tokens = pairs.clean.clone()
+    tokens[is_io] = names[0]
+    tokens[is_s1] = names[1]
+    tokens[is_s & ~is_s1] = names[2]
+    return tokens
+
+
+def abc_mean_writes(names: Tensor, model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
+    """Mean writes (pair, pos, writer, d_model) over the group's prompts with each of the names (draw, 3)."""
+    total: Tensor | float = 0.0
+    for three in names:
+        reference = replace(group, corrupt=abc_prompts(group, three), corrupt_resid=None)
+        total = total + corrupt_writes(model, graph, reference)
+    return total / len(names)
+
+
+@t.no_grad()
+def corrupt_mean_writes(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> Tensor:
+    """(pos, writer, d_model): mean over the corrupt runs that are still before their answer at this position."""
+
+    def summed(group: Pairs) -> tuple[Tensor, Tensor]:
+        position = t.arange(group.clean.shape[1], device=group.answer_pos.device)
+        real = (position <= group.answer_pos[:, None]).to(t.float32)
+        shorter = pairs.clean.shape[1] - group.clean.shape[1]  # groups are cut behind their last answer
+        writes = corrupt_writes(model, graph, group).float()
+        total = einsum(writes, real, "pair pos writer d_model, pair pos -> pos writer d_model")
+        return F.pad(total, (0, 0, 0, 0, 0, shorter)), F.pad(real.sum(0), (0, shorter))
+
+    sums, counts = zip(*by_groups(summed, pairs, pairs_that_fit(model, graph, pairs, memory_gb)))
+    return sum(sums) / sum(counts)[:, None, None]
+
+
+def shared_writes(mean: Tensor, model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
+    """The same writes (pos, writer, d_model) for every pair; beyond the last position of the mean its last."""
+    n_pos = group.clean.shape[1]
+    longer = mean[t.arange(n_pos, device=mean.device).clamp(max=len(mean) - 1)]
+    return longer.to(inputs(model, group, "clean").dtype).expand(len(group), -1, -1, -1)
+
+
+#%% Edge patching: any sets of edges
+@t.no_grad()
+def edge_patch(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    swaps: Tensor,
+    metric: str = "logit_diff",
+    memory_gb: float = 1.0,
+    ablation: Ablation = corrupt_writes,
+) -> Tensor:
+    """
+    Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
+    corrupt run's writes, or another ablation's; what lies behind a receiver is computed anew, all else stays. One edge is what Syed et al.
+    (2023) attribute; a circuit is the run in which all other edges are swapped.
+    """
+    swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    patch = partial(patch_group, model, graph, swaps, metric, 2 * n_pairs, ablation)
+    return t.cat(by_groups(patch, pairs, n_pairs), 1)
+
+
+def patch_group(
+    model: nn.Module, graph: Graph, swaps: Tensor, metric: str, n_rows: int, ablation: Ablation, group: Pairs
+) -> Tensor:
     """
     edge_patch of pairs that fit into memory at once. A run enters at the first layer with a swapped input: below it,
     it is the clean run.
     """
     clean = run_graph(model, graph, group, "clean")
-    corrupt = run_graph(model, graph, group, "corrupt")
+    other = ablation(model, graph, group)
     metric_fn = make_metric(group, metric, clean.logits)
 
     def patch_rows(layer: int, rows: Tensor) -> Tensor:
         swap, pair = rows.unbind(1)
-        run = EdgeRun(model, graph, swaps[swap], corrupt.writes[pair])
+        run = EdgeRun(model, graph, swaps[swap], other[pair])
         resid = clean.cache["resid_pre", layer][pair]
         return metric_fn(run.run(resid, group.answer_pos[pair], layer, clean.writes[pair]), pair)
 
@@ -551,21 +872,73 @@ def attribute_group(model: nn.Module, graph: Graph, metric: str, alphas: list[fl
         clean = run_graph(model, graph, group, "clean")
         corrupt = run_graph(model, graph, group, "corrupt")
     metric_fn = make_metric(group, metric, clean.logits)
+    difference = clean.writes - corrupt.writes
     total = t.zeros(graph.is_edge.shape, device=group.answer_pos.device)
     for alpha in alphas:
         resid = corrupt.cache["resid_pre", 0].lerp(clean.cache["resid_pre", 0], alpha)
-        pair, pos, d_model = resid.shape
-        nudge = resid.new_zeros(pair, pos, len(graph.receiver_names), d_model).requires_grad_()
-        with t.enable_grad():
-            logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos)
-            values = metric_fn(logits, group.index)
-        (gradient,) = t.autograd.grad(values.sum(), nudge)
-        scores = einsum(
-            (clean.writes - corrupt.writes).float(),
-            gradient.float(),
-            "pair pos writer d_model, pair pos receiver d_model -> writer receiver",
-        )
-        total += scores / len(alphas)
+        total += edge_scores(model, graph, group, resid, difference, metric_fn) / len(alphas)
+    return total
+
+
+def edge_scores(
+    model: nn.Module,
+    graph: Graph,
+    group: Pairs,
+    resid: Tensor,
+    difference: Tensor,
+    metric_fn: Callable[[Tensor, Tensor], Tensor],
+    also: list[tuple] = (),
+) -> Tensor:
+    """
+    (writer, receiver): gradients of the metric at what receivers read, in a run that resid (pair, pos, d_model)
+    enters, times difference (pair, pos, writer, d_model), summed over pairs. also: hooks of that run.
+    """
+    pair, pos, d_model = resid.shape
+    nudge = resid.new_zeros(pair, pos, len(graph.receiver_names), d_model).requires_grad_()
+    with t.enable_grad():
+        logits = EdgeRun(model, graph, nudge=nudge).run(resid, group.answer_pos, also=also)
+        value = metric_fn(logits, group.index).sum()
+    (gradient,) = t.autograd.grad(value, nudge)
+    return einsum(
+        difference.float(),
+        gradient.float(),
+        "pair pos writer d_model, pair pos receiver d_model -> writer receiver",
+    )
+
+
+def eap_ig_activations(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    metric: str = "logit_diff",
+    steps: int = 5,
+    memory_gb: float = 1.0,
+) -> Tensor:
+    """
+    EAP-IG on activations (Mueller et al. 2025, after Marks et al. 2024), (writer, receiver): as eap, the gradient of a
+    writer's edges averaged over `steps` clean runs in which this writer, with all that join the stream at its hook,
+    writes between corrupt and clean. It takes 1 + 2 n_layers times the runs of eap_ig.
+    """
+    assert steps > 0
+    n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)
+    totals = by_groups(partial(attribute_group_by_activations, model, graph, metric, steps), pairs, n_pairs)
+    return (sum(totals) / len(pairs)).cpu() * graph.is_edge
+
+
+def attribute_group_by_activations(model: nn.Module, graph: Graph, metric: str, steps: int, group: Pairs) -> Tensor:
+    """eap_ig_activations of pairs that fit into memory at once, summed over them."""
+    with t.no_grad():
+        clean = run_graph(model, graph, group, "clean")
+        corrupt = run_graph(model, graph, group, "corrupt")
+    metric_fn = make_metric(group, metric, clean.logits)
+    total = t.zeros(graph.is_edge.shape, device=group.answer_pos.device)
+    for written_at, writers in graph.writers_at().items():
+        difference = clean.writes[:, :, writers] - corrupt.writes[:, :, writers]
+        for step in range(steps):
+            share_corrupt = 1 - (step + 0.5) / steps
+            also = [(written_at, partial(add_to, -share_corrupt * difference.sum(2)))]
+            resid = clean.cache["resid_pre", 0]
+            total[writers] += edge_scores(model, graph, group, resid, difference, metric_fn, also) / steps
     return total
 
 
@@ -599,42 +972,191 @@ def top_edges(graph: Graph, score: Tensor, sizes: list[int]) -> Tensor:
 
 
 def circuit_metric(
-    model: nn.Module, graph: Graph, pairs: Pairs, circuits: Tensor, metric: str = "logit_diff", memory_gb: float = 1.0
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    circuits: Tensor,
+    metric: str = "logit_diff",
+    memory_gb: float = 1.0,
+    ablation: Ablation = corrupt_writes,
 ) -> Tensor:
     """
-    Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all
-    others corrupt.
+    Metric (circuit, pair) of runs in which the edges of a circuit (circuit, writer, receiver) are clean and all others
+    ablated. Edges that no clean path reaches, or from which none goes on, are ablated too (prune), as in MIB (Mueller
+    et al. 2025).
     """
-    return edge_patch(model, graph, pairs, ~circuits, metric, memory_gb)
+    pruned = t.stack([graph.prune(circuit & graph.is_edge) for circuit in circuits])
+    different, which = pruned.unique(dim=0, return_inverse=True)  # each is run once
+    values = edge_patch(model, graph, pairs, ~different, metric, memory_gb, ablation)
+    return values[which.to(values.device)]
 
 
-def area(
-    values: Tensor, clean: Tensor, corrupt: Tensor, x: list[float], draws: int = 1000
-) -> tuple[float, float, float]:
+def smallest_circuit(
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    score: Tensor,
+    metric: str = "logit_diff",
+    share: float = 0.9,
+    memory_gb: float = 1.0,
+    ablation: Ablation = corrupt_writes,
+) -> Tensor:
     """
-    Area under faithfulness over the share x of edges kept, for the metric values (size, pair), and its 95% interval
-    from resampled pairs.
+    Mask (writer, receiver) of the fewest edges of the largest |score| that keep this share of the metric, from all
+    edges ablated (0) to none (1), pruned. Sizes double until one suffices; between it and the one before, bisection:
+    the size found suffices and one edge less does not. Faithfulness need not rise with every edge, so a smaller size
+    that suffices may have been passed over.
+    """
+    ends = t.stack([graph.is_edge, t.zeros_like(graph.is_edge)])
+    clean, ablated = circuit_metric(model, graph, pairs, ends, metric, memory_gb, ablation)
+
+    def suffices(size: int) -> bool:
+        circuit = top_edges(graph, score, [size])
+        values = circuit_metric(model, graph, pairs, circuit, metric, memory_gb, ablation)
+        return normalised(values, clean, ablated).item() >= share
+
+    n_edges = int(graph.is_edge.sum())
+    too_few, size = 0, 1
+    while size < n_edges and not suffices(size):
+        too_few, size = size, min(2 * size, n_edges)
+    while size - too_few > 1:
+        middle = (too_few + size) // 2
+        if suffices(middle):
+            size = middle
+        else:
+            too_few = middle
+    return graph.prune(top_edges(graph, score, [size])[0])
+
+
+#%% Faithfulness over the edges kept, by MIB's measures and on a logarithmic axis, with intervals over pairs
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def resampled_faithfulness(values: Tensor, clean: Tensor, ablated: Tensor, draws: int = 1000) -> Tensor:
+    """
+    (1 + draws, size): (metric - ablated) / (clean - ablated) of the mean metrics (size, pair), (pair), (pair); the
+    first row over the pairs themselves, the others over pairs drawn with replacement, the same for every call with as
+    many pairs, so that methods can be compared draw by draw.
     """
     n = len(clean)
     resampled = t.randint(n, (draws, n), generator=t.Generator().manual_seed(0))
-    # (1 + draws, pair); the first row is the pairs themselves
-    index = t.cat([t.arange(n)[None], resampled]).to(clean.device)
-    clean_mean = clean[index].mean(-1)
-    corrupt_mean = corrupt[index].mean(-1)
-    faithfulness = (values[:, index].mean(-1) - corrupt_mean) / (clean_mean - corrupt_mean)  # (size, 1 + draws)
-    areas = t.trapezoid(faithfulness.cpu(), t.tensor(x), dim=0)
-    low, high = areas[1:].quantile(t.tensor([0.025, 0.975])).tolist()
-    return areas[0].item(), low, high
+    index = t.cat([t.arange(n)[None], resampled])
+    values, clean, ablated = values.double().cpu(), clean.double().cpu(), ablated.double().cpu()
+    ablated_mean = ablated[index].mean(-1)
+    gap = clean[index].mean(-1) - ablated_mean
+    return ((values[:, index].mean(-1) - ablated_mean) / gap).T
+
+
+def cpr(faithfulness: Tensor, shares: list[float]) -> Tensor:
+    """
+    Integrated circuit performance ratio (Mueller et al. 2025): the area under faithfulness (..., size) over the shares
+    of edges kept. 1 if every circuit does what the model does.
+    """
+    return t.trapezoid(faithfulness, t.tensor(shares, dtype=faithfulness.dtype))
+
+
+def cmd(faithfulness: Tensor, shares: list[float]) -> Tensor:
+    """Integrated circuit-model distance (Mueller et al. 2025): the area of |1 - faithfulness|; 0 is best."""
+    return cpr((1 - faithfulness).abs(), shares)
+
+
+def log_area(faithfulness: Tensor, sizes: list[int]) -> Tensor:
+    """Mean faithfulness (..., size) over the logarithm of the edges kept, from the first size to the last."""
+    x = t.tensor(sizes, dtype=faithfulness.dtype).log()
+    return t.trapezoid(faithfulness, x) / (x[-1] - x[0])
+
+
+def interval(draws: Tensor) -> tuple[float, float, float]:
+    """(value, 2.5th and 97.5th percentile) of (1 + draws) values, whose first is that of the sample itself."""
+    low, high = draws[1:].quantile(t.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return draws[0].item(), low, high
+
+
+#%% Estimated effects of edges against exact ones
+class Agreement(NamedTuple):
+    """
+    pearson, spearman over all edges; top: share of the `n` edges of the largest |effect| among the n of the largest
+    |estimate|; sign: share of edges (but those without any effect) whose estimate has the effect's sign.
+    """
+
+    pearson: float
+    spearman: float
+    top: float
+    sign: float
+
+
+def agreement(effect: Tensor, estimate: Tensor, n: int) -> Agreement:
+    """How well estimates (edge) stand for the effects (edge) that edge patching has."""
+    strongest = set(effect.abs().topk(n).indices.tolist())
+    estimated = set(estimate.abs().topk(n).indices.tolist())
+    acts = effect != 0
+    return Agreement(
+        pearson=t.corrcoef(t.stack([effect, estimate]))[0, 1].item(),
+        spearman=float(spearmanr(effect.tolist(), estimate.tolist()).statistic),
+        top=len(strongest & estimated) / n,
+        sign=(effect.sign() == estimate.sign())[acts].float().mean().item(),
+    )
+
+
+#%% Scores and a circuit in the layout that EAP-IG's Graph.from_json and MIB read
+def mib_graph(model: nn.Module, graph: Graph, score: Tensor, kept: Tensor) -> dict:
+    """
+    {cfg, nodes {name: in_graph}, edges {name: score, in_graph}} of scores and a circuit (writer, receiver); nodes are
+    called input, a3.h5, m3, logits, edges m0->a3.h5<q>. There every head has keys and values of its own: where heads
+    share them, each is given an equal part of the score.
+    """
+    config = {
+        "n_layers": graph.n_layers,
+        "n_heads": graph.n_heads,
+        "parallel_attn_mlp": not graph.serial,
+        "d_model": model.cfg.d_model,
+    }
+    reached = kept.any(1)
+    nodes = {mib_name(writer): {"in_graph": bool(on)} for writer, on in zip(graph.writers, reached)}
+    nodes["logits"] = {"in_graph": True}
+    edges = {}
+    for w, r in graph.is_edge.nonzero().tolist():
+        receiver = graph.receivers[r]
+        suffix = f"<{receiver.input}>" if receiver.input in ("q", "k", "v") else ""
+        for fed in graph.fed_by(r):
+            name = f"{mib_name(graph.writers[w])}->{mib_name(fed)}{suffix}"
+            edges[name] = {"score": score[w, r].item() / receiver.sharing, "in_graph": bool(kept[w, r])}
+    return {"cfg": config, "nodes": nodes, "edges": edges}
+
+
+def mib_name(node: str) -> str:
+    """embed: input, L3H5: a3.h5, L3 MLP: m3, logits: logits"""
+    if node == "embed":
+        return "input"
+    if node.endswith(" MLP"):
+        return "m" + node.removeprefix("L").removesuffix(" MLP")
+    return node.replace("L", "a").replace("H", ".h")
 
 
 #%% Backwards from the logits by path patching
+type TraceBy = Literal["path_patch", "edge_patch"]
+
+
 def path_losses(
-    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], metric: str, memory_gb: float = 1.0
+    model: nn.Module,
+    graph: Graph,
+    pairs: Pairs,
+    receivers: list[str],
+    metric: str,
+    memory_gb: float = 1.0,
+    by: TraceBy = "path_patch",
 ) -> Tensor:
-    """(writer, pair) metric lost when the paths from one writer straight to the receivers carry the corrupt run."""
-    swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
+    """
+    (writer, pair) metric lost when one writer's corrupt write reaches the receivers: along all direct paths, which run
+    through MLPs (path_patch, Wang et al. 2023), or along the edges to them alone (edge_patch).
+    """
     clean, _ = baselines(model, pairs, metric, memory_gb)
-    return (clean - edge_patch(model, graph, pairs, swaps, metric, memory_gb)).cpu()
+    if by == "path_patch":
+        patched = path_patch_all(model, graph, pairs, receivers, metric, memory_gb)
+    else:
+        swaps = t.stack([graph.edges([writer], receivers) for writer in graph.writers])
+        patched = edge_patch(model, graph, pairs, swaps, metric, memory_gb)
+    return (clean - patched).cpu()
 
 
 def trace_back(
@@ -646,10 +1168,11 @@ def trace_back(
     max_steps: int = 16,
     floor: float = 0.05,
     width: int = 3,
+    by: TraceBy = "path_patch",
 ) -> list[tuple[list[str], Tensor]]:
     """
-    Steps (receivers, lost (writer)): the share of the metric lost by the path from each writer straight to the
-    receivers, which are named. First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
+    Steps (receivers, lost (writer)): the share of the metric lost along the direct paths from each writer to the
+    receivers, which are named (see path_losses). First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
     writers that lost most (at most `width`, at least `floor`) in the last round's strongest step, until max_steps are
     done (Wang et al. 2023).
     """
@@ -660,7 +1183,7 @@ def trace_back(
     while options and len(steps) < max_steps:
         new = []
         for receivers in options:
-            lost = path_losses(model, graph, pairs, receivers, metric, memory_gb).mean(1) / gap
+            lost = path_losses(model, graph, pairs, receivers, metric, memory_gb, by).mean(1) / gap
             new.append((receivers, lost))
         steps += new
         most = max((lost for _, lost in new), key=lambda lost: lost.max())
@@ -681,7 +1204,7 @@ def inputs_of_strongest(graph: Graph, lost: Tensor, floor: float, width: int) ->
 #%% Self-repair: what a head does directly, and who steps in when it fails
 class SelfRepair(NamedTuple):
     """
-    Metric lost by the path to the logits alone, and by all paths; the change of every writer's direct effect
+    Metric lost by the edge to the logits alone, and by all paths; the change of every writer's direct effect
     (writer), in logits of answer - wrong.
     """
 
@@ -724,7 +1247,7 @@ def replace_write(
     model: nn.Module, graph: Graph, head: str, mean: Tensor, metric: str, group: Pairs
 ) -> tuple[Tensor, Tensor]:
     """
-    Metric lost (2: by the path to the logits, by all paths) and change of direct effects (writer), summed over pairs,
+    Metric lost (2: by the edge to the logits, by all paths) and change of direct effects (writer), summed over pairs,
     when a head writes `mean`.
     """
     clean = run_graph(model, graph, group, "clean", also=("ln_final.hook_scale",))
@@ -778,14 +1301,16 @@ def find_roles(
     shuffles: int = 200,
     floor: float = 0.3,
     seed: int = 0,
+    by: TraceBy = "path_patch",
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
     """
     Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor`
     or, if larger, the 99th percentile of the best head's score with keys drawn at random. Found {role: heads} above
-    the bar; movers also write the answer (or against it) straight to the logits, and S-inhibition heads act on the
-    movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random.
+    the bar; movers also write the answer (or against it) to the logits along direct paths, and S-inhibition heads act
+    so on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random. Direct
+    paths are path_losses' (by).
     """
-    search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed)
+    search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed, by)
     movers = search.name_movers()
     found = {
         "name mover": movers,
@@ -814,11 +1339,13 @@ class RoleSearch:
         shuffles: int,
         floor: float,
         seed: int,
+        by: TraceBy,
     ):
         self.model = model
         self.graph = graph
         self.pairs = pairs
         self.metric = metric
+        self.by = by
         self.memory_gb = memory_gb
         self.shuffles = shuffles
         self.generator = t.Generator().manual_seed(seed)
@@ -872,12 +1399,13 @@ class RoleSearch:
 
     def acting(self, heads: list[str], receivers: list[str], sign: int = 1) -> list[str]:
         """
-        Those of the heads whose path to the receivers helps the metric (sign 1) or hurts it (-1), more than chance.
+        Those of the heads whose direct paths to the receivers help the metric (sign 1) or hurt it (-1), more than
+        chance.
         """
         if not heads or not receivers:
             return []
         rows = [self.graph.writers.index(head) for head in self.graph.head_names]
-        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb)
+        losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb, self.by)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
         if self.metric == "kl":

@@ -10,19 +10,32 @@ from conftest import ROOT, memory_for
 from models_for_tests import H, L, three_pairs, tiny_models
 
 from hooks import act_name, peak_bytes, run_with_cache, run_with_hooks
-from interventions import Pairs, baselines, draw_pairs, make_metric, sweep
+from interventions import Pairs, baselines, draw_pairs, find_places, make_metric, normalised, sweep
 from graph import (
     Graph,
-    area,
+    abc_prompts,
+    agreement,
     circuit_metric,
+    cmd,
+    cpr,
     eap,
     eap_ig,
+    eap_ig_activations,
     edge_patch,
     find_roles,
+    interval,
+    log_area,
+    mean_ablation,
+    mib_graph,
     path_patch,
+    path_patch_all,
     plain_eap,
     plain_eap_ig,
+    plain_eap_ig_activations,
+    plain_edge_patch,
+    resampled_faithfulness,
     self_repair,
+    smallest_circuit,
     top_edges,
     trace_back,
     write_differences,
@@ -86,7 +99,7 @@ def test_the_edges_are_counted_named_and_linked(models, world):
 # %% The engine gives what the plain forms give
 @t.no_grad()
 @pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox", "gptj", "gemma2", "olmo2"])
-def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
+def test_every_single_edge_equals_plain_edge_patching(models, pairs, name):
     model = models[name]
     graph = Graph(model)
     edges, masks = single(graph)
@@ -96,7 +109,7 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
     assert (values - clean).abs().max() > 0.05
     for value, i in zip(values, chosen):
         writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
-        expected = path_patch(model, graph, pairs, writer, receiver)
+        expected = plain_edge_patch(model, graph, pairs, writer, receiver)
         t.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4, msg=f"{writer} to {receiver}")
 
 
@@ -104,12 +117,30 @@ def test_every_single_edge_equals_plain_path_patching(models, pairs, name):
 def test_eap_and_eap_ig_of_every_edge_equal_their_plain_forms(models, pairs, name):
     model = models[name]
     graph = Graph(model)
-    for metric in ("logit_diff", "log_prob"):
-        plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in graph.receiver_names], 1)
-        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in graph.receiver_names], 1)
+    for metric, every in (("logit_diff", 1), ("log_prob", 5)):
+        receivers = graph.receiver_names[::every]
+        plain = t.stack([plain_eap(model, graph, pairs, r, metric) for r in receivers], 1)
+        plain_ig = t.stack([plain_eap_ig(model, graph, pairs, r, metric, steps=3) for r in receivers], 1)
         assert plain.abs().max() > 0.05 and (plain - plain_ig).abs().max() > 0.01
-        t.testing.assert_close(eap(model, graph, pairs, metric, memory_gb=1e-2), plain, atol=1e-4, rtol=1e-3)
-        t.testing.assert_close(eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2), plain_ig, atol=1e-4, rtol=1e-3)
+        found = eap(model, graph, pairs, metric, memory_gb=1e-2)[:, ::every]
+        found_ig = eap_ig(model, graph, pairs, metric, 3, memory_gb=1e-2)[:, ::every]
+        t.testing.assert_close(found, plain, atol=1e-4, rtol=1e-3)
+        t.testing.assert_close(found_ig, plain_ig, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox", "gemma2"])
+def test_eap_ig_on_activations_equals_its_plain_form_and_from_the_embedding_eap_ig(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    found = eap_ig_activations(model, graph, pairs, steps=2, memory_gb=1e-2)
+    for receiver in ("L1 MLP", "logits", graph.receivers_of(["L1H1"], "v")[0]):
+        plain = plain_eap_ig_activations(model, graph, pairs, receiver, steps=2)
+        column = found[:, graph.receiver_names.index(receiver)]
+        assert plain.abs().max() > 1e-3
+        t.testing.assert_close(column, plain, atol=1e-4, rtol=1e-3, msg=receiver)
+    on_inputs = eap_ig(model, graph, pairs, steps=2)
+    t.testing.assert_close(found[0], on_inputs[0], atol=1e-4, rtol=1e-3)
+    assert (found[1:] - on_inputs[1:]).abs().max() > 1e-3
 
 
 def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
@@ -120,7 +151,7 @@ def test_on_the_world_model_the_engine_gives_what_the_plain_forms_give(world):
     values = edge_patch(world, graph, few, masks[chosen], memory_gb=0.05)
     for value, i in zip(values, chosen):
         writer, receiver = graph.writers[edges[i, 0]], graph.receiver_names[edges[i, 1]]
-        expected = path_patch(world, graph, few, writer, receiver)
+        expected = plain_edge_patch(world, graph, few, writer, receiver)
         t.testing.assert_close(value, expected, atol=1e-3, rtol=1e-4, msg=f"{writer} to {receiver}")
     plain = t.stack([plain_eap(world, graph, few, receiver) for receiver in graph.receiver_names], 1)
     plain_ig = t.stack([plain_eap_ig(world, graph, few, receiver, steps=2) for receiver in graph.receiver_names], 1)
@@ -174,7 +205,7 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
     for found, (receiver, wanted) in zip(values, expected.items()):
         assert (wanted - untouched).abs().max() > 1e-3, receiver
         t.testing.assert_close(found, wanted, atol=1e-4, rtol=0, msg=receiver)
-        plain = path_patch(model, graph, pairs, "L0H2", receiver)
+        plain = plain_edge_patch(model, graph, pairs, "L0H2", receiver)
         t.testing.assert_close(plain, wanted, atol=1e-4, rtol=0, msg=receiver)
 
 
@@ -210,7 +241,102 @@ def test_all_paths_are_activation_patching_of_the_sender_and_all_edges_the_corru
     values = edge_patch(model, graph, pairs, t.stack([~kept, ~pruned]))
     assert 0 < pruned.sum() < kept.sum()
     t.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
-    assert circuit_metric(model, graph, pairs, t.stack([kept, pruned])).equal(values)
+    t.testing.assert_close(circuit_metric(model, graph, pairs, t.stack([kept, pruned])), values, atol=1e-5, rtol=1e-5)
+
+
+# %% Ablations
+def indirect_objects() -> Pairs:
+    """Three prompts IO .. S1 .. S2 .., or S1 first, of different lengths."""
+    clean = t.tensor(
+        [
+            [1, 50, 20, 60, 30, 60, 40, 41],
+            [1, 21, 61, 51, 31, 61, 42, 1],
+            [1, 52, 22, 62, 32, 33, 62, 43],
+        ]
+    )
+    answer, wrong = t.tensor([50, 51, 52]), t.tensor([60, 61, 62])
+    corrupt = clean.clone()
+    corrupt[[0, 1, 2], [5, 5, 6]] = answer
+    made = Pairs(clean=clean, corrupt=corrupt, answer=answer, wrong=wrong, answer_pos=t.tensor([7, 6, 7]))
+    made.places = find_places(made)
+    return made
+
+
+def z_replaced(model: nn.Module, pairs: Pairs, mean: t.Tensor) -> t.Tensor:
+    """The metric of clean runs in which head L1H2's z (pair, pos, d_head) is this."""
+
+    def put(z, hook):
+        z = z.clone()
+        z[:, :, 2] = mean
+        return z
+
+    logits = run_with_hooks(model, pairs.clean, [("blocks.1.attn.hook_z", put)])
+    return make_metric(pairs, "logit_diff")(logits[pairs.index, pairs.answer_pos], pairs.index)
+
+
+def test_prompts_of_the_reference_have_the_words_and_three_other_names():
+    pairs = indirect_objects()
+    assert {"IO", "S1", "S2"} <= pairs.places.keys()
+    found = abc_prompts(pairs, t.tensor([7, 8, 9]))
+    assert found.tolist() == [
+        [1, 7, 20, 8, 30, 9, 40, 41],
+        [1, 21, 8, 7, 31, 9, 42, 1],
+        [1, 7, 22, 8, 32, 33, 9, 43],
+    ]
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_a_head_ablated_by_the_mean_writes_the_mean_of_what_it_wrote_in_reference_prompts(models, name):
+    model = models[name]
+    graph = Graph(model)
+    pairs = indirect_objects()
+    ablation, words = mean_ablation(model, graph, pairs, draws=5)
+    assert "5 prompts" in words and "other names" in words
+    names = ablation.args[0]
+    assert names.shape == (5, 3) and all(len(set(three)) == 3 for three in names.tolist())
+    mean = 0
+    for three in names:
+        _, cache = run_with_cache(model, abc_prompts(pairs, three), "blocks.1.attn.hook_z")
+        mean = mean + cache["z", 1][:, :, 2] / 5
+    all_of_the_head = graph.edges(["L1H2"])[None]
+    found = edge_patch(model, graph, pairs, all_of_the_head, ablation=ablation)[0]
+    t.testing.assert_close(found, z_replaced(model, pairs, mean), atol=1e-4, rtol=1e-4)
+    assert (found - baselines(model, pairs, "logit_diff")[0]).abs().max() > 1e-3
+
+
+@t.no_grad()
+def test_pairs_without_names_are_ablated_by_the_mean_of_their_corrupt_runs(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    ablation, words = mean_ablation(model, graph, pairs, memory_gb=1e-3)
+    assert "3 corrupt runs" in words
+    _, cache = run_with_cache(model, pairs.corrupt, "blocks.1.attn.hook_z")
+    z = cache["z", 1][:, :, 2]
+    mean = t.cat([z[:, :6].mean(0), z[:2, 6:].mean(0)])  # the third pair ends at position 5
+    found = edge_patch(model, graph, pairs, graph.edges(["L1H2"])[None], ablation=ablation)[0]
+    t.testing.assert_close(found, z_replaced(model, pairs, mean.expand(3, -1, -1)), atol=1e-4, rtol=1e-4)
+    assert (found - baselines(model, pairs, "logit_diff")[0]).abs().max() > 1e-3
+
+
+@t.no_grad()
+def test_with_all_edges_ablated_the_logits_read_the_sum_of_the_mean_writes(models):
+    model = models["ours"]
+    graph = Graph(model)
+    pairs = indirect_objects()
+    ablation, _ = mean_ablation(model, graph, pairs, draws=4)
+    nothing, everything = circuit_metric(
+        model, graph, pairs, t.stack([t.zeros_like(graph.is_edge), graph.is_edge]), ablation=ablation
+    )
+    t.testing.assert_close(everything, baselines(model, pairs, "logit_diff")[0], atol=1e-4, rtol=1e-4)
+    final = 0
+    for three in ablation.args[0]:  # the stream is the sum of all writes and of biases, the same in every run
+        _, cache = run_with_cache(model, abc_prompts(pairs, three), f"blocks.{L - 1}.hook_resid_post")
+        final = final + cache["resid_post", L - 1][pairs.index, pairs.answer_pos] / 4
+    logits = model.unembed(model.ln_final(final))
+    expected = make_metric(pairs, "logit_diff")(logits, pairs.index)
+    t.testing.assert_close(nothing, expected, atol=1e-4, rtol=1e-4)
+    assert (nothing - everything).abs().max() > 1e-2
 
 
 # %% Memory
@@ -228,6 +354,7 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
     swaps = t.stack([graph.edges([writer]) for writer in graph.writers[:3]])
     calls = {
         "edges": lambda gb: edge_patch(model, graph, many, swaps, "logit_diff", gb),
+        "paths": lambda gb: path_patch_all(model, graph, many, ["logits"], "logit_diff", gb),
         "EAP": lambda gb: eap(model, graph, many, "logit_diff", gb),
         "EAP-IG": lambda gb: eap_ig(model, graph, many, "logit_diff", 1, gb),
         "writes": lambda gb: write_differences(model, graph, many, gb)[1],
@@ -250,6 +377,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_number(models, pairs, name
     swaps = t.stack([graph.edges([writer]) for writer in graph.writers])
     for call in (
         lambda: edge_patch(model, graph, many, swaps),
+        lambda: path_patch_all(model, graph, many, ["L1 MLP"]),
         lambda: eap(model, graph, many),
         lambda: eap_ig(model, graph, many, steps=2),
     ):
@@ -300,7 +428,11 @@ def test_eap_and_eap_ig_are_exact_on_a_linear_model():
     clean, _ = baselines(model, small, "logit_diff")
     truth = (clean - edge_patch(model, graph, small, masks, "logit_diff")).mean(-1)
     assert truth.abs().max() > 0.1
-    for scores in (eap(model, graph, small), eap_ig(model, graph, small, steps=3)):
+    for scores in (
+        eap(model, graph, small),
+        eap_ig(model, graph, small, steps=3),
+        eap_ig_activations(model, graph, small, steps=2),
+    ):
         t.testing.assert_close(scores[edges[:, 0], edges[:, 1]], truth, atol=1e-4, rtol=1e-3)
 
 
@@ -318,8 +450,10 @@ def test_where_the_model_saturates_eap_fails_and_eap_ig_does_not():
     truth = (clean - edge_patch(model, graph, small, path[None], "logit_diff")).item()
     by_eap = eap(model, graph, small)[path].item()
     by_eap_ig = eap_ig(model, graph, small, steps=50)[path].item()
-    found = (truth, by_eap, by_eap_ig)
+    by_activations = eap_ig_activations(model, graph, small, steps=50)[path].item()
+    found = (truth, by_eap, by_eap_ig, by_activations)
     assert abs(truth) > 0.3, found
+    assert abs(by_activations - truth) < 0.15 * abs(truth), found
     assert abs(by_eap) < 0.2 * abs(truth), found
     assert abs(by_eap_ig - truth) < 0.15 * abs(truth), found
 
@@ -331,7 +465,7 @@ def test_what_is_traced_back_begins_at_the_logits_and_goes_on_at_the_strongest(m
     steps = trace_back(model, graph, pairs, "logit_diff", max_steps=8)
     assert steps[0][0] == ["logits"] and 1 < len(steps) < 12
     clean, corrupt = baselines(model, pairs, "logit_diff")
-    alone = path_patch(model, graph, pairs, "L1H2", "logits")
+    alone = path_patch(model, graph, pairs, "L1H2", ["logits"])
     expected = ((clean - alone).mean() / (clean - corrupt).mean()).item()
     assert steps[0][1][graph.writers.index("L1H2")] == pytest.approx(expected, abs=1e-4)
     strongest = steps[0][1].topk(3).indices.tolist()
@@ -363,16 +497,57 @@ def test_self_repair_of_a_head_is_its_mean_patched_in(models, pairs):
     assert repair.change[:n_before].abs().max() < 1e-4  # those before it do not notice
 
 
-def test_areas_and_top_edges_by_hand(models):
-    values = t.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 4.0]])  # faithfulness 0, 2/3, 1 at shares 0, .5, 1
-    value, low, high = area(values, t.tensor([2.0, 4.0]), t.tensor([0.0, 0.0]), [0.0, 0.5, 1.0])
-    assert value == pytest.approx(0.25 * 2 / 3 + 0.25 * (1 + 2 / 3))
-    assert low <= value <= high and low < high
+def test_top_edges_by_hand(models):
     graph = Graph(models["ours"])
     score = graph.is_edge * -t.arange(1.0, graph.is_edge.numel() + 1).view(graph.is_edge.shape)
     masks = top_edges(graph, score, [0, 1, 1000])
     assert masks.sum((1, 2)).tolist() == [0, 1, int(graph.is_edge.sum())]
     assert masks[1].flatten().nonzero().item() == graph.is_edge.flatten().nonzero().max()
+
+
+def test_areas_under_faithfulness_by_hand_and_methods_on_the_same_draws():
+    values = t.tensor([[0.0, 0.0], [2.0, 7.0], [2.0, 4.0]])  # faithfulness 0, 1.5, 1
+    clean, ablated = t.tensor([2.0, 4.0]), t.tensor([0.0, 0.0])
+    drawn = resampled_faithfulness(values, clean, ablated, draws=200)
+    assert drawn.shape == (201, 3) and drawn[0].tolist() == [0.0, 1.5, 1.0]
+    shares = [0.0, 0.5, 1.0]
+    assert cpr(drawn, shares)[0].item() == pytest.approx(0.25 * 1.5 + 0.25 * 2.5)
+    assert cmd(drawn, shares)[0].item() == pytest.approx(0.25 * 1.5 + 0.25 * 0.5)
+    assert log_area(drawn, [1, 4, 16])[0].item() == pytest.approx(0.25 * 1.5 + 0.25 * 2.5)
+    # both pairs the first: faithfulness 1, both the second: 1.75
+    assert {round(x, 3) for x in drawn[:, 1].tolist()} == {1.0, 1.5, 1.75}
+    value, low, high = interval(cpr(drawn, shares))
+    assert low < value < high
+    # a method that is ahead by 0.1 of the gap in every pair is so in every draw
+    ahead = resampled_faithfulness(values + 0.1 * clean, clean, ablated, draws=200)
+    t.testing.assert_close(ahead - drawn, t.full_like(drawn, 0.1), atol=1e-6, rtol=0)
+
+
+def test_the_smallest_circuit_keeps_enough_and_one_edge_less_does_not(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    score = eap_ig(model, graph, pairs, steps=2)
+    n_edges = int(graph.is_edge.sum())
+    ladder = top_edges(graph, score, list(range(n_edges + 1)))
+    clean, corrupt = baselines(model, pairs, "logit_diff")
+    kept = normalised(circuit_metric(model, graph, pairs, ladder), clean, corrupt)
+    for share in (0.5, 0.9):
+        enough = kept >= share
+        turns = (enough[1:] & ~enough[:-1]).nonzero()[:, 0] + 1
+        circuit = smallest_circuit(model, graph, pairs, score, share=share)
+        assert 0 < circuit.sum() < n_edges
+        assert any(circuit.equal(graph.prune(ladder[size])) for size in turns.tolist())
+
+
+def test_agreement_of_estimates_with_effects_by_hand():
+    effect = t.tensor([3.0, -2.0, 1.0, 0.0])  # ranks 4 1 3 2
+    estimate = t.tensor([2.0, -1.0, -3.0, 5.0])  # ranks 3 2 1 4
+    found = agreement(effect, estimate, 2)
+    assert found.spearman == pytest.approx(1 - 6 * 10 / (4 * 15), abs=1e-9)
+    assert found.top == 0 and agreement(effect, estimate, 3).top == pytest.approx(2 / 3)
+    assert found.sign == pytest.approx(2 / 3)
+    assert found.pearson == pytest.approx(3.5 / (13 * 36.75) ** 0.5)
+    assert agreement(effect, 2 * effect, 2) == pytest.approx((1, 1, 1, 1))
 
 
 def test_shared_keys_are_named_and_drawn_by_the_heads_that_they_feed(models):
@@ -384,3 +559,36 @@ def test_shared_keys_are_named_and_drawn_by_the_heads_that_they_feed(models):
     assert graph.fed_by(graph.receiver_names.index("logits")) == ["logits"]
     assert graph.receivers_of(["L1H3"], "k") == ["L1H2-3.k"]
     assert "L1H1.v" not in graph.receiver_names
+
+
+def names_in_mib(layers: int, heads: int, parallel: bool) -> set[str]:
+    """The edges that EAP-IG's Graph.from_model builds, by its names."""
+    names = set()
+    before = ["input"]
+    for layer in range(layers):
+        own = [f"a{layer}.h{head}" for head in range(heads)]
+        names |= {f"{node}->{head}<{input}>" for node in before for head in own for input in "qkv"}
+        names |= {f"{node}->m{layer}" for node in (before if parallel else before + own)}
+        before += [*own, f"m{layer}"]
+    return names | {f"{node}->logits" for node in before}
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "gpt_neox"])
+def test_the_exported_graph_has_mibs_nodes_and_edges_and_our_scores(models, name):
+    graph = Graph(models[name])
+    score = t.randn(graph.is_edge.shape, generator=t.Generator().manual_seed(0)) * graph.is_edge
+    kept = top_edges(graph, score, [20])[0]
+    found = mib_graph(models[name], graph, score, kept)
+    assert found["cfg"] == {"n_layers": L, "n_heads": H, "parallel_attn_mlp": name == "gpt_neox", "d_model": 32}
+    assert found["edges"].keys() == names_in_mib(L, H, name == "gpt_neox")
+    assert found["nodes"].keys() == {"input", "logits", *(f"m{l}" for l in range(L))} | {
+        f"a{l}.h{h}" for l in range(L) for h in range(H)
+    }
+    assert sum(edge["score"] for edge in found["edges"].values()) == pytest.approx(score.sum().item(), abs=1e-4)
+    w, r = graph.writers.index("L0H1"), graph.receiver_names.index("L1H2.q")
+    assert found["edges"]["a0.h1->a1.h2<q>"] == {"score": score[w, r].item(), "in_graph": bool(kept[w, r])}
+    assert any(edge["in_graph"] for edge in found["edges"].values())
+    if name == "ours":  # keys and values are shared by two heads
+        r = graph.receiver_names.index("L1H2-3.v")
+        for edge in ("a0.h1->a1.h2<v>", "a0.h1->a1.h3<v>"):
+            assert found["edges"][edge]["score"] == pytest.approx(score[w, r].item() / 2)

@@ -143,9 +143,14 @@ def check_patching(n: dict, said: str, folder: Path) -> None:
 def check_circuits(n: dict, said: str, folder: Path) -> None:
     assert max(n["gates"].values()) < 1e-4 and n["edge_attribution_seconds"] < 20
     assert n["circuit_edges_total"] == 479 and n["circuit_edges"] <= 0.2 * n["circuit_edges_total"]
-    assert n["circuit_faithfulness"] >= 0.8 and n["random_circuit_faithfulness"] < 0.3
-    assert n["attribution_correlation"] > 0.8
-    assert 0.5 < n["eap_ig_faithfulness"] < 1.1 and 0.3 < n["eap_faithfulness"] < 1.1
+    swap, mean = n["faithfulness_by_ablation"]["corrupt"], n["faithfulness_by_ablation"]["mean"]
+    assert n["circuit_faithfulness"] == swap["normalised"] >= 0.8 and swap["random_circuit"] < 0.3
+    # the corrupt run turns the answer round, so 0 of the way is as far below 0 as 1 is above; the mean answers neither
+    assert swap["all_ablated"] < -5 and abs(mean["all_ablated"]) < 2 and swap["circuit_over_clean"] < swap["normalised"]
+    assert n["attribution_agreement"]["EAP-IG"]["pearson"] > 0.8
+    assert 0.5 < n["rankings"]["EAP-IG"]["CPR"][0] < 1.1 and n["rankings"]["random"]["log_area_behind_eap_ig"][1] > 0.1
+    effects = n["direct_effects"]
+    assert effects["path_patch"].keys() == effects["edge_patch"].keys() and len(effects["path_patch"]) == 6
 
 
 def check_sae_probe(n: dict, said: str, folder: Path) -> None:
