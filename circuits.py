@@ -12,7 +12,21 @@ from pathlib import Path
 from typing import Literal
 
 # first: sets OpenMP's variables before torch is loaded
-from utils import cyan, endc, fail, gray, green, pick_device, purple, save_results, set_seed, yellow
+from utils import (
+    Count,
+    Natural,
+    Positive,
+    cyan,
+    endc,
+    fail,
+    gray,
+    green,
+    pick_device,
+    purple,
+    save_results,
+    set_seed,
+    yellow,
+)
 from plots import imshow, line, show
 from hooks import has_qkv
 from weights import about_bos, open_model, token_text
@@ -75,8 +89,8 @@ class Config:
     wrong: str | None = None
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
     metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
-    n: int = 32  # pairs to find the circuit on
-    held_out: int = 100  # pairs to test it on
+    n: Count = 32  # pairs to find the circuit on
+    held_out: Count = 100  # pairs to test it on
     # what goes back from the logits and tells roles: path_patch sends along residual connections and MLPs (Wang et al.
     # 2023), edge_patch along single edges
     trace_by: Literal["path_patch", "edge_patch"] = "path_patch"
@@ -85,10 +99,11 @@ class Config:
     # what stands outside the circuit: each pair's corrupt run, or the mean over prompts with other names. Wang et al.
     # (2023) put the mean in the place of heads alone; here every edge outside is ablated, the embedding's and MLPs' too
     ablation: Literal["corrupt", "mean"] = "corrupt"
-    ig_steps: int = 5  # runs between corrupt and clean embeddings (EAP-IG)
+    ig_steps: Count = 5  # runs between corrupt and clean embeddings (EAP-IG)
     export: str | None = None  # write all scores and the circuit here, as JSON that EAP-IG's and MIB's code reads
-    memory_gb: float = 1.0  # cap on activations
-    seed: int = 0
+    memory_gb: Positive = 1.0  # cap on activations
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
+    seed: Natural = 0
     device: str = "auto"
 
 
@@ -220,37 +235,46 @@ headers = [
 ]
 print(tabulate(repairs, headers=headers, floatfmt=".2f"))
 
-#%% Indirect objects: which roles of GPT-2's circuit exist in this model, each against a permutation null
+#%% Indirect objects: which roles of GPT-2's circuit exist in this model: heads that look where the role looks, more than
+# at random keys and more than at another token of the kind (another name), and that act as it acts
 has_roles = {"IO", "S1", "S1+1", "S2"} <= test_pairs.places.keys()
 if has_roles:
-    role_scores, role_bars, roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb, by=cfg.trace_by)
+    roles = find_roles(model, graph, test_pairs, metric, cfg.memory_gb, by=cfg.trace_by)
     numbers |= {
-        "roles": roles,
-        "role_bars": role_bars,
-        "role_scores": {role: score.tolist() for role, score in role_scores.items()},
+        "roles": roles.found,
+        "role_bars": roles.bars,
+        "role_scores": {role: score.tolist() for role, score in roles.scores.items()},
+        "role_attention_elsewhere": {role: score.tolist() for role, score in roles.elsewhere.items()},
     }
-    headers = ["role", "heads", "most attention", "bar"]
+    headers = ["role", "heads", "most attention", "random keys, 99%", "the same head elsewhere, 99%"]
     is_gpt2 = Path(cfg.model).name in ("gpt2", "gpt2-small")
     if is_gpt2:
         headers.append("Wang et al. (2023)")
     table = []
-    for role, score in role_scores.items():
-        best = f"{graph.head_names[int(score.argmax())]} {score.max():.2f}"
-        row = [role, " ".join(roles[role]) or "none", best, role_bars[role]]
+    for role, score in roles.scores.items():
+        best = int(score.argmax())
+        most = f"{graph.head_names[best]} {score.max():.2f}"
+        row = [
+            role,
+            " ".join(roles.found[role]) or "none",
+            most,
+            roles.bars[role],
+            roles.elsewhere[role].flatten()[best],
+        ]
         table.append([*row, WANG[role]] if is_gpt2 else row)
-    print(tabulate(table, headers=headers, floatfmt=".2f"))
+    print(tabulate(table, headers=headers, floatfmt=".2f", maxheadercolwidths=16))
 
 #%% ... as maps of the attention by which a role is known
 if has_roles:
-    bars = ", ".join(f"{role} {bar:.2f}" for role, bar in role_bars.items())
+    bars = ", ".join(f"{role} {bar:.2f}" for role, bar in roles.bars.items())
     fig = imshow(
-        t.stack(list(role_scores.values())),
+        t.stack(list(roles.scores.values())),
         title=f"Attention of each role (n = {len(test_pairs)} held-out pairs, {about}; bars {bars})",
         xlabel="head",
         ylabel="layer",
         x=heads,
         y=layers,
-        panels=list(role_scores),
+        panels=list(roles.scores),
         columns=3,
         diverging=False,
         value="attention",
@@ -530,7 +554,7 @@ if cfg.export:
     Path(cfg.export).write_text(json.dumps(mib_graph(model, graph, ranking[cfg.rank_by], circuit)))
     print(f"{gray}scores and circuit: {cfg.export}{endc}")
 if has_roles:
-    have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.items() if names) or "none"
+    have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.found.items() if names) or "none"
     lack = ", ".join(role for role, names in roles.items() if not names) or "missing"
     print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
 ahead, low, high = numbers["rankings"]["EAP"]["log_area_behind_eap_ig"]

@@ -1281,6 +1281,12 @@ ROLES = {  # where a role looks from and to
     "duplicate token": ("S2", "S1"),
     "previous token": ("S1+1", "S1"),
 }
+LIKE = {  # where else such a token stands: a head that looks at any name has no eye for this one
+    "IO": ("S1", "S2"),
+    "S2": ("IO", "S1"),
+    "S1": ("IO",),
+    "S1+1": ("IO+1",),
+}
 WANG = {  # the heads in GPT-2 small
     "name mover": "L9H9 L9H6 L10H0",
     "negative name mover": "L10H7 L11H10",
@@ -1291,6 +1297,20 @@ WANG = {  # the heads in GPT-2 small
 }
 
 
+class Roles(NamedTuple):
+    """
+    scores {role: (layer, head)}: attention from where the role looks to what it looks at. bars {role: float}: `floor`
+    or, if larger, the 99th percentile of the best head's score with keys drawn at random. elsewhere {role: (layer,
+    head)}: the 99th percentile of the head's own attention to another token of the kind (another name; what follows
+    one), 0 where there is none before the query. found {role: heads}: above both, and acting as the role acts.
+    """
+
+    scores: dict[str, Tensor]
+    bars: dict[str, float]
+    elsewhere: dict[str, Tensor]
+    found: dict[str, list[str]]
+
+
 @t.no_grad()
 def find_roles(
     model: nn.Module,
@@ -1298,17 +1318,15 @@ def find_roles(
     pairs: Pairs,
     metric: str,
     memory_gb: float = 1.0,
-    shuffles: int = 200,
-    floor: float = 0.3,
+    shuffles: int = 1000,
+    floor: float = 0.1,
     seed: int = 0,
     by: TraceBy = "path_patch",
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[str]]]:
+) -> Roles:
     """
-    Scores {role: (layer, head)}: attention from where the role looks to what it looks at. Bars {role: float}: `floor`
-    or, if larger, the 99th percentile of the best head's score with keys drawn at random. Found {role: heads} above
-    the bar; movers also write the answer (or against it) to the logits along direct paths, and S-inhibition heads act
-    so on the movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random. Direct
-    paths are path_losses' (by).
+    Movers also write the answer (or against it) to the logits along direct paths, and S-inhibition heads act so on the
+    movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random. Direct paths are
+    path_losses' (by).
     """
     search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed, by)
     movers = search.name_movers()
@@ -1320,13 +1338,13 @@ def find_roles(
         "duplicate token": search.duplicate_token_heads(),
         "previous token": search.previous_token_heads(),
     }
-    return search.scores, search.bars, found
+    return Roles(search.scores, search.bars, search.elsewhere, found)
 
 
 class RoleSearch:
     """
-    Which heads look as a role looks (scores, bars, looking), and which of them also do what it does: one method per
-    role.
+    Which heads look as a role looks (scores, bars, elsewhere, looking), and which of them also do what it does: one
+    method per role.
     """
 
     def __init__(
@@ -1352,12 +1370,15 @@ class RoleSearch:
 
         self.scores: dict[str, Tensor] = {}
         self.bars: dict[str, float] = {}
+        self.elsewhere: dict[str, Tensor] = {}
         self.looking: dict[str, list[str]] = {}
         attention = attention_from_places(model, graph, pairs, memory_gb)
         for role, (query, key) in ROLES.items():
             self.scores[role] = self.mean_attention(attention[query], position_of(pairs, key))
             self.bars[role] = max(floor, self.chance_attention(attention[query], position_of(pairs, query)))
-            above = (self.scores[role] > self.bars[role]).flatten().nonzero()[:, 0].tolist()
+            self.elsewhere[role] = self.attention_elsewhere(attention[query], position_of(pairs, query), LIKE[key])
+            bar = self.elsewhere[role].clamp(min=self.bars[role])
+            above = (self.scores[role] > bar).flatten().nonzero()[:, 0].tolist()
             self.looking[role] = [graph.head_names[i] for i in above]
 
     def name_movers(self) -> list[str]:
@@ -1397,6 +1418,22 @@ class RoleSearch:
         best = [attention[self.pairs.index, :, :, keys].mean(0).max() for keys in drawn]
         return t.stack(best).quantile(0.99).item()
 
+    def attention_elsewhere(self, attention: Tensor, queries: Tensor, places: tuple[str, ...]) -> Tensor:
+        """
+        (layer, head): 99th percentile, over draws of one of these places at or before each pair's query, of the head's
+        mean attention to it; 0 where no pair has one.
+        """
+        keys = t.stack([position_of(self.pairs, place) for place in places], 1)  # (pair, place)
+        allowed = (keys <= queries[:, None]).float().cpu()
+        pairs = allowed.any(1).nonzero()[:, 0]
+        if len(pairs) == 0:
+            return t.zeros(attention.shape[1:3])
+        at_place = attention.cpu()[pairs[:, None], :, :, keys.cpu()[pairs]]  # (pair, place, layer, head)
+        drawn = allowed[pairs].multinomial(self.shuffles, replacement=True, generator=self.generator)  # (pair, shuffle)
+        weights = F.one_hot(drawn, len(places)).float() / len(pairs)
+        means = einsum(weights, at_place, "pair shuffle place, pair place layer head -> shuffle layer head")
+        return means.quantile(0.99, dim=0)
+
     def acting(self, heads: list[str], receivers: list[str], sign: int = 1) -> list[str]:
         """
         Those of the heads whose direct paths to the receivers help the metric (sign 1) or hurt it (-1), more than
@@ -1420,8 +1457,9 @@ class RoleSearch:
 
 
 def position_of(pairs: Pairs, place: str) -> Tensor:
-    """The first position (pair) of a place."""
-    return pairs.places[place].float().argmax(1)
+    """The first position (pair) of a place; IO+1 is the one behind IO."""
+    behind = place == "IO+1"
+    return pairs.places["IO" if behind else place].float().argmax(1) + behind
 
 
 def attention_from_places(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> dict[str, Tensor]:

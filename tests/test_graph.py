@@ -359,7 +359,7 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
         "EAP-IG": lambda gb: eap_ig(model, graph, many, "logit_diff", 1, gb),
         "writes": lambda gb: write_differences(model, graph, many, gb)[1],
         "repair": lambda gb: self_repair(model, graph, many, "L0H1", "logit_diff", gb).change,
-        "roles": lambda gb: find_roles(model, graph, many, "logit_diff", gb, shuffles=5)[0]["induction"],
+        "roles": lambda gb: find_roles(model, graph, many, "logit_diff", gb, shuffles=5).scores["induction"],
     }
     cap = 2e-3
     for title, call in calls.items():
