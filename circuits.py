@@ -555,7 +555,7 @@ if cfg.export:
     print(f"{gray}scores and circuit: {cfg.export}{endc}")
 if has_roles:
     have = "; ".join(f"{role} {' '.join(names)}" for role, names in roles.found.items() if names) or "none"
-    lack = ", ".join(role for role, names in roles.items() if not names) or "missing"
+    lack = ", ".join(role for role, names in roles.found.items() if not names) or "missing"
     print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
 ahead, low, high = numbers["rankings"]["EAP"]["log_area_behind_eap_ig"]
 ranked = "EAP and EAP-IG rank edges alike, within the interval of their difference"

@@ -22,7 +22,9 @@ from graph import (
     eap_ig,
     eap_ig_activations,
     edge_patch,
+    RoleSearch,
     find_roles,
+    position_of,
     interval,
     log_area,
     mean_ablation,
@@ -337,6 +339,36 @@ def test_with_all_edges_ablated_the_logits_read_the_sum_of_the_mean_writes(model
     expected = make_metric(pairs, "logit_diff")(logits, pairs.index)
     t.testing.assert_close(nothing, expected, atol=1e-4, rtol=1e-4)
     assert (nothing - everything).abs().max() > 1e-2
+
+
+# %% Roles
+@t.no_grad()
+def test_a_head_that_looks_at_any_name_has_no_role(models, monkeypatch):
+    """By rule: L0H0 attends to IO, L0H1 to every name alike, L0H2 to the position before."""
+    model = models["ours"]
+    graph = Graph(model)
+    pairs = indirect_objects().take(t.arange(24) % 3)
+    names = [pairs.places[place].float() for place in ("IO", "S1", "S2")]
+
+    def by_rule(*args) -> dict:
+        attention = {}
+        for place in ("end", "S2", "S1+1"):
+            query = position_of(pairs, place)
+            pattern = t.zeros(len(pairs), graph.n_layers, graph.n_heads, pairs.clean.shape[1])
+            pattern[:, 0, 0] = 0.8 * names[0]
+            pattern[:, 0, 1] = 0.3 * sum(names)
+            pattern[range(len(pairs)), 0, 2, (query - 1).clamp(min=0)] = 0.9
+            attention[place] = pattern
+        return attention
+
+    monkeypatch.setattr("graph.attention_from_places", by_rule)
+    search = RoleSearch(model, graph, pairs, "logit_diff", 1.0, shuffles=1000, floor=0.1, seed=0, by="edge_patch")
+    assert search.scores["name mover"][0, 1] == pytest.approx(0.3)
+    assert search.elsewhere["name mover"][0, 1] == pytest.approx(0.3)
+    assert search.elsewhere["name mover"][0, 0] == 0
+    assert search.looking["name mover"] == ["L0H0"]
+    assert search.looking["S-inhibition"] == search.looking["duplicate token"] == []
+    assert search.looking["previous token"] == ["L0H2"]
 
 
 # %% Memory
