@@ -168,15 +168,19 @@ def folded_W_U(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return W - W.mean(0) if norm.centres else W
 
 
-def logit_direction(model: nn.Module, token: int, scale: Tensor, less_mean: bool = False) -> Tensor:
+def logit_direction(
+    model: nn.Module, token: int, scale: Tensor, less_mean: bool = False, versus: int | None = None
+) -> Tensor:
     """
     (d_model): a write to the final stream, times this, summed, is its part of the token's logit; with less_mean, of the
-    logit less the mean logit of all tokens, which leaves out what a write gives to every token alike.
-    scale (1): the final norm's, frozen at the position that is asked about.
+    logit less the mean logit of all tokens, which leaves out what a write gives to every token alike; with versus, of
+    the logit less that token's. scale (1): the final norm's, frozen at the position that is asked about.
     """
     column = folded_W_U(model, t.tensor([token], device=scale.device))[:, 0]
     if less_mean:
         column = column - folded_W_U(model).mean(1)
+    if versus is not None:
+        column = column - folded_W_U(model, t.tensor([versus], device=scale.device))[:, 0]
     return column / scale
 
 
@@ -238,11 +242,16 @@ def direct_logit_attribution(
 
 @t.no_grad()
 def logit_parts(
-    model: nn.Module, tokens: Tensor, token: int, position: int = -1, less_mean: bool = False
+    model: nn.Module,
+    tokens: Tensor,
+    token: int,
+    position: int = -1,
+    less_mean: bool = False,
+    versus: int | None = None,
 ) -> dict[str, Tensor]:
     """
-    The logit of `token` at one position of tokens (1, pos), with less_mean less the mean logit of all tokens, and the
-    parts that sum to it:
+    The logit of `token` at one position of tokens (1, pos), with less_mean less the mean logit of all tokens, with
+    versus less that token's (a logit difference), and the parts that sum to it:
     'embed', 'pos_embed' (): the token's and the position's embedding (pos_embed is 0 where none enters the stream);
     'heads' (layer, head, source): what each head writes from each source position;
     'attn_bias' (layer): the output maps' biases;
@@ -269,7 +278,12 @@ def logit_parts(
     end = cache[layer_streams(model)[-1]][:, position][:, None]
     logits = model.unembed(model.ln_final(end))[0, 0].float()
     logit = logits[token] - logits.mean() if less_mean else logits[token]
-    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean)
+    constant = constant_logit(model, token, less_mean)
+    if versus is not None:
+        assert not less_mean, "the mean of all tokens is no part of a logit difference"
+        logit = logit - logits[versus]
+        constant = constant - constant_logit(model, versus)
+    direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean, versus)
     # what attention and the MLP write is multiplied by this, behind a norm of their own
     of_attn = [direction * attn_gain(model, layer, cache["z", layer][0, position]) for layer in layers]
 
@@ -293,7 +307,7 @@ def logit_parts(
         "heads": t.stack(heads),
         "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, of_attn[layer]) for layer in layers]),
         "mlp": t.stack(mlps),
-        "constant": constant_logit(model, token, less_mean),
+        "constant": constant,
         "logit": logit,
     }
     if has_neurons:

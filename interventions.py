@@ -27,12 +27,14 @@ from hooks import (
     run_with_hooks,
 )
 from layers import next_token_loss
+from anatomy import logit_parts, parts_error
 from weights import encode, token_text
 from world import DRAW, ENTITIES, Prompt, fact_prompts, read_countries
 
 import torch as t
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import einsum
 from torch import Tensor
 from tqdm import tqdm
 
@@ -348,6 +350,36 @@ def share_out[Row](rows: list[Row], n: int, held_out: int) -> tuple[list[Row], l
         elif len(second) < held_out:
             second.append(row)
     return first, second
+
+
+#%% Who writes the answer: direct logit attribution, over pairs
+def direct_attribution(model: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
+    """
+    The parts of logit(answer) - logit(wrong) in the clean runs (Elhage et al. 2021), which sum to 'logit' (pair):
+    'embed' (pair), 'heads' (pair, layer, head), 'attn_bias', 'mlp' (pair, layer), 'constant' (pair); 'neurons' (pair,
+    layer, d_mlp) are the MLPs' where they have some. 'error' (pair): by how much the parts miss, relative to max(1,
+    |logit|). Each pair is one run of anatomy.logit_parts.
+    """
+    of_pairs = []
+    for i in range(len(pairs)):
+        tokens = pairs.clean[i : i + 1, : int(pairs.answer_pos[i]) + 1]
+        parts = logit_parts(model, tokens, int(pairs.answer[i]), versus=int(pairs.wrong[i]))
+        found = {name: part.cpu() for name, part in parts.items()}
+        found["error"] = t.tensor(parts_error(parts))
+        found["heads"] = found["heads"].sum(-1)  # over the positions they read from
+        found["embed"] = found["embed"] + found.pop("pos_embed")
+        of_pairs.append(found)
+    return {name: t.stack([parts[name] for parts in of_pairs]) for name in of_pairs[0]}
+
+
+def mean_with_interval(of_pairs: Tensor, draws: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, 2.5th, 97.5th percentile) over pairs (pair, ...), resampled with replacement, each (...)."""
+    n = len(of_pairs)
+    generator = t.Generator().manual_seed(0)
+    weights = t.stack([t.bincount(t.randint(n, (n,), generator=generator), minlength=n) for _ in range(draws)])
+    resampled = einsum(weights / n, of_pairs.float(), "draw pair, pair ... -> draw ...")
+    low, high = resampled.quantile(t.tensor([0.025, 0.975]), dim=0)
+    return of_pairs.float().mean(0), low, high
 
 
 #%% Pairs as a model's input, and in groups that fit into memory

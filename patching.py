@@ -24,7 +24,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     yellow,
 )
-from plots import imshow, label_tokens, line, show
+from plots import bar, imshow, label_tokens, line, show
 from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
@@ -39,11 +39,13 @@ from interventions import (
     activation_patch,
     baselines,
     by_groups,
+    direct_attribution,
     embedding_std,
     fine_parts,
     head_names,
     in_words,
     knock_out,
+    mean_with_interval,
     missed_gates,
     noised_pairs,
     normalised,
@@ -138,6 +140,59 @@ print(
 missed = missed_gates(gates, model)
 if missed:
     fail(f"gate: {missed[0]} misses; sweeps of this model cannot be believed")
+
+#%% Who writes the answer: logit(answer) - logit(wrong), taken apart exactly in every pair (direct logit attribution)
+attributed = has_qkv(model) and not is_streamed(model)
+if attributed:
+    parts = direct_attribution(model, pairs)
+    attributed = bool((parts["error"] <= 1e-3).all())
+    if not attributed:
+        print(
+            f"{yellow}gate: a logit's parts miss it by {parts['error'].max():.1e} (a soft cap, or half precision), so they "
+            f"are left out{endc}"
+        )
+if attributed:
+    by_part = {"embed": parts["embed"]}
+    by_part |= dict(zip(head_names(model, "z"), parts["heads"].flatten(1).T))
+    by_part |= {f"L{layer} MLP": parts["mlp"][:, layer] for layer in range(n_layers)}
+    by_part["biases"] = parts["attn_bias"].sum(1) + parts["constant"]
+    writers = list(by_part)
+    written, low, high = mean_with_interval(t.stack(list(by_part.values()), 1))
+    strongest = written.abs().argsort(descending=True)[:12].tolist()
+    logit_difference = parts["logit"].mean().item()
+    numbers["direct_attribution"] = {
+        name: [written[i].item(), low[i].item(), high[i].item()] for i, name in enumerate(writers)
+    }
+    numbers["direct_attribution_error"] = parts["error"].max().item()
+    print(f"{purple}=== Who writes the answer: direct logit attribution over {len(pairs)} pairs ==={endc}")
+    table = [[writers[i], written[i], f"{low[i]:+.2f} to {high[i]:+.2f}"] for i in strongest]
+    print(tabulate(table, headers=["writes", "logits of answer - wrong, mean", "95% over pairs"], floatfmt="+.2f"))
+    print(f"{cyan}all parts sum to {logit_difference:.2f} to within {parts['error'].max():.0e}{endc}")
+if attributed and "neurons" in parts:
+    neuron_means, neuron_low, neuron_high = mean_with_interval(parts["neurons"].flatten(1))
+    d_mlp = parts["neurons"].shape[-1]
+    table = []
+    for i in neuron_means.abs().argsort(descending=True)[:8].tolist():
+        layer, neuron = divmod(i, d_mlp)
+        table.append([f"{layer}.{neuron}", neuron_means[i], f"{neuron_low[i]:+.2f} to {neuron_high[i]:+.2f}"])
+    numbers["neurons"] = {name: mean.item() for name, mean, _ in table}
+    print(tabulate(table, headers=["neuron", "logits of answer - wrong, mean", "95% over pairs"], floatfmt="+.2f"))
+
+#%% ... as bars of the strongest writers
+if attributed:
+    mean = written[strongest]
+    fig = bar(
+        {"logits of answer - wrong": mean},
+        title=(
+            f"Who writes the answer: direct logit attribution (n = {len(pairs)} pairs, {task}, {Path(cfg.model).name}; "
+            f"all parts sum to {logit_difference:.2f}, intervals 95%)"
+        ),
+        xlabel="writer",
+        ylabel="logit(answer) - logit(wrong)",
+        x=[writers[i] for i in strongest],
+        errors={"logits of answer - wrong": (high[strongest] - mean, mean - low[strongest])},
+    )
+    show(fig, "patching/direct_attribution")
 
 #%% Which activations are swept: of the stream by layer and place, of the heads one by one
 print(f"{purple}=== Activation patching ==={endc}")
