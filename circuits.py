@@ -371,18 +371,21 @@ faithfulness_by_ablation = {}
 table = []
 for how, words in OUTSIDE.items():
     values = circuit_metric(model, graph, test_pairs, tested, metric, cfg.memory_gb, ABLATIONS[how])
-    kept, complement, *by_chance = normalised(values[[0, 2, *range(3, len(values))]], test_clean, values[1]).tolist()
+    of_circuit, all_ablated, of_others = values[:3]
+    kept = normalised(of_circuit, test_clean, all_ablated).item()
+    complement = normalised(of_others, test_clean, all_ablated).item()
+    by_chance = normalised(values[3:], test_clean, all_ablated)
+    over_clean = (of_circuit.mean() / test_clean.mean()).item()
     faithfulness_by_ablation[how] = {
         "normalised": kept,  # 0 = all edges ablated, 1 = none
-        "circuit_over_clean": (values[0].mean() / test_clean.mean()).item(),  # Wang et al.'s unit, of logit differences
-        "all_ablated": values[1].mean().item(),
+        "circuit_over_clean": over_clean,  # Wang et al.'s unit, of logit differences
+        "all_ablated": all_ablated.mean().item(),
         "circuit_complement": complement,
-        "random_circuit": float(np.mean(by_chance)),
-        "random_circuit_max": max(by_chance),
+        "random_circuit": by_chance.mean().item(),
+        "random_circuit_max": by_chance.max().item(),
     }
-    numbers_of = faithfulness_by_ablation[how]
-    over_clean = numbers_of["circuit_over_clean"] if metric == "logit_diff" else "-"
-    table.append([words, numbers_of["all_ablated"], kept, over_clean, complement, numbers_of["random_circuit"]])
+    in_wangs_unit = over_clean if metric == "logit_diff" else "-"
+    table.append([words, all_ablated.mean().item(), kept, in_wangs_unit, complement, by_chance.mean().item()])
 headers = [
     "outside the circuit",
     f"all ablated ({units})",
@@ -562,12 +565,12 @@ ranked = "EAP and EAP-IG rank edges alike, within the interval of their differen
 if low > 0 or high < 0:
     ranked = f"{'EAP-IG' if low > 0 else 'EAP'} ranks edges better"
 inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
-in_wangs_unit = ""
+over_clean = ""
 if metric == "logit_diff":
-    in_wangs_unit = f" ({tested_as_found['circuit_over_clean']:.0%} of the clean logit difference, Wang et al.'s unit)"
+    over_clean = f" ({tested_as_found['circuit_over_clean']:.0%} of the clean logit difference, Wang et al.'s unit)"
 print(
     f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of the "
-    f"way from all ablated to clean{in_wangs_unit} on {len(test_pairs)} held-out pairs, outside them "
+    f"way from all ablated to clean{over_clean} on {len(test_pairs)} held-out pairs, outside them "
     f"{OUTSIDE[cfg.ablation]}; as many random edges {tested_as_found['random_circuit']:.0%}, all the others "
     f"{tested_as_found['circuit_complement']:.0%}; {ranked} (area over log edges {ahead:+.3f}, {low:+.3f} to "
     f"{high:+.3f}). Gates: the worst misses by {max(gates.values()):.0e}.{endc}"

@@ -56,6 +56,11 @@ def test_where_writes_do_not_add_up_paths_are_left_out(script, tmp_path):
 
 def test_norms_behind_attention_and_mlp_have_circuits_too(script, tmp_path):
     make_architecture("Gemma-2", tmp_path)
-    numbers = script("--model", str(tmp_path), "--n", "4", "--held-out", "4", "--ig-steps", "2")
+    small = ("--n", "4", "--held-out", "4", "--ig-steps", "2")
+    other_ways = ("--trace-by", "edge_patch", "--ablation", "mean", "--export", str(tmp_path / "out/edges.json"))
+    numbers = script("--model", str(tmp_path), *small, *other_ways)
     assert max(numbers["gates"].values()) < 1e-4
     assert numbers["circuit"]
+    assert numbers["circuit_faithfulness"] == numbers["faithfulness_by_ablation"]["mean"]["normalised"]
+    exported = json.loads((tmp_path / "out/edges.json").read_text())["edges"]
+    assert sum(edge["in_graph"] for edge in exported.values()) >= numbers["circuit_edges"]
