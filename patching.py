@@ -153,11 +153,14 @@ if attributed:
         )
 if attributed:
     by_part = {"embed": parts["embed"]}
-    by_part |= dict(zip(head_names(model, "z"), parts["heads"].flatten(1).T))
+    for layer in range(n_layers):
+        for head, written in zip(head_names(model, "z"), parts["heads"][:, layer].T):
+            by_part[f"L{layer}{head}"] = written
     by_part |= {f"L{layer} MLP": parts["mlp"][:, layer] for layer in range(n_layers)}
     by_part["biases"] = parts["attn_bias"].sum(1) + parts["constant"]
     writers = list(by_part)
     written, low, high = mean_with_interval(t.stack(list(by_part.values()), 1))
+    assert (written.sum() - parts["logit"].mean()).abs() < 1e-3 * max(1, written.abs().max()), "a part is missing"
     strongest = written.abs().argsort(descending=True)[:12].tolist()
     logit_difference = parts["logit"].mean().item()
     numbers["direct_attribution"] = {
@@ -174,7 +177,7 @@ if attributed and "neurons" in parts:
     table = []
     for i in neuron_means.abs().argsort(descending=True)[:8].tolist():
         layer, neuron = divmod(i, d_mlp)
-        table.append([f"{layer}.{neuron}", neuron_means[i], f"{neuron_low[i]:+.2f} to {neuron_high[i]:+.2f}"])
+        table.append([f"L{layer}N{neuron}", neuron_means[i], f"{neuron_low[i]:+.2f} to {neuron_high[i]:+.2f}"])
     numbers["neurons"] = {name: mean.item() for name, mean, _ in table}
     print(tabulate(table, headers=["neuron", "logits of answer - wrong, mean", "95% over pairs"], floatfmt="+.2f"))
 

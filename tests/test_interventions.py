@@ -14,6 +14,7 @@ import torch.nn as nn
 from conftest import ROOT, memory_for, save_folder, tiny_hf
 from models_for_tests import H, L, three_pairs, tiny_models
 
+from anatomy import logit_parts
 from hooks import act_name, peak_bytes, run_from, run_with_cache, run_with_hooks
 from interventions import (
     HEADS,
@@ -25,6 +26,7 @@ from interventions import (
     activation_patch,
     baselines,
     causal_trace,
+    direct_attribution,
     draw_pairs,
     embedding_std,
     fine_parts,
@@ -32,6 +34,7 @@ from interventions import (
     make_metric,
     make_pairs,
     mean_ablation,
+    mean_with_interval,
     missed_gates,
     noised_pairs,
     normalised,
@@ -443,6 +446,31 @@ def test_knock_out_removes_the_attention_from_the_answer_and_no_other(models, pa
         expected = make_metric(pairs, "logit_diff")(logits[range(3), pairs.answer_pos], pairs.index)
         found = knock_out(model, pairs, [1], mask_at(pairs, 2), "logit_diff")
         t.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+# %% Who writes the answer
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_the_attribution_over_pairs_is_of_the_logit_difference(models, pairs, name):
+    model = models[name]
+    parts = direct_attribution(model, pairs)
+    clean, _ = baselines(model, pairs, "logit_diff")
+    t.testing.assert_close(parts["logit"], clean, atol=1e-4, rtol=1e-4)
+    whole = parts["embed"] + parts["heads"].sum((1, 2)) + (parts["attn_bias"] + parts["mlp"]).sum(1) + parts["constant"]
+    t.testing.assert_close(whole, clean, atol=1e-4, rtol=1e-4)
+    assert parts["error"].max() < 1e-5
+    tokens = pairs.clean[1:2, : int(pairs.answer_pos[1]) + 1]
+    of_answer, of_wrong = (logit_parts(model, tokens, int(ids[1])) for ids in (pairs.answer, pairs.wrong))
+    by_head = (of_answer["heads"] - of_wrong["heads"]).sum(-1)
+    t.testing.assert_close(parts["heads"][1], by_head, atol=1e-4, rtol=1e-4)
+
+
+def test_intervals_over_pairs_are_those_of_a_normal_mean():
+    drawn = t.randn(400, 3, generator=t.Generator().manual_seed(0)) * t.tensor([1.0, 2.0, 0.0]) + 5
+    mean, low, high = mean_with_interval(drawn)
+    t.testing.assert_close(mean, drawn.mean(0))
+    half = 1.96 * drawn.std(0) / 20
+    t.testing.assert_close(high - mean, half, atol=0.02, rtol=0.15)
+    t.testing.assert_close(mean - low, half, atol=0.02, rtol=0.15)
 
 
 # %% Pairs, their places, and where they come from

@@ -48,7 +48,7 @@ FIGURES = {
     "moe": "load_over_training specialisation who_goes_where prompt knock_out",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
     "reversal": "probability rank kl entropy reversal",
-    "patching": "tokens places heads head_places ablation_metric ablation_loss noise",
+    "patching": "direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
     "circuits": "paths roles attribution faithfulness circuit",
     "sae_probe": "density decoder_cosine probes layers features",
     "steering": "steering attribution",
@@ -136,6 +136,10 @@ def check_reversal(n: dict, said: str, folder: Path) -> None:
 
 def check_patching(n: dict, said: str, folder: Path) -> None:
     assert max(n["gates"].values()) < 1e-4
+    written = n["direct_attribution"]
+    assert {"embed", "L1H2", "L3 MLP", "biases"} <= set(written) and len(written) == 1 + 16 + 4 + 1
+    assert sum(mean for mean, _, _ in written.values()) == pytest.approx(n["clean"], rel=1e-3)
+    assert all(low <= mean <= high for mean, low, high in written.values())
     assert set(n["ablation"]) == {"zero", "mean", "resample", "noise"}
     assert all(set(sites) for sites in (n["by_place"], n["by_head"]))
 
