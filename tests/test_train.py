@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from conftest import ROOT
 from test_zero_layer import story
 
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
+from bench import PlainGPT, train_plainly
 from hooks import in_batches
 from data import load_corpus
 from llama_block import Llama, LlamaConfig
@@ -198,6 +200,61 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors():
     adamw.step()
     for name, p in model.named_parameters():
         t.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim == 2 else 1.0))
+
+
+def from_plain(plain: PlainGPT, shape: TinyConfig) -> TinyTransformer:
+    """Our model with the weights of nanoGPT's."""
+    weights = plain.state_dict()
+    ours = {
+        "embed.weight": weights["embed.weight"],
+        "unembed.weight": weights["embed.weight"],
+        "W_pos": weights["positions.weight"],
+        "ln_final.weight": weights["ln_final.weight"],
+        "ln_final.bias": weights["ln_final.bias"],
+    }
+    names = {"attn.out": "attn.o", "inp": "mlp.inp", "out": "mlp.out", "ln1": "ln1", "ln2": "ln2"}
+    for layer, kind in itertools.product(range(shape.n_layers), ("weight", "bias")):
+        block = f"blocks.{layer}"
+        for theirs, mine in names.items():
+            ours[f"{block}.{mine}.{kind}"] = weights[f"{block}.{theirs}.{kind}"]
+        for name, part in zip("qkv", weights[f"{block}.attn.qkv.{kind}"].chunk(3)):
+            ours[f"{block}.attn.{name}.{kind}"] = part
+    model = TinyTransformer(shape)
+    model.load_state_dict(ours)
+    return model
+
+
+def test_adamw_alone_is_nanogpts_loop():
+    """The same weights, rows and rates: after eight steps both models are still one."""
+    shape = TinyConfig(n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=20, n_ctx=16, act="gelu")
+    t.manual_seed(0)
+    plain = PlainGPT(shape)
+    model = from_plain(plain, shape)
+    before = plain(batch(99)).detach()
+    t.testing.assert_close(model(batch(99)), before)
+    train_plainly(plain, batch, steps=8, peak_lr=3e-3)
+    cfg = dataclasses.replace(
+        CFG,
+        steps=8,
+        save_every=0,
+        optimizer="adamw",
+        lr=3e-3,
+        adamw_lr=3e-3,
+        weight_decay=0.1,
+        schedule="cosine",
+        warmup=0.0,
+    )
+    train(model, batch, cfg, "x")
+    assert (plain(batch(99)) - before).abs().max() > 0.01
+    t.testing.assert_close(model(batch(99)), plain(batch(99)), atol=1e-4, rtol=1e-4)
+
+
+def test_an_untrained_gpt2_shape_starts_as_nanogpts():
+    """Each kind of weight has the spread that nanoGPT's initialisation gives it."""
+    shape = TinyConfig(n_layers=2, n_heads=4, d_model=64, d_mlp=256, d_vocab=300, n_ctx=64)
+    theirs = from_plain(PlainGPT(shape), shape).state_dict()
+    for name, weight in TinyTransformer(shape).state_dict().items():
+        assert weight.std().item() == pytest.approx(theirs[name].std().item(), rel=0.1, abs=1e-8), name
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
