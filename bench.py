@@ -4,6 +4,7 @@ Training, patching and the lens, each side by side with its peer, in one run.
 """
 
 import itertools
+import math
 import re
 import tempfile
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
 )
 from anatomy import layer_streams
+from data import Corpus, load_corpus
 from hooks import hooks, peak_bytes, run_with_cache
 from interventions import Pairs, draw_pairs, make_metric, sweep
 from launch import flags
@@ -37,18 +40,20 @@ from layers import next_token_loss
 from lens import Lens, read
 from llama_block import Llama, LlamaConfig
 from tiny_transformer import TinyConfig, TinyTransformer
-from train import keep_freed_memory
+from train import TrainConfig, keep_freed_memory, train
 from weights import Streamed
 
 import numpy as np
 import torch as t
 import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-PARTS = ("training", "patching", "lens", "streaming")
+PARTS = ("training", "scratch", "patching", "lens", "streaming")
 
 
 #%% Training: hooks cost nothing when nobody listens
@@ -122,6 +127,136 @@ def bench_training_llama(sizes: dict[str, int], d_vocab: int, rows: int, n_pos: 
     theirs = LlamaForCausalLM(config).to(device)
     tokens = t.randint(d_vocab, (rows, n_pos), device=device)
     return bench_against_hf(Llama.from_hf(source).to(device), theirs, tokens)
+
+
+#%% Training from scratch: nanoGPT's model and loop, written down plainly, on the rows that ours trains on
+class PlainAttention(nn.Module):
+    def __init__(self, shape: TinyConfig):
+        super().__init__()
+        self.n_heads = shape.n_heads
+        self.qkv = nn.Linear(shape.d_model, 3 * shape.d_model)
+        self.out = nn.Linear(shape.d_model, shape.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        by_head = "batch pos (part head d_head) -> part batch head pos d_head"
+        q, k, v = rearrange(self.qkv(x), by_head, part=3, head=self.n_heads)
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(rearrange(z, "batch head pos d_head -> batch pos (head d_head)"))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, shape: TinyConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(shape.d_model)
+        self.attn = PlainAttention(shape)
+        self.ln2 = nn.LayerNorm(shape.d_model)
+        self.inp = nn.Linear(shape.d_model, shape.d_mlp)
+        self.out = nn.Linear(shape.d_mlp, shape.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.out(F.gelu(self.inp(self.ln2(x))))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2's shape and initialisation, as nanoGPT's model.py, with exact GELU."""
+
+    def __init__(self, shape: TinyConfig):
+        super().__init__()
+        self.embed = nn.Embedding(shape.d_vocab, shape.d_model)
+        self.positions = nn.Embedding(shape.n_ctx, shape.d_model)
+        self.blocks = nn.ModuleList(PlainBlock(shape) for _ in range(shape.n_layers))
+        self.ln_final = nn.LayerNorm(shape.d_model)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                writes_into_the_stream = name.endswith("out.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * shape.n_layers) if writes_into_the_stream else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        place = t.arange(tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens) + self.positions(place)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.ln_final(x), self.embed.weight)
+
+
+def train_plainly(model: nn.Module, rows: Callable[[int], Tensor], steps: int, peak_lr: float) -> None:
+    """nanoGPT's train.py: AdamW whose decay spares vectors, clipping, warm-up, then a cosine to a tenth of peak_lr."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = t.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95))
+    warm_up = steps // 10
+    for step in range(steps):
+        turn = math.pi * (step - warm_up) / (steps - warm_up)
+        lr = peak_lr * min((step + 1) / (warm_up + 1), 0.55 + 0.45 * math.cos(max(0.0, turn)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        tokens = rows(step)  # one more than the model reads
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0:
+            loss.item()  # what it would print
+
+
+@t.no_grad()
+def heldout_loss(model: nn.Module, corpus: Corpus, n_ctx: int) -> float:
+    rows = corpus.rows(np.random.default_rng(12345), 256, n_ctx, "heldout")
+    parts = t.from_numpy(rows).split(64)
+    return float(np.mean([next_token_loss(model(part), part).item() for part in parts]))
+
+
+def bench_from_scratch(steps: int = 60, rows: int = 32, seeds: tuple[int, ...] = (0, 1)) -> dict[str, dict[str, float]]:
+    """
+    {"tokens_per_cpu_second": {who: number}, "loss_from_scratch": {who: number}} of nanoGPT's loop, and of train() with
+    AdamW alone and with Muon, after equal tokens of equal rows, in turns, on the CPU in float32: medians and means over
+    seeds. The loss, in nats, is of held-out text.
+    """
+    keep_freed_memory()
+    corpus = load_corpus("stdlib", 512)
+    shape = TinyConfig(n_layers=2, n_heads=4, d_model=128, d_mlp=512, n_ctx=64, d_vocab=corpus.d_vocab, act="gelu")
+
+    def rows_of(n_tokens: int, seed: int) -> Callable[[int], Tensor]:
+        def batch(i: int) -> Tensor:
+            return t.from_numpy(corpus.rows(np.random.default_rng((seed, i)), rows, n_tokens))
+
+        return batch
+
+    def nanogpt(seed: int) -> nn.Module:
+        model = PlainGPT(shape)
+        train_plainly(model, rows_of(shape.n_ctx + 1, seed), steps, peak_lr=3e-3)
+        return model
+
+    def ours(seed: int, optimizer: str) -> nn.Module:
+        model = TinyTransformer(shape)
+        cfg = TrainConfig(steps=steps, optimizer=optimizer, lr=1e-2, autocast="off", save_every=0, device="cpu")
+        train(model, rows_of(shape.n_ctx, seed), cfg, f"{optimizer}, seed {seed}")
+        return model
+
+    racers = {
+        "nanoGPT": nanogpt,
+        "ours, AdamW": partial(ours, optimizer="adamw"),
+        "ours, Muon": partial(ours, optimizer="muon"),
+    }
+    speeds: dict[str, list[float]] = {who: [] for who in racers}
+    losses: dict[str, list[float]] = {who: [] for who in racers}
+    for seed, who in itertools.product(seeds, racers):
+        set_seed(seed)
+        start = time.process_time()
+        model = racers[who](seed)
+        speeds[who].append(steps * rows * shape.n_ctx / (time.process_time() - start))
+        losses[who].append(heldout_loss(model.eval(), corpus, shape.n_ctx))
+    return {
+        "tokens_per_cpu_second": {who: float(np.median(found)) for who, found in speeds.items()},
+        "loss_from_scratch": {who: float(np.mean(found)) for who, found in losses.items()},
+    }
 
 
 #%% Patching: the sweeps of transformer_lens.patching, on the same prompts, with the same numbers
@@ -388,7 +523,7 @@ def bench_streaming(gigabytes: float) -> dict[str, float]:
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config:
-    only: tuple[Literal["training", "patching", "lens", "streaming"], ...] = PARTS  # what to measure
+    only: tuple[Literal["training", "scratch", "patching", "lens", "streaming"], ...] = PARTS  # what to measure
     memory_gb: Positive = 1.0  # cap on the activations of a patching sweep
     gigabytes: Positive = 2.0  # size of the random checkpoint that is streamed
     wandb: bool = False  # numbers and figures go to Weights & Biases too
@@ -434,6 +569,15 @@ if __name__ == "__main__" and "training" in cfg.only:
     for name in ("gpt2", "gpt2_small", "llama", "llama_small"):
         print(f"{cyan}{name}: {numbers[f'throughput_vs_hf_{name}']:.2f}{endc}")
 
+#%% Training from scratch against nanoGPT's loop: speed, and the loss after equal tokens
+if __name__ == "__main__" and "scratch" in cfg.only:
+    print(f"{purple}=== From scratch beside nanoGPT's loop: the shape and the rows of tiny_transformer.py ==={endc}")
+    numbers |= bench_from_scratch()
+    for who, speed in numbers["tokens_per_cpu_second"].items():
+        times = speed / numbers["tokens_per_cpu_second"]["nanoGPT"]
+        loss = numbers["loss_from_scratch"][who]
+        print(f"{cyan}{who}: {speed:,.0f} tokens per CPU second ({times:.2f} of nanoGPT's), loss {loss:.3f} nats{endc}")
+
 #%% Patching against transformer_lens.patching
 if __name__ == "__main__" and "patching" in cfg.only:
     print(f"{purple}=== Patching ==={endc}")
@@ -456,6 +600,13 @@ if __name__ == "__main__":
     if "training" in cfg.only:
         gpt2, llama = numbers["throughput_vs_hf_gpt2"], numbers["throughput_vs_hf_llama"]
         said.append(f"Training runs at {gpt2:.2f} (GPT-2) and {llama:.2f} (Llama) of Hugging Face's speed.")
+    if "scratch" in cfg.only:
+        speed, loss = numbers["tokens_per_cpu_second"], numbers["loss_from_scratch"]
+        said.append(
+            f"From scratch AdamW alone runs at {speed['ours, AdamW'] / speed['nanoGPT']:.2f} and Muon at "
+            f"{speed['ours, Muon'] / speed['nanoGPT']:.2f} of nanoGPT's speed, to {loss['ours, AdamW']:.2f} and "
+            f"{loss['ours, Muon']:.2f} nats against {loss['nanoGPT']:.2f} after equal tokens."
+        )
     if "patching" in cfg.only:
         resid_pre, heads = numbers["resid_pre_speedup_world"], numbers["head_speedup_world"]
         said.append(

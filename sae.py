@@ -183,8 +183,16 @@ SPARSITY = {  # default by architecture: k of the first four, the penalty of the
     "own": 16.0,
     "standard": 1.5,
     "gated": 1.5,
-    "jumprelu": 0.6,
+    "jumprelu": 0.32,
 }
+JUMPRELU = {  # the penalty is of L0 (Rajamanoharan et al. 2024), the rest Anthropic's: as good as topk at equal L0
+    "jumprelu_bandwidth": 0.5,
+    "jumprelu_init_threshold": 0.1,
+    "jumprelu_ste_to_input": True,
+    "jumprelu_sparsity_loss_mode": "step",
+    "pre_act_loss_coefficient": 3e-3,
+}
+COUNTED = ("topk", "batchtopk", "matryoshka", "own")  # are told how many features a token may have
 Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"]
 
 
@@ -205,7 +213,7 @@ class SAEConfig:
     d_sae: int = 512  # features
     steps: int = 500
     batch: int = 1024  # activations per step
-    lr: float = 2e-3
+    lr: float = 4e-3
     buffer: int = 48_000  # activations in memory
     dead_window: int = 50  # steps without firing after which training counts a feature as dead
     checkpoints: int = 3  # on the way; a run that was cut off goes on from the last
@@ -228,6 +236,7 @@ GPT2_PRESET = {  # for --hpc
     "sparsity": 32.0,
     "steps": 50_000,
     "batch": 4096,
+    "lr": 2e-3,
     "buffer": 500_000,
     "context": 128,
     "data": "HuggingFaceFW/fineweb-edu",
@@ -252,10 +261,9 @@ def variant[Config: SAEConfig](text: str, cfg: Config) -> Config:
         )
     except ValueError:
         fail(f"{text!r} does not read architecture:sparsity:width:hook, as topk:8:512:blocks.2.hook_resid_pre")
-    counts_features = architecture in ("topk", "batchtopk", "matryoshka", "own")
     if new.d_sae < 1:
         fail(f"a SAE of {new.d_sae} features makes no sense: --d-sae is 1 or more")
-    if not 0 < new.sparsity < math.inf or (counts_features and not 1 <= new.sparsity <= new.d_sae):
+    if not 0 < new.sparsity < math.inf or (architecture in COUNTED and not 1 <= new.sparsity <= new.d_sae):
         fail(f"sparsity {new.sparsity:g} makes no sense for {architecture} of width {new.d_sae}")
     return new
 
@@ -264,6 +272,18 @@ def with_sparsity[Config: SAEConfig](cfg: Config) -> Config:
     """The settings with the architecture's usual sparsity where none was given."""
     given = "" if cfg.sparsity is None else cfg.sparsity
     return variant(f"{cfg.architecture}:{given}", cfg)
+
+
+def settings_like[Config: SAEConfig](sae, cfg: Config, l0: float) -> Config:
+    """
+    The settings that train, with cfg's width, a SAE of the kind of one that was loaded, at its hook; with as many
+    features a token (l0) where the kind can be told their number.
+    """
+    meta = sae.cfg.metadata
+    kind = (meta.training_architecture or sae.cfg.architecture()).removesuffix("_batchtopk")
+    architecture = kind if kind in SPARSITY else "topk"
+    sparsity = f"{min(max(1, round(l0)), cfg.d_sae)}" if architecture in COUNTED else ""
+    return variant(f"{architecture}:{sparsity}::{meta.hook_name}", cfg)
 
 
 def label_of(cfg: SAEConfig) -> str:
@@ -377,16 +397,9 @@ def training_sae(cfg: SAEConfig, d_in: int, metadata: dict, device: str):
             sae_lens.GatedTrainingSAEConfig(l1_coefficient=cfg.sparsity, l1_warm_up_steps=warm_up, **common)
         )
     if cfg.architecture == "jumprelu":
-        anthropics_setup = {
-            "jumprelu_bandwidth": 0.5,
-            "jumprelu_init_threshold": 0.1,
-            "jumprelu_ste_to_input": True,
-            "jumprelu_sparsity_loss_mode": "tanh",
-            "pre_act_loss_coefficient": 3e-3,
-        }
         return sae_lens.JumpReLUTrainingSAE(
             sae_lens.JumpReLUTrainingSAEConfig(
-                l0_coefficient=cfg.sparsity, l0_warm_up_steps=warm_up, **anthropics_setup, **common
+                l0_coefficient=cfg.sparsity, l0_warm_up_steps=warm_up, **JUMPRELU, **common
             )
         )
     raise ValueError(f"SAELens trains no {cfg.architecture!r}")
@@ -495,6 +508,8 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
     }
     identity = metadata | {field: getattr(cfg, field) for field in IDENTITY}
     identity["text"] = "without beginning-of-text"  # also inside rows
+    if cfg.architecture == "jumprelu":
+        identity |= JUMPRELU
     key = key_of(cfg, identity)
     folder = Path("checkpoints/sae_probe") / key
     if folder.is_dir():

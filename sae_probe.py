@@ -35,6 +35,7 @@ from sae import (
     open_subject,
     read_features,
     require_good_sae,
+    settings_like,
     sparse,
     variant,
     with_sparsity,
@@ -152,7 +153,7 @@ if __name__ == "__main__":
         sources["neurons"] = csr_matrix(array(found[neurons]))
     if cfg.random_baseline:
         twin = random_twin(model, subject.name, (Llama,), device, cfg.seed)
-        twin_cfg = variant(f"topk:::{hook}", cfg)
+        twin_cfg = settings_like(sae, cfg, judged["l0"]) if pretrained else cfg
         twin_sae = fit_sae(twin, twin_cfg, subject.corpus, f"{subject.name} with random weights", device)
         of_twin = harvest_labelled(twin, labelled, [hook], subject.bos, device)[hook]
         sources["features of random weights"] = sparse(twin_sae.encode(of_twin.to(device)))

@@ -191,12 +191,16 @@ class TinyTransformer(nn.Module, Hooked):
             self.unembed.weight = self.embed.weight
 
     def init_weights(self) -> None:
-        """Small query and key weights, as in attn_only: attention starts near uniform."""
+        """
+        GPT-2's: small weights, and smaller ones where a block writes, so that the stream begins as the embedding and
+        not as what untrained blocks add to it.
+        """
+        writes_std = 0.02 / math.sqrt(2 * self.cfg.n_layers)
         for name, linear in self.blocks.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            gain = 0.3 if name.endswith((".q", ".k")) else 1.0
-            nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
+            writes_into_the_stream = name.endswith((".o", ".out"))
+            nn.init.normal_(linear.weight, std=writes_std if writes_into_the_stream else 0.02)
             nn.init.zeros_(linear.bias)
         nn.init.normal_(self.unembed.weight, std=0.02)
         nn.init.normal_(self.embed.weight, std=0.02)

@@ -53,8 +53,9 @@ class TrainConfig:
     contexts: tuple[int, ...] = (64, 256)  # context lengths, one stage after the other
     context_steps: tuple[float, ...] = (0.6,)  # share of the steps at which the next stage begins
     accumulate: int = 1  # micro-batches per step
-    lr: float = 5e-3  # AdamW: embeddings, biases, norms; everything with --optimizer adamw
+    lr: float = 5e-3  # AdamW: embeddings, biases, norms
     muon_lr: float = 0.02  # Muon: hidden matrices
+    adamw_lr: float = 2e-3  # hidden matrices with --optimizer adamw
     optimizer: Literal["muon", "adamw"] = "muon"
     weight_decay: float = 0.0
     schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, linear decay to 0; or cosine to a tenth
@@ -80,7 +81,7 @@ class TrainConfig:
 AT_LEAST_1 = (
     "tokens_per_step accumulate n_layers n_heads n_kv_heads d_model d_mlp d_expert n_experts top_k vocab rows top"
 ).split()
-AT_LEAST_0 = "steps save_every seed lr muon_lr weight_decay clip shared aux_coef".split()
+AT_LEAST_0 = "steps save_every seed lr muon_lr adamw_lr weight_decay clip shared aux_coef".split()
 SHARES = "warmup decay repeats english rotary_share".split()
 
 
@@ -163,24 +164,110 @@ def bf16_is_faster(device: str) -> bool:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return seconds(t.ones(512, 512, dtype=t.bfloat16)) < 0.7 * seconds(t.ones(512, 512))
+    return seconds(t.ones(256, 256, dtype=t.bfloat16)) < 0.7 * seconds(t.ones(256, 256))
+
+
+#%% Muon: momentum for matrices, whose every step is made about orthogonal
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan et al. 2024
+
+
+def orthogonalized(G: Tensor, dtype: t.dtype) -> Tensor:
+    """
+    About U V^T of G = U S V^T (out, in): five Newton-Schulz steps bring every singular value to 0.7 ... 1.2 (Jordan et
+    al. 2024), in dtype.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = G.shape[0] > G.shape[1]
+    X = G.to(dtype)
+    X = X.T if tall else X
+    X = X / X.norm().clamp(min=1e-7)  # all singular values below 1
+    for _ in range(5):
+        A = X @ X.T
+        B = t.addmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
+        X = t.addmm(X, B, X, beta=a)  # a X + B X
+    return X.T if tall else X
+
+
+class Muon(t.optim.Optimizer):
+    """
+    Momentum whose steps are orthogonalized (Jordan et al. 2024), as torch.optim.Muon. dtype: of orthogonalized; torch's
+    is always bfloat16, which a CPU that only imitates it takes twenty times as long for as for float32.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: t.dtype):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
+
+    @t.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: nn.Parameter, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = t.zeros_like(p.grad)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        nesterov = p.grad.lerp(average, group["momentum"])
+        direction = orthogonalized(nesterov, self.dtype)
+        n_out, n_in = p.shape
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1, n_out / n_in)))
 
 
 #%% Optimizers and schedule
-def make_optimizers(model: nn.Module, cfg: TrainConfig) -> list[t.optim.Optimizer]:
-    """Muon for the weight matrices of linear layers inside blocks, AdamW for the rest."""
-    hidden = set()
-    if cfg.optimizer == "muon":
-        linears = [
-            module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name
-        ]
-        hidden = {id(linear.weight) for linear in linears}
-    matrices = [p for p in model.parameters() if id(p) in hidden]
-    rest = [p for p in model.parameters() if id(p) not in hidden and p.requires_grad]
-    adamw = t.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    optimizers: list[t.optim.Optimizer] = [adamw]
-    if matrices:
-        optimizers.append(t.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95))
+ROUTERS = ("router", "shared_expert_gate")  # maps to logits of a choice, as the unembedding is
+
+
+@dataclass
+class ParameterKinds:
+    """Every parameter that is trained, once, by what the optimizers do with it."""
+
+    hidden: list[nn.Parameter]  # weights of the linear maps inside blocks but the routers
+    tables: list[nn.Parameter]  # every other matrix: embeddings, positions, unembedding, routers
+    vectors: list[nn.Parameter]  # norms and biases (by distance too), which never decay
+
+
+def kinds_of_parameters(model: nn.Module) -> ParameterKinds:
+    linears = set()
+    for name, module in model.named_modules():
+        is_router = name.rsplit(".")[-1] in ROUTERS
+        if isinstance(module, nn.Linear) and "blocks" in name and not is_router:
+            linears.add(id(module.weight))
+    kinds = ParameterKinds([], [], [])
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in linears:
+            kinds.hidden.append(p)
+        elif p.ndim >= 2 and not name.endswith("bias"):
+            kinds.tables.append(p)
+        else:
+            kinds.vectors.append(p)
+    return kinds
+
+
+def make_optimizers(model: nn.Module, cfg: TrainConfig, low: bool = False) -> list[t.optim.Optimizer]:
+    """
+    AdamW, and Muon for the hidden matrices. Weight decay pulls on every matrix, embeddings too, and on no vector, as in
+    nanoGPT. low: bfloat16 is fast here.
+    """
+    kinds = kinds_of_parameters(model)
+    groups = [
+        {"params": kinds.tables, "lr": cfg.lr},
+        {"params": kinds.vectors, "lr": cfg.lr, "weight_decay": 0.0},
+    ]
+    if cfg.optimizer == "adamw":
+        groups.append({"params": kinds.hidden, "lr": cfg.adamw_lr})
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[t.optim.Optimizer] = [
+        t.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    ]
+    if cfg.optimizer == "muon" and kinds.hidden:
+        dtype = t.bfloat16 if low else t.float32
+        optimizers.append(Muon(kinds.hidden, cfg.muon_lr, cfg.weight_decay, dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]  # what schedule takes a share of
@@ -380,7 +467,7 @@ def expected_memory(
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         states = 0
         for optimizer in optimizers:
-            moments = 1 if isinstance(optimizer, t.optim.Muon) else 2
+            moments = 1 if isinstance(optimizer, Muon) else 2
             for group in optimizer.param_groups:
                 states += sum(moments * p.numel() * p.element_size() for p in group["params"])
     parts = {
@@ -571,7 +658,7 @@ class Run:
             self.history = state["history"]
             self.first = state["step"]
         self.make_working_copy()
-        self.optimizers = make_optimizers(self.work, cfg)
+        self.optimizers = make_optimizers(self.work, cfg, self.low)
         if state:
             for optimizer, saved in zip(self.optimizers, state["optimizers"]):
                 load_state(optimizer, saved)

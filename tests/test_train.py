@@ -1,7 +1,9 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -17,20 +19,27 @@ from conftest import ROOT
 from test_zero_layer import story
 
 from attn_only import AttnOnly, AttnOnlyConfig, Config, train_own
+from bench import PlainGPT, train_plainly
 from hooks import in_batches
 from data import load_corpus
+from llama_block import Llama, LlamaConfig
+from moe import MoE, MoEConfig
+from tiny_transformer import TinyConfig, TinyTransformer
 from train import (
+    Muon,
     TrainConfig,
     bf16_is_faster,
     context_at,
     expected_memory,
     make_optimizers,
     language_loss,
+    orthogonalized,
     recompute_blocks,
     schedule,
     train,
 )
 from utils import secret, set_seed
+from zero_layer import ZeroLayer
 
 SMALL = AttnOnlyConfig(n_layers=1, n_heads=2, d_model=16, d_head=8, d_vocab=20, n_ctx=16)
 CFG = TrainConfig(steps=12, contexts=(16,), device="cpu", autocast="off", save_every=4)
@@ -137,13 +146,142 @@ def test_a_diverging_run_says_which_flag_to_lower():
         train(fresh(), batch, CFG, "x", loss_fn=lambda model, tokens: language_loss(model, tokens) * t.nan)
 
 
-def test_muon_takes_the_matrices_inside_blocks_only():
-    model = fresh()
-    adam, muon = make_optimizers(model, CFG)
+def models_of_every_architecture() -> dict[str, nn.Module]:
+    narrow = {"d_model": 16, "d_vocab": 20, "n_ctx": 16}
+    experts = narrow | {"n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "d_head": 8, "n_experts": 2, "d_expert": 8}
+    qwen = {"architecture": "Qwen2MoeForCausalLM", "shared": 8, "dense": (0,), "d_mlp": 24, "norm_topk": False}
+    return {
+        "attn_only": fresh(),
+        "attn_only, learned": AttnOnly(dataclasses.replace(SMALL, positions="learned", norm="none", bias="all")),
+        "tiny_transformer": TinyTransformer(TinyConfig(**narrow, n_layers=2, n_heads=2, d_mlp=24)),
+        "tiny_transformer, untied": TinyTransformer(TinyConfig(**narrow, n_heads=2, d_mlp=24, tied=False)),
+        "llama_block": Llama(LlamaConfig(**narrow, n_layers=2, n_heads=2, n_kv_heads=1, d_head=8, d_mlp=24)),
+        "moe": MoE(MoEConfig(**experts)),
+        "moe, shared": MoE(MoEConfig(**experts, **qwen)),
+        "zero_layer": ZeroLayer(20, 16),
+    }
+
+
+# what each parameter is called, by the optimizer that takes it
+HIDDEN = r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(inp|out|gate)|mlp\.(experts\.\d+|shared_expert)\.(inp|out|gate))\.weight"
+TABLE = r"embed\.weight|unembed\.weight|W_pos|W_E|W_U|blocks\.\d+\.mlp\.(router|shared_expert_gate)\.weight"
+VECTOR = r".*\.bias|.*distance_bias|.*(ln1|ln2|ln_final)\.weight"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("architecture", list(models_of_every_architecture()))
+def test_muon_takes_linear_maps_and_no_router_and_vectors_never_decay(architecture, optimizer):
+    model = models_of_every_architecture()[architecture]
     named = {id(p): name for name, p in model.named_parameters()}
-    assert {named[id(p)] for p in muon.param_groups[0]["params"]} == {f"blocks.0.attn.{x}.weight" for x in "qkvo"}
-    assert sum(len(o.param_groups[0]["params"]) for o in (adam, muon)) == len(named)
-    assert len(make_optimizers(model, dataclasses.replace(CFG, optimizer="adamw"))) == 1
+    cfg = dataclasses.replace(CFG, optimizer=optimizer, weight_decay=0.1, lr=0.01, adamw_lr=0.003, muon_lr=0.02)
+    found = {}
+    for made in make_optimizers(model, cfg):
+        for group in made.param_groups:
+            for p in group["params"]:
+                assert id(p) in named, "a parameter is taken twice"
+                found[named.pop(id(p))] = (type(made).__name__, group["base_lr"], group["weight_decay"])
+    assert not named, f"nobody trains {named}"
+    hidden = ("Muon", 0.02, 0.1) if optimizer == "muon" else ("AdamW", 0.003, 0.1)
+    for name, setting in found.items():
+        kinds = [bool(re.fullmatch(pattern, name)) for pattern in (HIDDEN, TABLE, VECTOR)]
+        assert sum(kinds) == 1, name
+        assert setting == [hidden, ("AdamW", 0.01, 0.1), ("AdamW", 0.01, 0.0)][kinds.index(True)], name
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_vectors():
+    """With no gradient the decay alone moves the weights, by lr * weight_decay of them."""
+    model = models_of_every_architecture()["tiny_transformer"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    [adamw] = make_optimizers(
+        model, dataclasses.replace(CFG, optimizer="adamw", weight_decay=0.5, lr=0.1, adamw_lr=0.1)
+    )
+    for p in model.parameters():
+        p.grad = t.zeros_like(p)
+    adamw.step()
+    for name, p in model.named_parameters():
+        t.testing.assert_close(p.detach(), before[name] * (0.95 if p.ndim == 2 else 1.0))
+
+
+def from_plain(plain: PlainGPT, shape: TinyConfig) -> TinyTransformer:
+    """Our model with the weights of nanoGPT's."""
+    weights = plain.state_dict()
+    ours = {
+        "embed.weight": weights["embed.weight"],
+        "unembed.weight": weights["embed.weight"],
+        "W_pos": weights["positions.weight"],
+        "ln_final.weight": weights["ln_final.weight"],
+        "ln_final.bias": weights["ln_final.bias"],
+    }
+    names = {"attn.out": "attn.o", "inp": "mlp.inp", "out": "mlp.out", "ln1": "ln1", "ln2": "ln2"}
+    for layer, kind in itertools.product(range(shape.n_layers), ("weight", "bias")):
+        block = f"blocks.{layer}"
+        for theirs, mine in names.items():
+            ours[f"{block}.{mine}.{kind}"] = weights[f"{block}.{theirs}.{kind}"]
+        for name, part in zip("qkv", weights[f"{block}.attn.qkv.{kind}"].chunk(3)):
+            ours[f"{block}.attn.{name}.{kind}"] = part
+    model = TinyTransformer(shape)
+    model.load_state_dict(ours)
+    return model
+
+
+def test_adamw_alone_is_nanogpts_loop():
+    """The same weights, rows and rates: after eight steps both models are still one."""
+    shape = TinyConfig(n_layers=2, n_heads=2, d_model=16, d_mlp=32, d_vocab=20, n_ctx=16, act="gelu")
+    t.manual_seed(0)
+    plain = PlainGPT(shape)
+    model = from_plain(plain, shape)
+    before = plain(batch(99)).detach()
+    t.testing.assert_close(model(batch(99)), before)
+    train_plainly(plain, batch, steps=8, peak_lr=3e-3)
+    cfg = dataclasses.replace(
+        CFG,
+        steps=8,
+        save_every=0,
+        optimizer="adamw",
+        lr=3e-3,
+        adamw_lr=3e-3,
+        weight_decay=0.1,
+        schedule="cosine",
+        warmup=0.0,
+    )
+    train(model, batch, cfg, "x")
+    assert (plain(batch(99)) - before).abs().max() > 0.01
+    t.testing.assert_close(model(batch(99)), plain(batch(99)), atol=1e-4, rtol=1e-4)
+
+
+def test_an_untrained_gpt2_shape_starts_as_nanogpts():
+    """Each kind of weight has the spread that nanoGPT's initialisation gives it."""
+    shape = TinyConfig(n_layers=2, n_heads=4, d_model=64, d_mlp=256, d_vocab=300, n_ctx=64)
+    theirs = from_plain(PlainGPT(shape), shape).state_dict()
+    for name, weight in TinyTransformer(shape).state_dict().items():
+        assert weight.std().item() == pytest.approx(theirs[name].std().item(), rel=0.1, abs=1e-8), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_muon_is_torchs_and_as_exact_in_float32(shape):
+    t.manual_seed(0)
+    start = t.randn(shape)
+    params = [nn.Parameter(start.clone()) for _ in range(3)]
+    optimizers = [
+        t.optim.Muon(params[:1], lr=0.02, weight_decay=0.1, momentum=0.95),
+        Muon(params[1:2], lr=0.02, weight_decay=0.1, dtype=t.bfloat16),
+        Muon(params[2:], lr=0.02, weight_decay=0.1, dtype=t.float32),
+    ]
+    for _ in range(5):
+        gradient = t.randn(shape)
+        for p, optimizer in zip(params, optimizers):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert t.equal(params[0], params[1])
+    moved = (params[0] - start).norm()
+    assert (params[2] - params[0]).norm() < 0.01 * moved
+
+
+def test_orthogonalized_brings_singular_values_near_one():
+    t.manual_seed(0)
+    values = t.linalg.svdvals(orthogonalized(t.randn(24, 60), t.float32))
+    assert values.min() > 0.6
+    assert values.max() < 1.25
 
 
 def test_schedules():
