@@ -29,7 +29,7 @@ from hooked import Hooked
 from layers import Attention, RMSNorm, next_token_loss, rotate
 
 # The second half, what is measured and the experiment, uses these as well.
-from plots import LONGEST_DRAWN, attention_page, imshow, label_tokens, line, plain, show, show_page, visible
+from plots import imshow, label_tokens, line, plain, show, show_attention, visible
 from data import Corpus, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
@@ -1037,22 +1037,7 @@ if __name__ == "__main__":
 
 #%% Attention to hover: patterns of every head, a page to read the prompt by, and the norms of the best head's layer
 if __name__ == "__main__":
-    first = slice(LONGEST_DRAWN)  # the page says what is left out
-    fig = imshow(
-        patterns[:, first, first],
-        f"Attention of {about} on {plain(repr(cfg.prompt[:60]))}, at most {LONGEST_DRAWN} tokens",
-        xlabel="key",
-        ylabel="query",
-        x=labels[first],
-        y=labels[first],
-        panels=head_names,
-        diverging=False,
-        value="attention",
-    )
-    show(fig, "attn_only/attention")
-
-    page = attention_page(prompt_tokens, patterns, head_names, f"Attention of {about}", start=head_names.index(best))
-    show_page(page, "attn_only/attention_text")
+    show_attention(patterns, prompt_tokens, head_names, about, "attn_only/attention", start=head_names.index(best))
 
     best_norms = norms[best_layer]
     panels = {

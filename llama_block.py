@@ -32,7 +32,7 @@ from weights import read_tensors, take_tensors, tensor_table
 from anatomy import listening_gap
 from data import bos_id, load_corpus, load_tokenizer, refuse_empty, str_tokens, text_of, to_tokens, write_folder
 from launch import flags
-from plots import imshow, line, show, visible
+from plots import imshow, line, show, show_attention, visible
 from train import TrainConfig, context_at, first_goes_on, train
 from world import evaluate_world, load_world, write_metrics
 
@@ -729,7 +729,13 @@ if __name__ == "__main__":
     )
     show(fig, "llama_block/rope_heads")
 
+
 #%% How far each head looks: the mean distance of its attention, and the share it keeps on the first token
+def head_name(index: int, n_heads: int) -> str:
+    """5 -> L1H1, of four heads a layer"""
+    return f"L{index // n_heads}H{index % n_heads}"
+
+
 if __name__ == "__main__":
     n_pos = rows.shape[1]
     away = (t.arange(n_pos)[:, None] - t.arange(n_pos)).clamp(min=0).to(device)  # (query, key)
@@ -769,6 +775,15 @@ if __name__ == "__main__":
         value="attention",
     )
     show(fig, "llama_block/sink")
+
+#%% Attention of every head on the prompt: maps, and a page to hover
+if __name__ == "__main__":
+    with t.no_grad():
+        _, of_prompt = run_with_cache(model, prompt, "blocks.*.attn.hook_pattern")
+    patterns = t.cat([of_prompt["pattern", layer][0].float().cpu() for layer in range(shape.n_layers)])
+    head_names = [head_name(i, shape.n_heads) for i in range(len(patterns))]
+    about = f"{'the model trained here' if not cfg.model else Path(cfg.model).name} on the prompt"
+    show_attention(patterns, str_tokens(tokenizer, prompt[0]), head_names, about, "llama_block/attention")
 
 #%% RMSNorm against LayerNorm: what subtracting the mean would change in each layer's stream
 if __name__ == "__main__":
@@ -837,11 +852,6 @@ if __name__ == "__main__":
 
 
 #%% What it says next, and the conclusion
-def head_name(index: int, n_heads: int) -> str:
-    """5 -> L1H1, of four heads a layer"""
-    return f"L{index // n_heads}H{index % n_heads}"
-
-
 if __name__ == "__main__":
     with t.no_grad():
         top = model(prompt)[0, -1].float().softmax(-1).topk(5)

@@ -24,8 +24,8 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     yellow,
 )
-from plots import bar, imshow, label_tokens, line, show
-from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
+from plots import bar, imshow, label_tokens, line, show, show_attention
+from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed, run_with_cache
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
@@ -123,6 +123,15 @@ print(f"{purple}=== {about}: {len(pairs)} pairs, {len(test_pairs)} held out ==={
 print(f"{gray}clean   {''.join(texts(shown.clean[0]))}")
 print(f"corrupt {''.join(texts(shown.corrupt[0]))}")
 print(f"answer  {texts(shown.answer)[0]!r}, wrong {texts(shown.wrong)[0]!r}; {about_bos(model)}{endc}")
+
+#%% What every head attends to in the shown prompt: maps, and a page to hover
+if has_heads(model) and not is_streamed(model):
+    _, seen = run_with_cache(model, shown.clean, "blocks.*.attn.hook_pattern")
+    patterns = t.cat([seen["pattern", layer][0].float().cpu() for layer in range(n_layers)])
+    every_head = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+    show_attention(
+        patterns, texts(shown.clean[0]), every_head, f"{Path(cfg.model).name} on a clean prompt", "patching/attention"
+    )
 
 #%% Baselines and gates: patching nothing must change nothing, patching everything must give the clean run
 clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)

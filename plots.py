@@ -30,6 +30,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 
 
 LONGEST_DRAWN = 256  # tokens; a page of all heads grows with the square
+MOST_PANELS = 144  # heads of a figure, as GPT-2 has; the page to hover takes any number
 MOST_CELLS = 500_000  # of a figure; more take tens of megabytes
 
 
@@ -326,3 +327,29 @@ def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title:
         "start": start,
     }
     return fill_page("attention", title, data)
+
+
+def show_attention(
+    patterns: Tensor, tokens: list[str], heads: list[str], about: str, name: str, start: int = 0
+) -> None:
+    """
+    Attention (head, query, key) on a prompt of any model: a map for each head under `name`, where they are few enough
+    to be seen, and the page to hover under <name>_text. start: the head that the page shows first.
+    """
+    title = f"Attention of {about}"
+    labels = label_tokens(tokens)
+    first = slice(LONGEST_DRAWN)  # the page says what is left out
+    if len(heads) <= MOST_PANELS:
+        fig = imshow(
+            patterns[:, first, first],
+            f"{title}, at most {LONGEST_DRAWN} tokens" if len(tokens) > LONGEST_DRAWN else title,
+            xlabel="key",
+            ylabel="query",
+            x=labels[first],
+            y=labels[first],
+            panels=heads,
+            diverging=False,
+            value="attention",
+        )
+        show(fig, name)
+    show_page(attention_page(tokens, patterns, heads, title, start), f"{name}_text")

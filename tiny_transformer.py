@@ -44,7 +44,7 @@ from anatomy import (
 )
 from data import bos_id, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens, write_folder
 from launch import flags
-from plots import LONGEST_DRAWN, attention_page, bar, imshow, label_tokens, plain, show, show_page, visible
+from plots import bar, imshow, label_tokens, plain, show, show_attention, show_page, visible
 from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
 
 import numpy as np
@@ -567,21 +567,7 @@ if __name__ == "__main__":
         hover="%{x}<br>probability %{y:.4f}<extra></extra>",
     )
     show(fig, "tiny_transformer/next_token")
-    first = slice(LONGEST_DRAWN)  # the page says what is left out
-    fig = imshow(
-        patterns[:, first, first],
-        f"Attention of every head on the prompt, at most {LONGEST_DRAWN} tokens ({about})",
-        "key",
-        "query",
-        labels[first],
-        labels[first],
-        head_names,
-        diverging=False,
-        value="attention",
-    )
-    show(fig, "tiny_transformer/attention")
-    page = attention_page(prompt_tokens, patterns, head_names, f"Attention of a {about}")
-    show_page(page, "tiny_transformer/attention_text")
+    show_attention(patterns, prompt_tokens, head_names, f"a {about}", "tiny_transformer/attention")
 
 #%% Which parts made that logit? Embedding, positions, every head x source token, every neuron, every bias
 if __name__ == "__main__":

@@ -389,6 +389,8 @@ def test_memory_stays_under_the_cap_whatever_the_batch(models, pairs, name):
         "repair": lambda gb: self_repair(model, graph, many, "L0H1", "logit_diff", gb).change,
         "roles": lambda gb: find_roles(model, graph, many, "logit_diff", gb, shuffles=5).scores["induction"],
     }
+    if name == "gpt2":  # the engines are the same; a bridge is slower
+        calls = {title: calls[title] for title in ("edges", "paths")}
     cap = 2e-3
     for title, call in calls.items():
         got = []

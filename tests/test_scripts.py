@@ -44,11 +44,11 @@ FIGURES = {
     "attn_only": "attention attention_text attribution head_scores phase_change loss_natural path_patching composition "
     "norm_based ablation qk_layer_0",
     "tiny_transformer": "attention attention_text attribution heads next_token neurons feed_forward_maps norm_based",
-    "llama_block": "phases rope rope_heads distance sink norms gates",
+    "llama_block": "attention attention_text phases rope rope_heads distance sink norms gates",
     "moe": "load_over_training specialisation who_goes_where prompt knock_out",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
     "reversal": "probability rank kl entropy reversal",
-    "patching": "direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
+    "patching": "attention attention_text direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
     "circuits": "paths roles attribution faithfulness circuit",
     "sae_probe": "density decoder_cosine probes layers features",
     "steering": "steering attribution",

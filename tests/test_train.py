@@ -664,7 +664,8 @@ def test_wandb_without_a_key_writes_an_offline_run(run, tmp_path):
 def test_an_analysis_has_a_wandb_run_too(run, tmp_path):
     if secret("WANDB_API_KEY"):
         pytest.skip("a key stands in .env: the run would go online")
-    flags = "--n 2 --held-out 2 --site resid_pre --device cpu --wandb"
+    (tmp_path / "story.txt").write_text(story(4000))
+    flags = "--n 2 --held-out 2 --site resid_pre --data story.txt --device cpu --wandb"
     done = run("patching.py", *flags.split(), cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr[-1500:]
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
