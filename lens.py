@@ -826,9 +826,16 @@ class LensText:
         path = self.path("tuned", of, [rate, steps])
         return tuned_lens(self.model, partial(self.rows, n=16), steps, path, rate)
 
-    def jacobian(self, n: int, target: str, memory_gb: float, of: str = "") -> nn.ModuleList:
-        path = self.path("jacobian", of, [n, target])
-        return fitted_jacobian_lens(self.model, partial(self.rows, 0, n), path, target, 1, memory_gb)
+    def jacobian(
+        self, n: int, target: str, memory_gb: float, of: str = "", n_tokens: int = TUNED_TOKENS
+    ) -> nn.ModuleList:
+        """n_tokens: of each row that are taken."""
+
+        def rows() -> Tensor:
+            return self.rows(0, n)[:, :n_tokens]
+
+        path = self.path("jacobian", of, [n, target, n_tokens])
+        return fitted_jacobian_lens(self.model, rows, path, target, 1, memory_gb)
 
 
 def open_lens(

@@ -35,11 +35,9 @@ from lens import (
     TUNED_ROWS,
     TUNED_TOKENS,
     Lens,
-    LensConfig,
     LensText,
     judge_lenses,
     knows_world,
-    refuse_lens_settings,
     require_exact_lens,
     slug,
 )
@@ -301,6 +299,7 @@ class Facts:
     """Of each country one fact, or two: is it known (where all are taught: true), and how often a resample has it."""
 
     known: np.ndarray  # (fact)
+    false_answer: Tensor | None  # (question) where each country has two facts: the candidate of the false one
     swapped: np.ndarray | None  # (fact) the null: known, if the directions' labels were swapped
     resamples: np.ndarray  # (draw, fact): how often, when countries are drawn anew
 
@@ -313,11 +312,12 @@ def facts_of(questions: Questions, draws: int, seed: int) -> Facts:
     n = int(questions.country.max()) + 1
     resamples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
     if questions.task not in CAPITALS:
-        return Facts(np.arange(2 * n) < n, None, np.tile(resamples, 2))
+        false_answer = questions.right[next_with_another_answer(questions)]
+        return Facts(np.arange(2 * n) < n, false_answer, None, np.tile(resamples, 2))
     part = {country: p.labels["part"] for country, p in zip(questions.country.tolist(), questions.prompts)}
     parts = np.array([part[country] for country in range(n)])
     other_direction = CAPITALS[1 - CAPITALS.index(questions.task)]
-    return Facts(parts != other_direction, parts != questions.task, resamples)
+    return Facts(parts != other_direction, None, parts != questions.task, resamples)
 
 
 def false_discovery(score: np.ndarray, known: np.ndarray) -> float:
@@ -334,9 +334,8 @@ def judge(questions: Questions, scores: Tensor, facts: Facts, is_in_logits: bool
     own, elsewhere = percentiles(questions, scores, questions.right)
     score = by_country(questions, own - elsewhere)
     percentile = by_country(questions, own)
-    if facts.swapped is None:
-        false_answers = questions.right[next_with_another_answer(questions)]
-        false_own, false_elsewhere = percentiles(questions, scores, false_answers)
+    if facts.false_answer is not None:
+        false_own, false_elsewhere = percentiles(questions, scores, facts.false_answer)
         score = np.r_[score, by_country(questions, false_own - false_elsewhere)]
         percentile = np.r_[percentile, by_country(questions, false_own)]
     told = {
@@ -422,10 +421,10 @@ def mean_of_group(questions: Questions, x: Tensor) -> Tensor:
     return means
 
 
-def prefers_partner(questions: Questions, answers: Tensor, partner: Tensor) -> np.ndarray:
-    """(question): of answers (question, candidate) the partner's is likelier than the right one."""
+def logit_gap(questions: Questions, answers: Tensor, partner: Tensor) -> np.ndarray:
+    """(question): the right answer's logit less the partner's, of answers (question, candidate)."""
     here = t.arange(len(answers))
-    return (answers[here, questions.right[partner]] > answers[here, questions.right]).cpu().numpy()
+    return (answers[here, questions.right] - answers[here, questions.right[partner]]).cpu().numpy()
 
 
 def is_likeliest(questions: Questions, answers: Tensor) -> np.ndarray:
@@ -450,24 +449,30 @@ def causal_table(
     By reader at the subject's last token after `layer` blocks, shares of the taught facts: 'right and causal', 'right
     and idle', 'wrong'. Right: the answer's percentile is RIGHT or more. Causal: where the stream, in the plane of the
     directions of the answer and of a partner country's, is set to what the partner has there, the model prefers the
-    partner's answer. 'swap': the share that is causal, right or not. 'removal': the share whose answer is no longer the
-    likeliest when its direction is set to the mean. Beside them a plane at random and the whole stream.
+    partner's answer. 'swapped': the share that is causal, right or not; 'moved': of the way that the logit difference
+    of the two answers goes when the whole stream is the partner's, the share that this plane goes. 'removed': the share
+    whose answer is no longer the likeliest when its direction is set to the mean. Beside them a plane at random and
+    the whole stream.
     """
     x = streams_at_places(model, questions)[PLACES.index("subject"), layer]
     partner = next_with_another_answer(questions)
     other = x[partner]
     mean = mean_of_group(questions, x)
     share = partial(share_of_taught, questions)
-    said_before = is_likeliest(questions, answers_after(model, questions, layer, x))
+    plain = answers_after(model, questions, layer, x)
+    whole = answers_after(model, questions, layer, other)
+    way = logit_gap(questions, plain, partner) - logit_gap(questions, whole, partner)
 
-    def swap(directions: list[Tensor]) -> np.ndarray:
-        answers = answers_after(model, questions, layer, x + projected(other - x, directions))
-        return prefers_partner(questions, answers, partner)
+    def effect(answers: Tensor) -> tuple[np.ndarray, dict[str, float]]:
+        """Whom it overturns (question), and the shares."""
+        gap = logit_gap(questions, answers, partner)
+        gone = (logit_gap(questions, plain, partner) - gap)[questions.taught].mean() / way[questions.taught].mean()
+        return gap < 0, {"swapped": share(gap < 0), "moved": float(gone)}
 
     generator = t.Generator().manual_seed(seed)
     plane = [t.randn(x.shape, generator=generator).to(x) for _ in range(2)]
-    whole = prefers_partner(questions, answers_after(model, questions, layer, other), partner)
-    table = {"the whole stream": {"swap": share(whole)}, "a plane at random": {"swap": share(swap(plane))}}
+    at_random = answers_after(model, questions, layer, x + projected(other - x, plane))
+    table = {"the whole stream": effect(whole)[1], "a plane at random": effect(at_random)[1]}
     for name, reader in readers.items():
         scores = reader(questions, x, layer)
         if scores is None:
@@ -476,29 +481,38 @@ def causal_table(
         right = own >= RIGHT
         of_answer = direction_of(reader, questions, x, layer, questions.right)
         of_partner = direction_of(reader, questions, x, layer, questions.right[partner])
-        swapped = swap([of_answer, of_partner])
+        in_plane = projected(other - x, [of_answer, of_partner])
+        swapped, shares = effect(answers_after(model, questions, layer, x + in_plane))
         removed = answers_after(model, questions, layer, x + projected(mean - x, [of_answer]))
         table[name] = {
             "right and causal": share(right & swapped),
             "right and idle": share(right & ~swapped),
             "wrong": share(~right),
-            "swap": share(swapped),
-            "removal": share(said_before & ~is_likeliest(questions, removed)),
+            **shares,
+            "removed": share(is_likeliest(questions, plain) & ~is_likeliest(questions, removed)),
         }
     return table
 
 
 #%% One model, from its files to its numbers: what --models calls for each of them
 TASKS = (*CAPITALS, *RELATIONS)
+SAME_PLACE_TOKENS = 16  # of a row, to which the same-place Jacobian lens is fitted
 
 
 def fit_lenses(model: nn.Module, folder: str, cfg: "Config", of: str = "") -> tuple[dict[str, Lens], LensText]:
-    """of: names another model than the folder's (its random twin)."""
+    """
+    The Jacobian lens in both its kinds: what a place makes all later ones say, and what it makes itself say, which is
+    fitted to short rows, since each position costs as much as all together. of: names another model than the folder's
+    (its random twin).
+    """
     text = LensText.of(model, folder, None, cfg.seed)
+    later = text.jacobian(cfg.jacobian_rows, "later", cfg.memory_gb, of)
+    same = text.jacobian(cfg.jacobian_rows, "same", cfg.memory_gb, of, n_tokens=SAME_PLACE_TOKENS)
     lenses = {
         "raw": Lens(model),
         "tuned": Lens(model, translators=text.tuned(cfg.tuned_steps, of)),
-        "Jacobian": Lens(model, translators=text.jacobian(cfg.jacobian_rows, cfg.jacobian_target, cfg.memory_gb, of)),
+        "Jacobian": Lens(model, translators=later),
+        "same-place Jacobian": Lens(model, translators=same),
     }
     return lenses, text
 
@@ -512,7 +526,7 @@ def open_world_model(name: str, cfg: "Config") -> nn.Module:
 
 def analyse(name: str, cfg: "Config") -> dict:
     """benchmark() of a model, and the KL of its lenses; read back where it was finished under the same settings."""
-    fields = ("forms", "draws", "seed", "tuned_steps", "jacobian_rows", "jacobian_target", "device")
+    fields = ("forms", "draws", "seed", "tuned_steps", "jacobian_rows", "device")
     key = model_key(name, [getattr(cfg, field) for field in fields])
     path = Path("results/readers") / f"{slug(find_model(name))}-{key}.json"
     if path.is_file():
@@ -548,6 +562,10 @@ def layer_table(found: dict[str, list[dict | None]], what: str = "auroc") -> str
     )
 
 
+def auroc_by_layer(found: dict[str, list[dict | None]]) -> dict[str, list[float | None]]:
+    return {reader: [told and told["auroc"] for told in by_layer] for reader, by_layer in found.items()}
+
+
 MEASURES = (
     "auroc",
     "auroc, labels swapped",
@@ -581,11 +599,13 @@ def over_models(studies: list[dict], task: str, place: str, layer: int) -> dict[
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
-class Config(LensConfig):
+class Config:
     model: str = "models/world"  # a model that learned the world
     models: tuple[str, ...] = ()  # benchmark these one after the other, skip what is finished, and show their spread
-    jacobian_rows: int = 32  # of 64 tokens, over which the Jacobian lens is a mean
-    forms: int = 4  # phrasings of each task
+    tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each
+    jacobian_rows: int = 16  # of 64 tokens, over which the Jacobian lens is a mean
+    memory_gb: float = 1.0  # cap on what fitting the Jacobian lens keeps
+    forms: int = 2  # phrasings of each task: half of them taught, half held out
     layer: int = 1  # the blocks passed, where tables are printed
     draws: int = 1000  # of the bootstrap over countries
     seed: int = 0
@@ -596,9 +616,8 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, sweep="models")
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    refuse_lens_settings(cfg)
-    if cfg.forms < 1 or cfg.draws < 1 or cfg.tuned_steps < 1:
-        fail("--forms, --draws and --tuned-steps are 1 or more")
+    if min(cfg.forms, cfg.draws, cfg.tuned_steps, cfg.jacobian_rows) < 1 or not cfg.memory_gb > 0:
+        fail("--forms, --draws, --tuned-steps and --jacobian-rows are 1 or more, --memory-gb more than 0")
 
 #%% Several models, as the world's seeds (--models): each benchmarked unless it is finished, then the spread over them
 if __name__ == "__main__" and cfg.models:
@@ -627,8 +646,8 @@ if __name__ == "__main__" and cfg.models:
 if __name__ == "__main__":
     model = open_world_model(cfg.model, cfg)
     n_layers = model.cfg.n_layers
-    if not 0 <= cfg.layer <= n_layers:
-        fail(f"--layer is 0 to {n_layers}, the blocks that are passed")
+    if not 0 <= cfg.layer < n_layers:
+        fail(f"--layer is 0 to {n_layers - 1}, the blocks that are passed")
     name = slug(find_model(cfg.model))
     lenses, text = fit_lenses(model, cfg.model, cfg)
     readers = make_readers(model, lenses)
@@ -737,19 +756,18 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     causal = {}
     for questions in capitals:
-        of_layers = [causal_table(model, readers, questions, layer, cfg.seed) for layer in range(n_layers)]
-        causal[questions.task] = of_layers
-        at_layer = [{"reader": reader} | row for reader, row in of_layers[min(cfg.layer, n_layers - 1)].items()]
+        causal[questions.task] = causal_table(model, readers, questions, cfg.layer, cfg.seed)
+        table = [{"reader": reader} | row for reader, row in causal[questions.task].items()]
         n = int(questions.taught.sum())
         print(
             f"\n{purple}{questions.task}: edits at the subject after {cfg.layer} blocks, shares of {n} taught questions{endc}"
         )
-        print(tabulate(at_layer, headers="keys", floatfmt=".2f", tablefmt="github"))
+        print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
 
 #%% ... as bars, by reader
 if __name__ == "__main__":
-    for task, of_layers in causal.items():
-        of_readers = {reader: row for reader, row in of_layers[min(cfg.layer, n_layers - 1)].items() if "wrong" in row}
+    for task, table in causal.items():
+        of_readers = {reader: row for reader, row in table.items() if "wrong" in row}
         fig = bar(
             {
                 what: [row[what] for row in of_readers.values()]
@@ -764,21 +782,22 @@ if __name__ == "__main__":
 
 #%% The conclusion
 if __name__ == "__main__":
-    at_layer = {task: {r: x[cfg.layer] for r, x in found[task]["subject"].items() if x[cfg.layer]} for task in CAPITALS}
     save_results(
         "readers",
         cfg,
         gates={"last_layer_lens": gate_error, "patchscope_into_itself": patchscope_error},
         says=known,
         readers=found,
-        random_weights=null,
+        at_subject={task: {r: x[cfg.layer] for r, x in found[task]["subject"].items()} for task in TASKS},
+        random_weights={task: {r: x[cfg.layer] for r, x in null[task]["subject"].items()} for task in CAPITALS},
+        auroc_by_layer={task: {place: auroc_by_layer(found[task][place]) for place in PLACES} for task in CAPITALS},
         kl=kl,
         mean_kl=mean_kl,
         causal=causal,
     )
     told = []
     for task in CAPITALS:
-        lenses_here = {kind: at_layer[task][f"{kind} lens"] for kind in lenses}
+        lenses_here = {kind: found[task]["subject"][f"{kind} lens"][cfg.layer] for kind in lenses}
         best = max(lenses_here, key=lambda kind: lenses_here[kind]["auroc"])
         told.append(f"{task} {best} lens {says(lenses_here[best])}")
     nearest = min(mean_kl, key=lambda kind: mean_kl[kind])

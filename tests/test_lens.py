@@ -418,7 +418,7 @@ def test_the_jacobian_lens_of_a_linear_model_is_its_product_of_matrices(fit, fir
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name, target", [("GPT2LMHeadModel", "later"), ("LlamaForCausalLM", "same")])
+@pytest.mark.parametrize("name, target", [("LlamaForCausalLM", "later"), ("LlamaForCausalLM", "same")])
 def test_the_fast_jacobian_lens_is_the_plain_one(made, name, target):
     model = load_model(made[name][0], (Llama,), "cpu")
     tokens = token_batch(0)[:2, :3]
@@ -452,7 +452,7 @@ def test_the_jacobian_lens_is_transformer_lens_s_on_the_same_rows(made):
 
 def test_fitting_the_jacobian_lens_keeps_to_its_memory(made):
     model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu").requires_grad_(False)
-    tokens = t.randint(1, 700, (8, 48))
+    tokens = t.randint(1, 700, (4, 24))
     peak = peak_bytes(lambda: ls.fit_jacobian_lens(model, tokens, memory_gb=0.002))
     assert 0.2 < peak / (0.002 * 2**30) < 1
 
