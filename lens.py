@@ -45,6 +45,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch as t
 import torch.nn as nn
+from einops import einsum
 from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
@@ -658,24 +659,37 @@ def fit_jacobian_lens(
 ) -> Tensor:
     """
     jacobian_lens by d_model backward passes for each group of rows (row, pos) that fits into memory: one for each
-    dimension of the last stream, which asks all positions of all rows at once. 'same' asks them one position at a time,
-    and takes as many times longer as there are positions. A backward pass is about 2 x (parameters of the blocks)
-    operations per token: for GPT-2 (85M, d_model 768) that is 0.13 TFLOP per token of the rows.
+    dimension of the last stream, which asks all positions of all rows at once. 'same' asks a copy of the row for each
+    position, and takes as many times longer as there are positions. A backward pass is about 2 x (parameters of the
+    blocks) operations per token: for GPT-2 (85M, d_model 768) that is 0.13 TFLOP per token of the rows.
     """
     if target not in ("same", "later"):
         raise ValueError(f"unknown target {target!r}: the Jacobian lens knows same and later")
     n_rows, n_pos = rows.shape
+    asked = t.eye(n_pos)[first:]  # (copy, pos): whose derivatives are taken, of whom
+    if target == "same":
+        rows = rows.repeat_interleave(len(asked), 0)
+    else:
+        asked = asked.sum(0, keepdim=True)  # at once: what comes back to a position is the sum over all later ones
+    asked = asked.repeat(n_rows, 1).to(device_of(model))
+    rows = rows.to(device_of(model))
     cfg = model.cfg
     kept = cfg.n_layers * (10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * n_pos)  # of a position, for the graph
     at_once = rows_that_fit(model, n_pos, memory_gb, kept)
-    sums = partial(jacobian_sums, model, target=target, first=first)
+
+    def sums(index: Tensor) -> Tensor:
+        return jacobian_sums(model, rows[index], asked[index])
+
     with without_weight_gradients(model):
-        total = sum(in_batches(sums, rows.to(device_of(model)), at_once, "Jacobian lens"))
+        total = sum(in_batches(sums, t.arange(len(rows), device=rows.device), at_once, "Jacobian lens"))
     return total / (n_rows * (n_pos - first))
 
 
-def jacobian_sums(model: nn.Module, rows: Tensor, target: str, first: int) -> Tensor:
-    """The derivatives of fit_jacobian_lens, summed over the rows and positions of one group."""
+def jacobian_sums(model: nn.Module, rows: Tensor, asked: Tensor) -> Tensor:
+    """
+    (layer, d_model out, d_model in): derivatives of the last stream, summed over the positions that are asked (row,
+    pos), with respect to each earlier stream, summed over these too.
+    """
     streams = layer_streams(model)
     kept: dict[str, Tensor] = {}
 
@@ -688,16 +702,13 @@ def jacobian_sums(model: nn.Module, rows: Tensor, target: str, first: int) -> Te
         run_from(model, resid, first_position, 0, [(stream, partial(keep, stream)) for stream in streams])
     sources = [kept[stream] for stream in streams[:-1]]
     last = kept[streams[-1]]
-    asked = range(first, rows.shape[1])
-    groups = [[position] for position in asked] if target == "same" else [list(asked)]
     sums = t.zeros(len(sources), model.cfg.d_model, model.cfg.d_model, device=rows.device)
     for out in trange(model.cfg.d_model, desc="derivatives", **BRIEF):
-        for positions in groups:
-            cotangent = t.zeros_like(last)
-            cotangent[:, positions, out] = 1
-            gradients = t.autograd.grad(last, sources, cotangent, retain_graph=True)
-            for layer, gradient in enumerate(gradients):
-                sums[layer, out] += gradient[:, positions].float().sum((0, 1))
+        cotangent = t.zeros_like(last)
+        cotangent[..., out] = asked
+        gradients = t.autograd.grad(last, sources, cotangent, retain_graph=True)
+        for layer, gradient in enumerate(gradients):
+            sums[layer, out] = einsum(gradient.float(), asked, "row pos d_model, row pos -> d_model")
     return sums
 
 

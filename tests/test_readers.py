@@ -1,11 +1,10 @@
 """
 Readers: the measure on scores made by hand, each reader against a direct computation, edits against their closed form,
-and the story on models/world and over models.
+and the story over models (on models/world: test_scripts.py).
 """
 
 import dataclasses
 import json
-import re
 import shutil
 
 import numpy as np
@@ -292,25 +291,6 @@ def test_the_causal_table_s_classes_are_all_there_is_and_the_whole_stream_overtu
 
 
 SMALL = "--forms 1 --draws 50 --tuned-steps 20 --jacobian-rows 2 --device cpu".split()
-
-
-def test_the_story_tells_which_lens_knows_and_which_says(run, workdir):
-    done = run("readers.py", *SMALL)
-    assert done.returncode == 0, done.stderr[-2000:]
-    numbers = json.loads((workdir / "results/readers.json").read_text())
-    assert max(numbers["gates"].values()) < 1e-4
-    assert set(numbers["readers"]) == set(rd.TASKS)
-    at_end = numbers["readers"]["forward"]["end"]["raw lens"][4]
-    assert at_end["auroc"] > 0.95  # the model's own answer
-    assert at_end["percentile, known"] > 0.99
-    assert numbers["readers"]["forward"]["subject"]["a head's OV"][4] is None
-    null = numbers["random_weights"]["forward"]["raw lens"]
-    assert null["interval"][0] < 0.5 < null["interval"][1]
-    assert numbers["mean_kl"]["tuned"] < numbers["mean_kl"]["raw"]
-    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-    assert "What does it know?" in said.splitlines()[-1]
-    drawn = set(re.findall(r"figs/readers/(\w+).html", said))
-    assert drawn == {"auroc", "percentile", "kl", "causal_forward", "causal_reverse"}
 
 
 def test_models_are_benchmarked_once_and_their_spread_is_shown(run, workdir, tmp_path):
