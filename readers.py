@@ -499,18 +499,20 @@ TASKS = (*CAPITALS, *RELATIONS)
 SAME_PLACE_TOKENS = 16  # of a row, to which the same-place Jacobian lens is fitted
 
 
-def fit_lenses(model: nn.Module, folder: str, cfg: "Config", of: str = "") -> tuple[dict[str, Lens], LensText]:
+def fit_lenses(
+    model: nn.Module, folder: str, cfg: "Config", tuned_steps: int, of: str = ""
+) -> tuple[dict[str, Lens], LensText]:
     """
     The Jacobian lens in both its kinds: what a place makes all later ones say, and what it makes itself say, which is
-    fitted to short rows, since each position costs as much as all together. of: names another model than the folder's
-    (its random twin).
+    fitted to fewer and shorter rows, since each position costs as much as all together. of: names another model than
+    the folder's (its random twin).
     """
     text = LensText.of(model, folder, None, cfg.seed)
     later = text.jacobian(cfg.jacobian_rows, "later", cfg.memory_gb, of)
-    same = text.jacobian(cfg.jacobian_rows, "same", cfg.memory_gb, of, n_tokens=SAME_PLACE_TOKENS)
+    same = text.jacobian(-(-cfg.jacobian_rows // 2), "same", cfg.memory_gb, of, n_tokens=SAME_PLACE_TOKENS)
     lenses = {
         "raw": Lens(model),
-        "tuned": Lens(model, translators=text.tuned(cfg.tuned_steps, of)),
+        "tuned": Lens(model, translators=text.tuned(tuned_steps, of)),
         "Jacobian": Lens(model, translators=later),
         "same-place Jacobian": Lens(model, translators=same),
     }
@@ -533,7 +535,7 @@ def analyse(name: str, cfg: "Config") -> dict:
         print(f"{yellow}{name}: finished before under these settings, read from {path}{endc}")
         return json.loads(path.read_text())
     model = open_world_model(name, cfg)
-    lenses, text = fit_lenses(model, name, cfg)
+    lenses, text = fit_lenses(model, name, cfg, cfg.tuned_steps)
     asked = [ask(model, task, read_countries(), cfg.forms) for task in TASKS]
     study = {
         "readers": benchmark(model, make_readers(model, lenses), asked, cfg.draws, cfg.seed),
@@ -649,7 +651,7 @@ if __name__ == "__main__":
     if not 0 <= cfg.layer < n_layers:
         fail(f"--layer is 0 to {n_layers - 1}, the blocks that are passed")
     name = slug(find_model(cfg.model))
-    lenses, text = fit_lenses(model, cfg.model, cfg)
+    lenses, text = fit_lenses(model, cfg.model, cfg, cfg.tuned_steps)
     readers = make_readers(model, lenses)
     asked = [ask(model, task, read_countries(), cfg.forms) for task in TASKS]
     capitals = [questions for questions in asked if questions.task in CAPITALS]
@@ -701,6 +703,7 @@ if __name__ == "__main__":
         value="AUROC - 0.5",
         columns=2,
     )
+    fig.update_yaxes(showticklabels=False, title="", col=2)  # as in the first column
     show(fig, "readers/auroc")
 
 #%% ... and where each lens puts the right answer, taught and untaught
@@ -746,7 +749,8 @@ if __name__ == "__main__":
 #%% The null: the same readers, fitted anew, on a model of the same shape whose matrices are drawn at random
 if __name__ == "__main__":
     twin = random_twin(model, cfg.model, (Llama,), device, cfg.seed).requires_grad_(False)
-    twin_lenses, _ = fit_lenses(twin, cfg.model, cfg, "-random")
+    few_steps = -(-cfg.tuned_steps // 4)  # there is nothing to be found by more
+    twin_lenses, _ = fit_lenses(twin, cfg.model, cfg, few_steps, "-random")
     null = benchmark(twin, make_readers(twin, twin_lenses), capitals, cfg.draws, cfg.seed)
     for task in CAPITALS:
         print(f"\n{purple}{task}, at the subject, random weights: AUROC, taught against untaught{endc}")

@@ -106,13 +106,13 @@ def test_the_tuned_lens_converges_on_rows_that_no_training_saw(workdir, monkeypa
 
 
 def test_the_grid_and_the_milestones_are_those_of_the_lens_that_is_named(run, workdir):
-    flags = ("--lens", "jacobian", "--jacobian-rows", "2", "--tuned-steps", "40", "--device", "cpu")
+    flags = ("--lens", "jacobian", "--jacobian-rows", "2", "--tuned-steps", "0", "--device", "cpu")
     done = run("logit_lens.py", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     numbers = json.loads((workdir / "results/logit_lens.json").read_text())
     assert numbers["milestones"] == numbers["milestones_jacobian"]
     assert numbers["milestones_raw"]["semantic"] == 4
-    assert {"KL, raw", "KL, tuned", "KL, jacobian"} <= set(numbers["tuned_lens"])
+    assert {"KL, raw", "KL, jacobian"} <= set(numbers["tuned_lens"])
     assert numbers["tuned_lens"]["KL, jacobian"][-1] == pytest.approx(0, abs=1e-4)
     assert numbers["milestones_audited"]["semantic"] == 4
     artefact = numbers["norm_artefact"]
