@@ -290,7 +290,7 @@ def test_the_causal_table_s_classes_are_all_there_is_and_the_whole_stream_overtu
     assert table["the whole stream"]["swapped"] > 0.8 > 0.3 > table["a plane at random"]["swapped"]
 
 
-SMALL = "--forms 1 --draws 50 --tuned-steps 20 --jacobian-rows 2 --device cpu".split()
+SMALL = "--forms 1 --draws 20 --tuned-steps 1 --jacobian-rows 1 --device cpu".split()
 
 
 def test_models_are_benchmarked_once_and_their_spread_is_shown(run, workdir, tmp_path):

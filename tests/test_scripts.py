@@ -25,7 +25,7 @@ FLAGS = {
     "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 512 --rows 8 --n-experts 8",
     "logit_lens": "--tuned-steps 40",
     "reversal": "--countries 24 --forms 2 --draws 200",
-    "readers": "--forms 1 --draws 50 --tuned-steps 20 --jacobian-rows 2",
+    "readers": "--forms 1 --draws 50 --tuned-steps 12 --jacobian-rows 2",
     "patching": "--n 8 --held-out 16 --site resid_pre z",
     "circuits": "--n 8 --held-out 16 --ig-steps 3",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants "
