@@ -555,12 +555,16 @@ def says(told: dict | None, what: str = "auroc") -> str:
     return f"{told[what]:.2f}" if what in told else "-"
 
 
+def blocks(n: int) -> str:
+    return "1 block" if n == 1 else f"{n} blocks"
+
+
 def layer_table(found: dict[str, list[dict | None]], what: str = "auroc") -> str:
     """found: {reader: by layer}."""
     rows = [[reader, *(says(told, what) for told in by_layer)] for reader, by_layer in found.items()]
     n_points = len(rows[0]) - 1
     return tabulate(
-        rows, headers=["reader", *(f"after {layer} blocks" for layer in range(n_points))], tablefmt="github"
+        rows, headers=["reader", *(f"after {blocks(layer)}" for layer in range(n_points))], tablefmt="github"
     )
 
 
@@ -635,7 +639,7 @@ if __name__ == "__main__" and cfg.models:
         for reader in spread["forward"]
     ]
     table = tabulate(rows, headers=["reader", *TASKS], tablefmt="github")
-    print(f"AUROC at the subject after {cfg.layer} blocks, mean [lowest, highest] of {len(studies)} models\n{table}")
+    print(f"AUROC at the subject after {blocks(cfg.layer)}, mean [lowest, highest] of {len(studies)} models\n{table}")
     save_results("readers_over_models", cfg, models=list(cfg.models), layer=cfg.layer, auroc=spread)
     best = {task: max(spread[task], key=lambda reader: spread[task][reader][0]) for task in CAPITALS}
     said = ", ".join(
@@ -682,7 +686,7 @@ if __name__ == "__main__":
         print(f"\n{purple}{task}, at the {place}: AUROC, {about} ({n} countries, 95% by bootstrap over them){endc}")
         print(layer_table(found[task][place]))
     for task in TASKS:
-        print(f"\n{purple}{task}, at the subject after {cfg.layer} blocks: all measures{endc}")
+        print(f"\n{purple}{task}, at the subject after {blocks(cfg.layer)}: all measures{endc}")
         print(measure_table(found[task]["subject"], cfg.layer))
 
 #%% ... as a map of readers and layers
@@ -764,7 +768,7 @@ if __name__ == "__main__":
         table = [{"reader": reader} | row for reader, row in causal[questions.task].items()]
         n = int(questions.taught.sum())
         print(
-            f"\n{purple}{questions.task}: edits at the subject after {cfg.layer} blocks, shares of {n} taught questions{endc}"
+            f"\n{purple}{questions.task}: edits at the subject after {blocks(cfg.layer)}, shares of {n} taught questions{endc}"
         )
         print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
 
@@ -777,7 +781,7 @@ if __name__ == "__main__":
                 what: [row[what] for row in of_readers.values()]
                 for what in ("right and causal", "right and idle", "wrong")
             },
-            f"What readers find at the subject after {cfg.layer} blocks, and whether it acts ({task}, {name}, taught facts)",
+            f"What readers find at the subject after {blocks(cfg.layer)}, and whether it acts ({task}, {name}, taught facts)",
             xlabel="reader",
             ylabel="share of facts",
             x=list(of_readers),
@@ -806,7 +810,7 @@ if __name__ == "__main__":
         told.append(f"{task} {best} lens {says(lenses_here[best])}")
     nearest = min(mean_kl, key=lambda kind: mean_kl[kind])
     print(
-        f"{green}What does it know? At the subject after {cfg.layer} blocks the lens that best tells taught from untaught: "
+        f"{green}What does it know? At the subject after {blocks(cfg.layer)} the lens that best tells taught from untaught: "
         f"{'; '.join(told)}. What will it say? The {nearest} lens is nearest ({mean_kl[nearest]:.2f} nats; "
         f"{', '.join(f'{kind} {x:.2f}' for kind, x in mean_kl.items() if kind != nearest)}).{endc}"
     )
