@@ -249,7 +249,7 @@ def percentiles(questions: Questions, scores: Tensor, asked: Tensor) -> tuple[np
     own = np.zeros(len(questions))
     elsewhere = np.zeros(len(questions))
     for index, candidates in questions.groups():
-        block = scores[index][:, candidates].cpu().numpy()
+        block = scores[index][:, candidates].double().cpu().numpy()
         ranks = (rankdata(block, axis=1) - 1) / (len(candidates) - 1)  # (question, candidate)
         column = np.searchsorted(candidates.numpy(), asked[index].numpy())
         here = np.arange(len(index))
@@ -262,9 +262,9 @@ def percentiles(questions: Questions, scores: Tensor, asked: Tensor) -> tuple[np
 
 
 def by_country(questions: Questions, x: np.ndarray) -> np.ndarray:
-    """(country) mean over its phrasings."""
+    """(country) mean over its phrasings, rounded, so that a reader that says the same of all ties."""
     country = questions.country.numpy()
-    return np.bincount(country, x) / np.bincount(country)
+    return (np.bincount(country, x) / np.bincount(country)).round(9)
 
 
 def next_with_another_answer(questions: Questions) -> Tensor:
@@ -528,7 +528,7 @@ def open_world_model(name: str, cfg: "Config") -> nn.Module:
 
 def analyse(name: str, cfg: "Config") -> dict:
     """benchmark() of a model, and the KL of its lenses; read back where it was finished under the same settings."""
-    fields = ("forms", "draws", "seed", "tuned_steps", "jacobian_rows", "device")
+    fields = ("tasks", "forms", "draws", "seed", "tuned_steps", "jacobian_rows", "device")
     key = model_key(name, [getattr(cfg, field) for field in fields])
     path = Path("results/readers") / f"{slug(find_model(name))}-{key}.json"
     if path.is_file():
@@ -536,7 +536,7 @@ def analyse(name: str, cfg: "Config") -> dict:
         return json.loads(path.read_text())
     model = open_world_model(name, cfg)
     lenses, text = fit_lenses(model, name, cfg, cfg.tuned_steps)
-    asked = [ask(model, task, read_countries(), cfg.forms) for task in TASKS]
+    asked = [ask(model, task, read_countries(), cfg.forms) for task in cfg.tasks]
     study = {
         "readers": benchmark(model, make_readers(model, lenses), asked, cfg.draws, cfg.seed),
         "lenses": judge_lenses(model, lenses, judging_rows(text.corpus, TUNED_ROWS, TUNED_TOKENS, cfg.seed))[0],
@@ -547,11 +547,15 @@ def analyse(name: str, cfg: "Config") -> dict:
 
 
 #%% Tables: mean [interval] by reader, and over models
+def in_words(x: list[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*x)
+
+
 def says(told: dict | None, what: str = "auroc") -> str:
     if told is None:
         return "-"
     if what == "auroc":
-        return "{:.2f} [{:.2f}, {:.2f}]".format(told["auroc"], *told["interval"])
+        return in_words([told["auroc"], *told["interval"]])
     return f"{told[what]:.2f}" if what in told else "-"
 
 
@@ -611,6 +615,7 @@ class Config:
     tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each
     jacobian_rows: int = 16  # of 64 tokens, over which the Jacobian lens is a mean
     memory_gb: float = 1.0  # cap on what fitting the Jacobian lens keeps
+    tasks: tuple[str, ...] = TASKS  # of facts that are asked; forward and reverse are the capitals
     forms: int = 2  # phrasings of each task: half of them taught, half held out
     layer: int = 1  # the blocks passed, where tables are printed
     draws: int = 1000  # of the bootstrap over countries
@@ -624,6 +629,9 @@ if __name__ == "__main__":
     set_seed(cfg.seed)
     if min(cfg.forms, cfg.draws, cfg.tuned_steps, cfg.jacobian_rows) < 1 or not cfg.memory_gb > 0:
         fail("--forms, --draws, --tuned-steps and --jacobian-rows are 1 or more, --memory-gb more than 0")
+    if not set(cfg.tasks) <= set(TASKS) or not set(cfg.tasks) & set(CAPITALS):
+        fail(f"--tasks are some of {', '.join(TASKS)}, forward or reverse among them")
+    known_capitals = [task for task in cfg.tasks if task in CAPITALS]  # for which it is known who was not taught
 
 #%% Several models, as the world's seeds (--models): each benchmarked unless it is finished, then the spread over them
 if __name__ == "__main__" and cfg.models:
@@ -633,19 +641,21 @@ if __name__ == "__main__" and cfg.models:
     for i, name in enumerate(cfg.models):
         print(f"{purple}=== {name}, {i + 1} of {len(cfg.models)} ==={endc}")
         studies.append(analyse(name, cfg))
-    spread = {task: over_models(studies, task, "subject", cfg.layer) for task in TASKS}
-    rows = [
-        [reader, *("{:.2f} [{:.2f}, {:.2f}]".format(*spread[task][reader]) for task in TASKS)]
-        for reader in spread["forward"]
-    ]
-    table = tabulate(rows, headers=["reader", *TASKS], tablefmt="github")
+    spread = {task: over_models(studies, task, "subject", cfg.layer) for task in cfg.tasks}
+    rows = [[reader, *(in_words(spread[task][reader]) for task in cfg.tasks)] for reader in spread[cfg.tasks[0]]]
+    table = tabulate(rows, headers=["reader", *cfg.tasks], tablefmt="github")
     print(f"AUROC at the subject after {blocks(cfg.layer)}, mean [lowest, highest] of {len(studies)} models\n{table}")
-    save_results("readers_over_models", cfg, models=list(cfg.models), layer=cfg.layer, auroc=spread)
-    best = {task: max(spread[task], key=lambda reader: spread[task][reader][0]) for task in CAPITALS}
-    said = ", ".join(
-        "{}: {} {:.2f} [{:.2f}, {:.2f}]".format(task, best[task], *spread[task][best[task]]) for task in best
+    nats = {what: [float(np.mean(study["lenses"][what][:-1])) for study in studies] for what in studies[0]["lenses"]}
+    kl_spread = {what: [float(np.mean(x)), min(x), max(x)] for what, x in nats.items() if what.startswith("KL")}
+    print(
+        f"{cyan}in nats, mean of the layers: {'; '.join(f'{what} {in_words(x)}' for what, x in kl_spread.items())}{endc}"
     )
-    print(f"{green}Taught against untaught facts, over {len(studies)} models the best reader is: {said}.{endc}")
+    save_results("readers_over_models", cfg, auroc=spread, mean_kl=kl_spread)
+    told = []
+    for task in known_capitals:
+        best = max(spread[task], key=lambda reader: spread[task][reader][0])
+        told.append(f"{task} {best} {in_words(spread[task][best])}")
+    print(f"{green}Over {len(studies)} models the best reader of taught against untaught: {'; '.join(told)}.{endc}")
     raise SystemExit
 
 #%% The model, its lenses, and the gates: the last lens is the model's own output, a patchscope into itself moves nothing
@@ -657,7 +667,7 @@ if __name__ == "__main__":
     name = slug(find_model(cfg.model))
     lenses, text = fit_lenses(model, cfg.model, cfg, cfg.tuned_steps)
     readers = make_readers(model, lenses)
-    asked = [ask(model, task, read_countries(), cfg.forms) for task in TASKS]
+    asked = [ask(model, task, read_countries(), cfg.forms) for task in cfg.tasks]
     capitals = [questions for questions in asked if questions.task in CAPITALS]
     gate_error = require_exact_lens(model, [encode(model, p.text) for p in asked[0].prompts[:8]])
     patchscope_error = patchscope_gate(model, TARGETS["forward"])
@@ -680,18 +690,18 @@ if __name__ == "__main__":
 #%% Which reader tells taught from untaught? Each at both places after every block
 if __name__ == "__main__":
     found = benchmark(model, readers, asked, cfg.draws, cfg.seed)
-    for task, place in itertools.product(TASKS, PLACES):
-        n = int(asked[TASKS.index(task)].country.max()) + 1
+    n = len(read_countries())
+    for task, place in itertools.product(cfg.tasks, PLACES):
         about = "taught against untaught" if task in CAPITALS else "right against another country's answer"
         print(f"\n{purple}{task}, at the {place}: AUROC, {about} ({n} countries, 95% by bootstrap over them){endc}")
         print(layer_table(found[task][place]))
-    for task in TASKS:
+    for task in cfg.tasks:
         print(f"\n{purple}{task}, at the subject after {blocks(cfg.layer)}: all measures{endc}")
         print(measure_table(found[task]["subject"], cfg.layer))
 
 #%% ... as a map of readers and layers
 if __name__ == "__main__":
-    panels = list(itertools.product(CAPITALS, PLACES))
+    panels = list(itertools.product(known_capitals, PLACES))
     auroc_map = []
     for task, place in panels:
         rows = [[np.nan if x is None else x["auroc"] for x in of_layers] for of_layers in found[task][place].values()]
@@ -717,7 +727,7 @@ if __name__ == "__main__":
             f"{kind} lens, {task}, {label}": [
                 x[f"percentile, {measure}"] for x in found[task]["subject"][f"{kind} lens"]
             ]
-            for kind, task in itertools.product(lenses, CAPITALS)
+            for kind, task in itertools.product(lenses, known_capitals)
             for label, measure in (("taught", "known"), ("untaught", "not known"))
         },
         f"Percentile of the right answer among its kind, at the subject's last token ({name}, n = 171 countries)",
@@ -756,7 +766,7 @@ if __name__ == "__main__":
     few_steps = -(-cfg.tuned_steps // 4)  # there is nothing to be found by more
     twin_lenses, _ = fit_lenses(twin, cfg.model, cfg, few_steps, "-random")
     null = benchmark(twin, make_readers(twin, twin_lenses), capitals, cfg.draws, cfg.seed)
-    for task in CAPITALS:
+    for task in known_capitals:
         print(f"\n{purple}{task}, at the subject, random weights: AUROC, taught against untaught{endc}")
         print(layer_table(null[task]["subject"]))
 
@@ -796,15 +806,17 @@ if __name__ == "__main__":
         gates={"last_layer_lens": gate_error, "patchscope_into_itself": patchscope_error},
         says=known,
         readers=found,
-        at_subject={task: {r: x[cfg.layer] for r, x in found[task]["subject"].items()} for task in TASKS},
-        random_weights={task: {r: x[cfg.layer] for r, x in null[task]["subject"].items()} for task in CAPITALS},
-        auroc_by_layer={task: {place: auroc_by_layer(found[task][place]) for place in PLACES} for task in CAPITALS},
+        at_subject={task: {r: x[cfg.layer] for r, x in found[task]["subject"].items()} for task in cfg.tasks},
+        random_weights={task: {r: x[cfg.layer] for r, x in null[task]["subject"].items()} for task in known_capitals},
+        auroc_by_layer={
+            task: {place: auroc_by_layer(found[task][place]) for place in PLACES} for task in known_capitals
+        },
         kl=kl,
         mean_kl=mean_kl,
         causal=causal,
     )
     told = []
-    for task in CAPITALS:
+    for task in known_capitals:
         lenses_here = {kind: found[task]["subject"][f"{kind} lens"][cfg.layer] for kind in lenses}
         best = max(lenses_here, key=lambda kind: lenses_here[kind]["auroc"])
         told.append(f"{task} {best} lens {says(lenses_here[best])}")

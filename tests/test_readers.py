@@ -93,6 +93,7 @@ def test_a_reader_that_knows_tells_taught_from_untaught_and_one_that_likes_an_an
     assert told["auroc, labels swapped"] < 0.35
     likes = t.rand(len(questions.candidates)).expand(len(questions), -1)
     told = rd.judge(questions, likes, facts, True)
+    assert told["auroc"] == 0.5
     assert told["less elsewhere, known"] == pytest.approx(0, abs=1e-9)
     assert told["less elsewhere, not known"] == pytest.approx(0, abs=1e-9)
 
@@ -290,7 +291,7 @@ def test_the_causal_table_s_classes_are_all_there_is_and_the_whole_stream_overtu
     assert table["the whole stream"]["swapped"] > 0.8 > 0.3 > table["a plane at random"]["swapped"]
 
 
-SMALL = "--forms 1 --draws 20 --tuned-steps 1 --jacobian-rows 1 --device cpu".split()
+SMALL = "--tasks reverse --forms 1 --draws 20 --tuned-steps 1 --jacobian-rows 1 --device cpu".split()
 
 
 def test_models_are_benchmarked_once_and_their_spread_is_shown(run, workdir, tmp_path):
@@ -304,10 +305,11 @@ def test_models_are_benchmarked_once_and_their_spread_is_shown(run, workdir, tmp
         assert low == mean == high  # twice the same weights
     again = run("readers.py", "--models", *folders, *SMALL)
     assert again.stdout.count("finished before") == 2
-    assert "over 2 models the best reader" in again.stdout
+    assert "Over 2 models the best reader" in again.stdout
 
 
 def test_what_cannot_be_judged_gets_one_line(run):
     one_line_error(run("readers.py", "--model", "models/attn_only_2l"), "attention-only")
     one_line_error(run("readers.py", "--layer", "9", *SMALL), "--layer is 0 to 3")
     one_line_error(run("readers.py", "--draws", "0"), "1 or more")
+    one_line_error(run("readers.py", "--tasks", "language"), "forward or reverse among them")
