@@ -392,6 +392,20 @@ def layer_writes(
     return writes, ((at_end - norm.bias) @ column).item() + constant
 
 
+#%% What a head would take from one place, whatever it looks at
+def extraction_by_head(model: nn.Module, x: Tensor, layer: int) -> Tensor:
+    """
+    (head, row, d_model): what each head of a block writes where it attends to nothing but the stream x (row, d_model),
+    W_O W_V norm(x), its biases left out. Through the unembedding: attribute extraction (Geva et al. 2023).
+    """
+    attn = model.blocks[layer].attn
+    norm = block_norms(model, layer).before_attn
+    normed = x if norm is None else norm(x[None])[0]
+    W_V = attn.W_V.repeat_interleave(model.cfg.n_heads // len(attn.W_V), 0)  # (head, d_model, d_head)
+    z = einsum(normed, W_V, "row d_model, head d_model d_head -> head row d_head")
+    return einsum(z, attn.W_O, "head row d_head, head d_head d_model -> head row d_model")
+
+
 #%% Head catalogue: where each kind of head looks, True in (row, query, key) of tokens (row, pos)
 # What a role must at least be worth, whatever chance gives: a share of attention; of copying, a rank.
 FLOORS = {"previous token": 0.3, "duplicate token": 0.1, "induction": 0.1, "text-begin sink": 0.5, "copying": 0.95}

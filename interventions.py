@@ -27,7 +27,7 @@ from hooks import (
     run_with_hooks,
 )
 from layers import next_token_loss
-from anatomy import logit_parts, parts_error
+from anatomy import layer_streams, logit_parts, parts_error
 from weights import encode, token_text
 from world import DRAW, ENTITIES, Prompt, fact_prompts, read_countries
 
@@ -1145,6 +1145,21 @@ def knock_out(
 
     masked = replace(pairs, places={"hidden": mask})
     return t.cat(by_groups(of_group, masked, rows_that_fit(model, mask.shape[1], memory_gb)))
+
+
+#%% Patchscopes: an activation moved into another prompt, and what the model makes of it there
+def patchscope(model: nn.Module, x: Tensor, layer: int, target: Tensor, position: int) -> Tensor:
+    """
+    Logits (row, d_vocab) at the end of a target prompt (pos), whose stream after `layer` blocks is x (row, d_model) at
+    one position. Ghandeharioun et al. 2024.
+    """
+    stream = layer_streams(model)[layer]
+    with t.no_grad():
+        _, cache = run_with_cache(model, target[None], stream)
+    resid = cache[stream].expand(len(x), -1, -1).clone()
+    resid[:, position] = x
+    at_the_end = t.full((len(x),), len(target) - 1, device=x.device)
+    return run_from(model, resid, at_the_end, layer)
 
 
 #%% Edits of an activation by a function, and what they cost in loss over text

@@ -1,33 +1,51 @@
 """
-The logit lens and the tuned lens: what a model would say if it ended after any layer. First in their plain forms, to be
-held against the papers; then the engine that reads many places within one forward pass; milestones of a reading;
-training and judging the tuned lens; the classic picture.
+The logit lens, the tuned lens and the Jacobian lens: what a model would say if it ended after any layer, and what a
+layer makes it say later. First in their plain forms, to be held against the papers; then the engine that reads many
+places within one forward pass; milestones of a reading; fitting and judging lenses; the classic picture.
 """
 
+import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
+    BRIEF,
     ROOT,
     WORLD,
     cyan,
     endc,
     fail,
+    find_model,
     write_aside,
 )
 from plots import imshow, label_tokens, plain, visible
-from hooks import device_of, hooks, in_batches, logit_multiplier, run_with_cache
-from weights import token_text
+from hooks import (
+    device_of,
+    hooks,
+    in_batches,
+    is_streamed,
+    logit_multiplier,
+    rows_that_fit,
+    run_from,
+    run_with_cache,
+)
+from weights import model_key, token_text
+from data import Corpus, load_corpus
 from anatomy import layer_streams
+from world import load_world
 
+import numpy as np
 import plotly.graph_objects as go
 import torch as t
 import torch.nn as nn
+from einops import einsum
 from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from tokenizers import Tokenizer
@@ -105,11 +123,66 @@ def kl_from(final: Tensor, logits: Tensor) -> Tensor:
     return (final.exp() * (final - logits.float().log_softmax(-1))).sum(-1)
 
 
-#%% Either lens on any stream, and the gate: on the last layer it must be the model's own output
+#%% The Jacobian lens, in its plain form (Gurnee et al. 2026): what a change of a stream does to the last, on average
+def last_stream(model: nn.Module, resid: Tensor, layer: int) -> Tensor:
+    """The stream after all blocks (row, pos, d_model) of a run that resid (row, pos, d_model) enters at a layer."""
+    last = layer_streams(model)[-1]
+    kept = {}
+
+    def keep(x: Tensor, hook: nn.Module) -> None:
+        kept[last] = x
+
+    first_position = t.zeros(len(resid), dtype=t.long, device=resid.device)  # the one that is unembedded, for nothing
+    run_from(model, resid, first_position, layer, [(last, keep)])
+    return kept[last]
+
+
+def jacobian_lens(model: nn.Module, tokens: Tensor, target: str = "later", first: int = 0) -> Tensor:
+    """
+    (layer, d_model out, d_model in) for all layers but the last: the derivative of the last stream with respect to the
+    stream after 0, 1 .. blocks, mean over the rows and positions of tokens (row, pos), the `first` ones left out. Of a
+    position p to `target`: itself ('same'), or the sum over itself and all later ones ('later'), as in the paper.
+    Gurnee et al. 2026, https://transformer-circuits.pub/2026/workspace/index.html.
+    """
+    streams = layer_streams(model)[:-1]
+    _, cache = run_with_cache(model, tokens, streams)
+    by_layer = []
+    for layer, stream in enumerate(streams):
+        of_rows = []
+        for resid in cache[stream]:
+            ends_in = partial(last_of_row, model, layer)
+            jacobian = t.autograd.functional.jacobian(ends_in, resid)  # (pos out, d_model out, pos in, d_model in)
+            jacobian = jacobian[first:, :, first:]  # of an earlier position than p the derivative is zero: causal
+            if target == "same":
+                of_rows.append(jacobian.diagonal(dim1=0, dim2=2).mean(-1))
+            else:
+                of_rows.append(jacobian.sum(0).mean(1))
+        by_layer.append(t.stack(of_rows).mean(0))
+    return t.stack(by_layer)
+
+
+def last_of_row(model: nn.Module, layer: int, resid: Tensor) -> Tensor:
+    """last_stream of one row (pos, d_model)."""
+    return last_stream(model, resid[None], layer)[0]
+
+
+class Transport(nn.Module):
+    """x -> J x: where a stream leads to, to be read by the final norm and the unembedding."""
+
+    def __init__(self, jacobian: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(jacobian.float(), requires_grad=False)  # (d_model out, d_model in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() @ self.weight.T).to(x.dtype)
+
+
+#%% Any lens on any stream, and the gate: on the last layer it must be the model's own output
 class Lens:
     """
     Logits (..., token) from a stream (..., d_model) by the model's own modules. norm 'none' leaves the final norm out,
-    to compare; translators (tuned lens), one for each layer but the last, come first.
+    to compare; translators (of the tuned lens, or Transports: the Jacobian lens), one for each layer but the last, come
+    first.
     """
 
     def __init__(self, model: nn.Module, norm: str = "final", translators: nn.ModuleList | None = None):
@@ -460,7 +533,48 @@ def milestones(
     }
 
 
-#%% Training the tuned lens, and judging lenses
+#%% Audits: what of a reading is the norm's doing, and what a second lens confirms
+def confirmed_semantic(
+    normed: dict[str, Tensor], unnormed: dict[str, Tensor], tuned: dict[str, Tensor] | None = None
+) -> Tensor:
+    """
+    (place) the milestone 'semantic' of the normed lens, of which a layer counts only where the lens without the norm
+    says the answer too, or the tuned lens does. The last layer is the model's own output and needs nobody.
+    """
+    confirmed = unnormed["rank"] == 0
+    if tuned is not None:
+        confirmed |= tuned["rank"] == 0
+    confirmed[-1] = True
+    return first_layer((normed["rank"] == 0) & confirmed, stays=True)
+
+
+@t.no_grad()
+def norm_artefact(model: nn.Module, rows: Tensor) -> dict[str, list[float]]:
+    """
+    What the final norm does to the raw lens, by layer, over all positions of rows (row, pos): 'KL' (nats) of the normed
+    lens's distribution from the one without the norm, 'same top-1' (share of positions).
+    """
+    streams = layer_streams(model)
+    normed = Lens(model)
+    unnormed = Lens(model, "none")
+
+    def sums(part: Tensor) -> Tensor:
+        """(layer, 2)"""
+        _, cache = run_with_cache(model, part, streams)
+        by_layer = []
+        for stream in streams:
+            with_norm = normed(cache[stream]).float()
+            without = unnormed(cache[stream]).float()
+            kl = kl_from(with_norm.log_softmax(-1), without).sum()
+            same = (with_norm.argmax(-1) == without.argmax(-1)).sum()
+            by_layer.append(t.stack([kl, same]))
+        return t.stack(by_layer)
+
+    total = sum(in_batches(sums, rows.to(device_of(model)), 8)) / rows.numel()
+    return {"KL": total[:, 0].tolist(), "same top-1": total[:, 1].tolist()}
+
+
+#%% Training the tuned lens
 def tuned_learning_rate(d_model: int) -> float:
     """
     1e-2 up to a width of 128, and less for wider streams: a step of Adam moves every entry of A by this, and the
@@ -527,6 +641,96 @@ def backward_by_layer(model: nn.Module, translators: nn.ModuleList, tokens: Tens
     return mean_kl
 
 
+#%% Fitting the Jacobian lens by vector-Jacobian products
+@contextlib.contextmanager
+def without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients go to activations alone: half the work, and nothing is kept for the weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def fit_jacobian_lens(
+    model: nn.Module, rows: Tensor, target: str = "later", first: int = 0, memory_gb: float = 1.0
+) -> Tensor:
+    """
+    jacobian_lens by d_model backward passes for each group of rows (row, pos) that fits into memory: one for each
+    dimension of the last stream, which asks all positions of all rows at once. 'same' asks a copy of the row for each
+    position, and takes as many times longer as there are positions. A backward pass is about 2 x (parameters of the
+    blocks) operations per token: for GPT-2 (85M, d_model 768) that is 0.13 TFLOP per token of the rows.
+    """
+    if target not in ("same", "later"):
+        raise ValueError(f"unknown target {target!r}: the Jacobian lens knows same and later")
+    n_rows, n_pos = rows.shape
+    asked = t.eye(n_pos)[first:]  # (copy, pos): whose derivatives are taken, of whom
+    if target == "same":
+        rows = rows.repeat_interleave(len(asked), 0)
+    else:
+        asked = asked.sum(0, keepdim=True)  # at once: what comes back to a position is the sum over all later ones
+    asked = asked.repeat(n_rows, 1).to(device_of(model))
+    rows = rows.to(device_of(model))
+    cfg = model.cfg
+    kept = cfg.n_layers * (10 * cfg.d_model + 4 * cfg.d_mlp + 4 * cfg.n_heads * n_pos)  # of a position, for the graph
+    at_once = rows_that_fit(model, n_pos, memory_gb, kept)
+
+    def sums(index: Tensor) -> Tensor:
+        return jacobian_sums(model, rows[index], asked[index])
+
+    with without_weight_gradients(model):
+        total = sum(in_batches(sums, t.arange(len(rows), device=rows.device), at_once, "Jacobian lens"))
+    return total / (n_rows * (n_pos - first))
+
+
+def jacobian_sums(model: nn.Module, rows: Tensor, asked: Tensor) -> Tensor:
+    """
+    (layer, d_model out, d_model in): derivatives of the last stream, summed over the positions that are asked (row,
+    pos), with respect to each earlier stream, summed over these too.
+    """
+    streams = layer_streams(model)
+    kept: dict[str, Tensor] = {}
+
+    def keep(stream: str, x: Tensor, hook: nn.Module) -> None:
+        kept[stream] = x
+
+    with t.enable_grad():
+        resid = model(rows, stop_at_layer=0).detach().requires_grad_()
+        first_position = t.zeros(len(rows), dtype=t.long, device=rows.device)  # is unembedded, for nothing
+        run_from(model, resid, first_position, 0, [(stream, partial(keep, stream)) for stream in streams])
+    sources = [kept[stream] for stream in streams[:-1]]
+    last = kept[streams[-1]]
+    sums = t.zeros(len(sources), model.cfg.d_model, model.cfg.d_model, device=rows.device)
+    for out in trange(model.cfg.d_model, desc="derivatives", **BRIEF):
+        cotangent = t.zeros_like(last)
+        cotangent[..., out] = asked
+        gradients = t.autograd.grad(last, sources, cotangent, retain_graph=True)
+        for layer, gradient in enumerate(gradients):
+            sums[layer, out] = einsum(gradient.float(), asked, "row pos d_model, row pos -> d_model")
+    return sums
+
+
+def fitted_jacobian_lens(
+    model: nn.Module,
+    rows: Callable[[], Tensor],
+    path: Path,
+    target: str = "later",
+    first: int = 1,
+    memory_gb: float = 1.0,
+) -> nn.ModuleList:
+    """Transports of all layers but the last, read back from the path, or fitted to rows() (row, pos) and kept there."""
+    if path.is_file():
+        jacobians = load_file(path)["jacobians"]
+    else:
+        jacobians = fit_jacobian_lens(model, rows(), target, first, memory_gb).cpu()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, lambda aside: save_file({"jacobians": jacobians}, aside))
+    return nn.ModuleList(Transport(jacobian) for jacobian in jacobians).to(device_of(model))
+
+
+#%% Judging lenses
 def judge_lenses(
     model: nn.Module, lenses: dict[str, Lens], rows: Tensor, draws: int = 1000
 ) -> tuple[dict[str, list[float]], dict[str, list[list[float]]]]:
@@ -556,6 +760,105 @@ def judge_lenses(
         scores[name] = mean.tolist()
         intervals[name] = low_high.tolist()
     return scores, intervals
+
+
+#%% A lens by name, as the stories' flags ask for it
+TUNED_TOKENS = 64  # per row that a lens is fitted to and judged on
+TUNED_ROWS = 64  # that it is judged on
+type LensKind = Literal["raw", "tuned", "jacobian"]
+
+
+@dataclass
+class LensConfig:
+    """The settings that the stories of the lens share; a story's own come behind them."""
+
+    lens: LensKind = "raw"  # raw: final norm and unembedding alone; tuned and jacobian: behind a map fitted per layer
+    tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each
+    jacobian_rows: int = 16  # of 64 tokens, over which the Jacobian lens is a mean
+    jacobian_target: Literal["later", "same"] = (
+        "later"  # of a position: the last stream at all later ones, or at itself
+    )
+    memory_gb: float = 1.0  # cap on what fitting the Jacobian lens keeps
+
+
+def refuse_lens_settings(cfg: LensConfig) -> None:
+    if cfg.tuned_steps < (1 if cfg.lens == "tuned" else 0):
+        fail("--tuned-steps is 0 (no tuned lens) or more; --lens tuned needs 1 or more")
+    if cfg.jacobian_rows < 1:
+        fail("--jacobian-rows is 1 or more")
+    if not cfg.memory_gb > 0:
+        fail("--memory-gb is more than 0")
+
+
+def tuned_lens_corpus(model: nn.Module, name: str, bos: bool | None) -> Corpus:
+    """The text that lenses are fitted to: the world where the model learned it, else the standard library."""
+    if knows_world(model):
+        return load_world()
+    return load_corpus(tokenizer=name, bos=bos)
+
+
+def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int) -> Tensor:
+    """(n, TUNED_TOKENS) of training text, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    if world:
+        return corpus.batch(rng, n, TUNED_TOKENS)
+    return t.from_numpy(corpus.rows(rng, n, TUNED_TOKENS, "train"))
+
+
+@dataclass
+class LensText:
+    """What lenses of a model are fitted to, and under which name they are kept."""
+
+    model: nn.Module
+    folder: str
+    bos: bool | None
+    seed: int
+    corpus: Corpus
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, bos: bool | None, seed: int) -> "LensText":
+        if is_streamed(model):
+            fail("the tuned and the Jacobian lens need the weights in memory: --lens raw, or --offload off")
+        folder = find_model(name)
+        return cls(model, folder, bos, seed, tuned_lens_corpus(model, folder, bos))
+
+    def rows(self, step: int, n: int) -> Tensor:
+        return draw_rows(self.corpus, knows_world(self.model), (self.seed, step), n)
+
+    def path(self, kind: str, of: str, settings: list) -> Path:
+        """settings: those that change the map, beside the model's files, the text and the seed."""
+        shared = [str(self.model.W_U.dtype), self.bos, self.seed, TUNED_TOKENS, self.corpus.key]
+        key = model_key(self.folder, [*shared, *settings])
+        return Path(f"checkpoints/{kind}_lens") / f"{slug(self.folder)}{of}-{key}.safetensors"
+
+    def tuned(self, steps: int, of: str = "") -> nn.ModuleList:
+        """of: names another model than the folder's (its random twin)."""
+        rate = tuned_learning_rate(self.model.cfg.d_model)
+        path = self.path("tuned", of, [rate, steps])
+        return tuned_lens(self.model, partial(self.rows, n=16), steps, path, rate)
+
+    def jacobian(
+        self, n: int, target: str, memory_gb: float, of: str = "", n_tokens: int = TUNED_TOKENS
+    ) -> nn.ModuleList:
+        """n_tokens: of each row that are taken."""
+
+        def rows() -> Tensor:
+            return self.rows(0, n)[:, :n_tokens]
+
+        path = self.path("jacobian", of, [n, target, n_tokens])
+        return fitted_jacobian_lens(self.model, rows, path, target, 1, memory_gb)
+
+
+def open_lens(
+    model: nn.Module, name: str, cfg: LensConfig, norm: str = "final", bos: bool | None = None, seed: int = 0
+) -> Lens:
+    """The lens that --lens asks for; what must be fitted is read back where it was fitted before."""
+    if cfg.lens == "raw":
+        return Lens(model, norm)
+    text = LensText.of(model, name, bos, seed)
+    if cfg.lens == "tuned":
+        return Lens(model, norm, text.tuned(cfg.tuned_steps))
+    return Lens(model, norm, text.jacobian(cfg.jacobian_rows, cfg.jacobian_target, cfg.memory_gb))
 
 
 #%% The classic picture, layer x position

@@ -1,12 +1,11 @@
 """
 Logit lens: what does a model believe after every layer? Read through its own final norm and unembedding, through a
-tuned lens, and taken apart into what each layer and head wrote.
-The methods are lens.logit_lens, its fast form lens.read, lens.tuned_lens_loss and anatomy.logit_parts. At another place
-of a block than its end: run_with_cache there, then Lens(model)(cache[name]).
+tuned or a Jacobian lens, and taken apart into what each layer and head wrote.
+The methods are lens.logit_lens, its fast form lens.read, lens.tuned_lens_loss, lens.jacobian_lens and
+anatomy.logit_parts. At another place of a block than its end: run_with_cache there, then Lens(model)(cache[name]).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -24,27 +23,31 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import bar, imshow, label_tokens, line, plain, show
 from hooks import device_of, has_qkv, is_streamed
-from weights import about_bos, answer_token, encode, model_key, open_model, token_text
-from data import Corpus, load_corpus, refuse_empty
+from weights import about_bos, answer_token, encode, open_model, token_text
+from data import refuse_empty
 from launch import flags
 from anatomy import layer_writes, logit_parts, parts_error
-from world import judging_rows, load_world
+from world import judging_rows
 from lens import (
     CATEGORIES,
     RULES,
+    TUNED_ROWS,
+    TUNED_TOKENS,
     Lens,
+    LensConfig,
+    LensText,
+    confirmed_semantic,
     grid_figure,
     grid_table,
     judge_lenses,
-    knows_world,
     milestones,
+    norm_artefact,
     read,
+    refuse_lens_settings,
     require_exact_lens,
     slug,
     token_texts,
     top_k_of_layers,
-    tuned_learning_rate,
-    tuned_lens,
 )
 from llama_block import Llama
 
@@ -54,34 +57,16 @@ import torch.nn as nn
 from tabulate import tabulate
 from torch import Tensor
 
-TUNED_TOKENS = 64  # per row that the tuned lens is trained and judged on
-TUNED_ROWS = 64  # that it is judged on
 
-
-#%% The text of the tuned lens: what the model was trained on, where that is known
-def tuned_lens_corpus(model: nn.Module, name: str, bos: bool | None) -> Corpus:
-    """The world where the model learned it, else the standard library in the model's own tokens."""
-    if knows_world(model):
-        return load_world()
-    return load_corpus(tokenizer=name, bos=bos)
-
-
-def draw_rows(corpus: Corpus, world: bool, seed: tuple[int, int], n: int) -> Tensor:
-    """(n, TUNED_TOKENS) of training text, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    if world:
-        return corpus.batch(rng, n, TUNED_TOKENS)
-    return t.from_numpy(corpus.rows(rng, n, TUNED_TOKENS, "train"))
-
-
+#%% A milestone in words
 def says_layer(layer: float, n_layers: int) -> str:
-    """A milestone in words; nan is none."""
+    """nan is at none."""
     return "at no layer" if np.isnan(layer) else f"after {layer:.0f} of {n_layers} blocks"
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
-class Config:
+class Config(LensConfig):
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     prompt: str = "Everyone knows that the capital of Japan is"
@@ -92,7 +77,6 @@ class Config:
     copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
     top: int = 5
     less_mean: bool = True  # writes to the logit less the mean logit of all tokens; --no-less-mean: to the raw logit
-    tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each; 0 leaves it out
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: int = 0
     device: str = "auto"
@@ -105,8 +89,7 @@ if __name__ == "__main__":
     refuse_empty(cfg.prompt)
     if cfg.top < 1:
         fail("--top is 1 or more")
-    if cfg.tuned_steps < 0:
-        fail("--tuned-steps is 0 (no tuned lens) or more")
+    refuse_lens_settings(cfg)
     if not 0 <= cfg.copy_threshold <= 1:
         fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
     if cfg.answer is not None and not cfg.answer.strip():
@@ -126,6 +109,20 @@ if __name__ == "__main__":
     gate_error = require_exact_lens(model, [row])
     print(f"{cyan}gate: the last layer's lens misses the model's own logits by {gate_error:.1e}{endc}")
 
+#%% The lenses: raw; tuned, where the weights are in memory; Jacobian, where --lens asks for it, since it is dear
+if __name__ == "__main__":
+    maps: dict[str, nn.ModuleList | None] = {"raw": None}
+    in_memory = not is_streamed(model)
+    if cfg.lens != "raw" or (in_memory and cfg.tuned_steps):
+        text = LensText.of(model, cfg.model, cfg.bos, cfg.seed)
+        if cfg.tuned_steps:
+            maps["tuned"] = text.tuned(cfg.tuned_steps)
+        if cfg.lens == "jacobian":
+            maps["jacobian"] = text.jacobian(cfg.jacobian_rows, cfg.jacobian_target, cfg.memory_gb)
+    if "tuned" not in maps:
+        why = "--tuned-steps 0" if in_memory else "weights are offloaded"
+        print(f"{gray}tuned lens left out ({why}){endc}")
+
 #%% What would each layer say at each position? The likeliest token, and how the answer fares at the end of the prompt
 if __name__ == "__main__":
     if cfg.answer:
@@ -135,7 +132,8 @@ if __name__ == "__main__":
             answer = int(model(t.tensor([row], device=device_of(model)))[0, -1].argmax())
     said = token_text(model, answer)
     every_position = [(0, position) for position in range(len(row))]
-    found = read(model, Lens(model, cfg.norm), [row], every_position, [answer] * len(row), cfg.top)
+    lens = Lens(model, cfg.norm, maps[cfg.lens])
+    found = read(model, lens, [row], every_position, [answer] * len(row), cfg.top)
     texts = token_texts(model, found["ids"])
     print(grid_table(found, texts, tokens))
     at_the_end = {
@@ -158,14 +156,22 @@ if __name__ == "__main__":
 
 #%% ... as the classic picture, layer x position
 if __name__ == "__main__":
-    title = f"Logit lens of {plain(repr(cfg.prompt[-60:]))} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
+    what = "Logit lens" if cfg.lens == "raw" else f"{cfg.lens.capitalize()} lens"
+    title = f"{what} of {plain(repr(cfg.prompt[-60:]))} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
     show(grid_figure(found, texts, tokens, title), "logit_lens/grid")
 
 #%% When does the answer settle, and what comes before it? The milestones of the prompt
 if __name__ == "__main__":
-    last_position = {what: x[:, -1:] for what, x in found.items()}
+    at_end = [(0, len(row) - 1)]
     categories = CATEGORIES["forward"] + CATEGORIES["reverse"]
-    reached = milestones(last_position, texts, [cfg.prompt], [categories], cfg.copy_threshold)
+    reached_by = {}
+    by_lens = {}
+    for kind, of_layers in maps.items():
+        reading = read(model, Lens(model, cfg.norm, of_layers), [row], at_end, [answer], cfg.top)
+        said_tokens = token_texts(model, reading["ids"])
+        by_lens[kind] = reading
+        reached_by[kind] = milestones(reading, said_tokens, [cfg.prompt], [categories], cfg.copy_threshold)
+    reached = reached_by[cfg.lens]
     settles = reached["semantic"].item()
     odd = [rule for rule in RULES if reached[rule].item()]
     print(f"{cyan}{said!r} is top-1 to the end: {says_layer(settles, n_layers)}{endc}")
@@ -175,33 +181,25 @@ if __name__ == "__main__":
     )
     print(f"{cyan}odd: {', '.join(odd) or 'nothing'}{endc}")
 
-#%% Does the layer not know yet, or does it speak another basis? The tuned lens: a learned affine map per layer
+#%% ... with each lens; and where two lenses agree, since a norm alone can lift a token to the top
 if __name__ == "__main__":
-    translators = None
-    if is_streamed(model):
-        print(f"{gray}tuned lens left out (weights are offloaded){endc}")
-    elif not cfg.tuned_steps:
-        print(f"{gray}tuned lens left out (--tuned-steps 0){endc}")
-    else:
-        folder = find_model(cfg.model)
-        world = knows_world(model)
-        rate = tuned_learning_rate(model.cfg.d_model)
-        corpus = tuned_lens_corpus(model, folder, cfg.bos)
-        key = model_key(folder, [str(model.W_U.dtype), cfg.bos, cfg.seed, TUNED_TOKENS, corpus.key, rate])
-        translators = tuned_lens(
-            model,
-            lambda step: draw_rows(corpus, world, (cfg.seed, step), 16),
-            cfg.tuned_steps,
-            Path("checkpoints/tuned_lens") / f"{name}-{key}-{cfg.tuned_steps}.safetensors",
-            rate,
-        )
+    for kind, x in reached_by.items():
+        where = says_layer(x["semantic"].item(), n_layers)
+        print(f"{gray}by the {kind} lens {said!r} is top-1 to the end: {where}{endc}")
+    normed = read(model, Lens(model), [row], at_end, [answer], cfg.top)
+    unnormed = read(model, Lens(model, "none"), [row], at_end, [answer], cfg.top)
+    audited = confirmed_semantic(normed, unnormed, by_lens.get("tuned")).item()
+    print(
+        f"{cyan}audit: counted only where the lens without the final norm or the tuned lens says it too: "
+        f"{says_layer(audited, n_layers)}{endc}"
+    )
 
-#%% ... judged on rows it was not trained on, beside the logit lens, which is called raw here
+#%% Does the layer not know yet, or does it speak another basis? Each lens judged on rows that no fit saw
 if __name__ == "__main__":
     tuned_scores: dict[str, list[float]] = {}
-    if translators is not None:
-        judged_rows = judging_rows(corpus, TUNED_ROWS, TUNED_TOKENS, cfg.seed)
-        lenses = {"raw": Lens(model), "tuned": Lens(model, translators=translators)}
+    if len(maps) > 1:
+        judged_rows = judging_rows(text.corpus, TUNED_ROWS, TUNED_TOKENS, cfg.seed)
+        lenses = {kind: Lens(model, translators=of) for kind, of in maps.items()}
         tuned_scores, tuned_intervals = judge_lenses(model, lenses, judged_rows)
         columns = {"after layer": range(n_layers + 1)}
         for what, means in tuned_scores.items():
@@ -216,7 +214,7 @@ if __name__ == "__main__" and tuned_scores:
     for measure, unit in (("KL", "nats"), ("perplexity", "perplexity")):
         fig = line(
             {f"{kind} lens": tuned_scores[f"{measure}, {kind}"] for kind in lenses},
-            f"Raw and tuned lens: {measure} by layer ({name}, n = {n_judged} held-out tokens)",
+            f"{', '.join(lenses).capitalize()} lens: {measure} by layer ({name}, n = {n_judged} held-out tokens)",
             xlabel="blocks passed",
             ylabel=unit,
             markers=True,
@@ -225,11 +223,18 @@ if __name__ == "__main__" and tuned_scores:
         show(fig, f"logit_lens/tuned_{measure}")
 
 #%% ... and the gate: the tuned lens is nearer to the model's own distribution at every layer (where not: the figure)
-if __name__ == "__main__" and tuned_scores:
+if __name__ == "__main__" and "tuned" in maps:
     raw_kl = np.array(tuned_scores["KL, raw"][:-1])
     tuned_kl = np.array(tuned_scores["KL, tuned"][:-1])
     worse = np.flatnonzero(~(tuned_kl < raw_kl)).tolist()  # nan too
     assert not worse, f"the tuned lens does not beat the raw lens at layers {worse}: give it more --tuned-steps"
+
+#%% How much of the raw lens is the final norm's doing? The lens with it against the lens without it, by layer
+if __name__ == "__main__" and tuned_scores:
+    artefact = norm_artefact(model, judged_rows)
+    columns = {"after layer": range(n_layers + 1)}
+    columns |= {f"{what}, with norm against without": of_layers for what, of_layers in artefact.items()}
+    print(tabulate(columns, headers="keys", floatfmt=".3f"))
 
 #%% Who wrote the answer? Each layer's write in its direction; they sum to the logit
 if __name__ == "__main__":
@@ -291,15 +296,19 @@ if __name__ == "__main__":
     if tuned_scores:
         numbers["tuned_lens"] = tuned_scores
         numbers["tuned_lens_intervals"] = tuned_intervals
+        numbers["norm_artefact"] = artefact
     if by_head is not None:
         numbers["head_and_mlp_writes"] = by_head.tolist()
-    numbers["milestones"] = {what: None if np.isnan(x.item()) else x.item() for what, x in reached.items()}
+    numbers["milestones"] = {what: x.item() for what, x in reached.items()}
+    for kind, of_lens in reached_by.items():
+        numbers[f"milestones_{kind}"] = {what: x.item() for what, x in of_lens.items()}
+    numbers["milestones_audited"] = {"semantic": audited}
     save_results("logit_lens", cfg, **numbers)
     settled = f"{said!r} is what it would say {says_layer(settles, n_layers)} and ever after"
     if np.isnan(settles):
         settled = f"{said!r} is at no layer what it would say to the end"
     tuned_says = "no tuned lens"
-    if tuned_scores:
+    if "tuned" in maps:
         tuned_says = (
             f"a tuned lens brings the layers from {raw_kl.mean():.2f} to {tuned_kl.mean():.2f} nats from the last"
         )

@@ -93,6 +93,14 @@ def random_twin(model: nn.Module, name: str, ours: tuple[type, ...], device: str
     return twin
 
 
+def subject_position(tokenizer, prompt: Prompt, n_bos: int) -> int:
+    """The last token of the entity that a fact's prompt asks about. n_bos: tokens that stand before the text."""
+    subject = prompt.labels["capital" if prompt.task == "reverse" else "country"]
+    end_of_subject = prompt.text.index(subject) + len(subject)
+    offsets = tokenizer.encode(prompt.text, add_special_tokens=False).offsets
+    return n_bos + next(i for i, (_, end) in enumerate(offsets) if end >= end_of_subject)
+
+
 #%% The measure, and who is trained on
 def auroc(y: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """
@@ -273,6 +281,24 @@ def fit_probe(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray
         return regression.decision_function((z - mean) / std)
 
     return score
+
+
+def ridge_map(x: Tensor, y: Tensor, penalty: float = 0.1) -> Callable[[Tensor], Tensor]:
+    """
+    The affine map from x (row, d_in) to y (row, d_out) of ridge regression, as a function; penalty in units of the mean
+    variance of x, times the number of rows.
+    """
+    mean_x = x.mean(0)
+    mean_y = y.mean(0)
+    centred = x - mean_x
+    gram = centred.T @ centred
+    strength = penalty * gram.trace() / len(gram) + 1e-12  # where x never varies the mean of y is predicted
+    weight = t.linalg.solve(gram + strength * t.eye(len(gram), device=x.device), centred.T @ (y - mean_y))
+
+    def predict(z: Tensor) -> Tensor:
+        return (z - mean_x) @ weight + mean_y
+
+    return predict
 
 
 def logistic_probe(trial: Trial, x: np.ndarray, y: np.ndarray, units: list[int] | None = None) -> dict:

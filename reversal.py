@@ -35,10 +35,13 @@ from lens import (
     CATEGORIES,
     RULES,
     Lens,
+    LensConfig,
     first_layer,
     knows_world,
     milestones,
+    open_lens,
     read,
+    refuse_lens_settings,
     require_exact_lens,
     slug,
     token_texts,
@@ -334,7 +337,11 @@ KEYS = ("semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error
 
 def run_key(name: str, cfg: "Config") -> str:
     """Names an analysis by its settings and by the model's files."""
-    fields = ("norm", "bos", "countries", "forms", "copy_threshold", "top", "draws", "seed")
+    fields = ["norm", "bos", "countries", "forms", "copy_threshold", "top", "draws", "seed", "lens"]
+    if cfg.lens == "tuned":
+        fields.append("tuned_steps")
+    if cfg.lens == "jacobian":
+        fields += ["jacobian_rows", "jacobian_target"]
     dtype = pick_dtype(pick_device(cfg.device), cfg.dtype)  # auto is another one on another device
     return model_key(name, [str(dtype), *(getattr(cfg, field) for field in fields)])
 
@@ -388,11 +395,13 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
         )
     some_rows = list(questions.ids[:: max(1, len(questions) // 8)])
     gate_error = require_exact_lens(model, some_rows)
-    frame, found, texts = ask(model, Lens(model, cfg.norm), questions, cfg.top, cfg.copy_threshold)
+    lens = open_lens(model, name, cfg, cfg.norm, cfg.bos, cfg.seed)
+    frame, found, texts = ask(model, lens, questions, cfg.top, cfg.copy_threshold)
     study = {
         "model": slug(name),
         "key": key,
         "n_layers": model.cfg.n_layers,
+        "lens": cfg.lens,
         "norm": cfg.norm,
         "bos": about_bos(model),
         "known_corpus": known,
@@ -470,7 +479,7 @@ def report(study: dict) -> str:
     about = (
         f"{study['n_questions']} questions ({study['n_left_out']} left out, whose answers cannot be told apart) about "
         f"{study['n_countries']} countries, {study['n_layers']} layers, "
-        f"norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. "
+        f"lens: {study['lens']}, norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. "
         "Means with 95% intervals, bootstrap over countries."
     )
     form_rows = []
@@ -505,6 +514,7 @@ def comparison_row(study: dict) -> dict[str, str]:
     row = {
         "model": model,
         "layers": study["n_layers"],
+        "lens": study["lens"],
         "answer depth": says(study["depth"]),
         "layer": "" if layer is None else f"{layer:.1f}",
         "published": published[0] if published else "",
@@ -557,7 +567,7 @@ def comparison_figure(studies: list[dict]) -> go.Figure:
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
-class Config:
+class Config(LensConfig):
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     models: tuple[str, ...] = ()  # analyse these one after the other, skip what is finished, and compare them
@@ -583,6 +593,7 @@ if __name__ == "__main__":
         fail("--forms is 1 to 11, --countries 0 (all) or more, --top 1 or more")
     if cfg.draws < 1:
         fail("--draws is 1 or more")
+    refuse_lens_settings(cfg)
     if not 0 <= cfg.copy_threshold <= 1:
         fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
 
@@ -614,7 +625,8 @@ if __name__ == "__main__" and cfg.models:
 if __name__ == "__main__":
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
-    print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")
+    about = f"{model.cfg.n_layers} layers, {cfg.lens} lens, norm {cfg.norm}; {about_bos(model)}"
+    print(f"{purple}=== {name}: {about} ==={endc}")
     study = analyse(cfg.model, cfg, model)
     curves = study["curves"]
     print(tabulate(summary(study), headers=["", "mean [95%, bootstrap over countries]"]))
@@ -625,7 +637,7 @@ if __name__ == "__main__":
 #%% Where do the answers settle? Their probability, rank, distance to the end and uncertainty, by layer and direction
 if __name__ == "__main__":
     n_plain = study["n_questions"] // len(FILLERS)
-    about = f"{name}, n = {n_plain} plain questions about {study['n_countries']} countries"
+    about = f"{name}, {cfg.lens} lens, n = {n_plain} plain questions about {study['n_countries']} countries"
     for curve, what in (
         ("probability", "mean probability of the answer"),
         ("rank", "median rank of the answer (1 is top)"),

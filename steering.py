@@ -38,7 +38,15 @@ from sae import (
     with_sparsity,
 )
 from lens import knows_world
-from probes import TEST, TRAIN, concepts_of_features, harvest_labelled, labelled_tokens, split
+from probes import (
+    TEST,
+    TRAIN,
+    concepts_of_features,
+    harvest_labelled,
+    labelled_tokens,
+    split,
+    subject_position,
+)
 from llama_block import Llama
 
 import numpy as np
@@ -113,18 +121,6 @@ class Asked:
         return cls(tokens.to(device), from_country.float()[..., None].to(device), last.to(device))
 
 
-def push_starts(tokenizer, prompts: list[Prompt], bos: list[int]) -> list[int]:
-    """Of each prompt the position of its country's last token."""
-    starts = []
-    for prompt in prompts:
-        country = prompt.labels["country"]
-        end_of_country = prompt.text.index(country) + len(country)
-        offsets = tokenizer.encode(prompt.text, add_special_tokens=False).offsets
-        last_token = next(i for i, (_, end) in enumerate(offsets) if end >= end_of_country)
-        starts.append(len(bos) + last_token)
-    return starts
-
-
 def word_tokens(tokenizer, text: str, word: str) -> list[int]:
     """All tokens of a word that follows the text."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -144,7 +140,7 @@ class ContinentQuestions:
         self.model = subject.model
         self.hook = subject.hook
         tokenizer = subject.tokenizer
-        starts = push_starts(tokenizer, prompts, subject.bos)
+        starts = [subject_position(tokenizer, prompt, len(subject.bos)) for prompt in prompts]
         asked = [subject.bos + tokenizer.encode(prompt.text, add_special_tokens=False).ids for prompt in prompts]
         lengths = [len(row) for row in asked]
         self.words = []  # by continent, (prompt, token) padded by -1

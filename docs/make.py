@@ -2,7 +2,7 @@
 The README's tables and pictures from what was measured. Run the scripts, then
     python docs/make.py collect     # results/*.json -> docs/results (the numbers that the table names)
     python docs/make.py pictures    # figs/*.html -> docs/*.png, by Chromium
-    python docs/make.py table       # docs/results -> README.md
+    python docs/make.py table       # docs/results -> README.md, docs/readers.md
 """
 
 import itertools
@@ -125,6 +125,18 @@ ROWS = [
         "uv run bench.py --only lens streaming",
     ),
     (
+        "which reader tells taught from untaught facts, at the country after the first block: AUROC forward; reverse",
+        "Jacobian lens {readers[at_subject][forward][Jacobian lens][auroc]:.2f}; {readers[at_subject][reverse][Jacobian lens][auroc]:.2f}, tuned {readers[at_subject][forward][tuned lens][auroc]:.2f}; {readers[at_subject][reverse][tuned lens][auroc]:.2f}, raw {readers[at_subject][forward][raw lens][auroc]:.2f}; {readers[at_subject][reverse][raw lens][auroc]:.2f}",
+        "0.5: it cannot tell; below: it shows what was taught as unlikely (see docs/readers.md)",
+        "uv run readers.py",
+    ),
+    (
+        "... KL of the final distribution from the lens's, mean of the layers, nats",
+        "Jacobian lens {readers[mean_kl][Jacobian]:.2f}, tuned {readers[mean_kl][tuned]:.2f}, raw {readers[mean_kl][raw]:.2f}",
+        "0: it says what the model will say",
+        "uv run readers.py",
+    ),
+    (
         "patching speed against transformer_lens.patching, GPT-2-small's shape: resid_pre, heads",
         "{bench[resid_pre_speedup_gpt2]:.1f}x, {bench[head_speedup_gpt2]:.1f}x",
         "1x (TransformerLens)",
@@ -192,6 +204,7 @@ PICTURES = {
     "llama_block": "llama_block/phases",
     "moe": "moe/specialisation",
     "logit_lens": "logit_lens/grid",
+    "readers": "readers/auroc",
     "patching": "patching/places",
     "circuits": "circuits/circuit",
     "sae_probe": "sae_probe/probes",
@@ -221,9 +234,13 @@ def named() -> dict[str, set[str]]:
     return found
 
 
+PAGE = {"readers": {"at_subject", "auroc_by_layer", "causal", "config", "kl", "random_weights"}}  # of docs/readers.md
+
+
 def collect() -> None:
     """Keep what the table names, where a run has made it anew; what a run left out stays as it was."""
     for name, keys in named().items():
+        keys = keys | PAGE.get(name, set())
         if not (ROOT / f"results/{name}.json").exists():
             continue
         numbers = read(f"results/{name}.json")
@@ -263,12 +280,76 @@ def table() -> str:
 
 def readme() -> str:
     """README.md with its table made anew."""
-    before, rest = (ROOT / "README.md").read_text().split(START)
-    return before + START + table() + END + rest.split(END)[1]
+    return filled("README.md", table())
+
+
+def as_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def auroc_says(told: dict | None) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(told["auroc"], *told["interval"]) if told else "-"
+
+
+def two(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def reader_rows(told: dict, null: dict) -> list[list[str]]:
+    """One task's, at the subject: a row for each reader."""
+    rows = []
+    for reader, x in told.items():
+        percentile = f"{x['percentile, known']:.2f} / {x['percentile, not known']:.2f}"
+        nulls = f"{x['auroc, labels swapped']:.2f}; {null[reader]['auroc']:.2f}"
+        rows.append(
+            [reader, auroc_says(x), percentile, two(x["false discovery"]), two(x.get("calibration error")), nulls]
+        )
+    return rows
+
+
+def readers_tables(n: dict) -> str:
+    """The tables of docs/readers.md, from docs/results/readers.json."""
+    layer = n["config"]["layer"]
+    parts = []
+    header = ["reader", "AUROC", "percentile, taught / untaught", "false discovery", "calibration error", "nulls"]
+    for task in ("forward", "reverse"):
+        parts.append(f"\n**{task.capitalize()}**, at the subject's last token after {layer} block:\n\n")
+        parts.append(as_table(header, reader_rows(n["at_subject"][task], n["random_weights"][task])))
+    relations = [task for task in n["at_subject"] if task not in ("forward", "reverse")]
+    rows = [[r, *(auroc_says(n["at_subject"][task][r]) for task in relations)] for r in n["at_subject"]["forward"]]
+    parts.append(
+        "\n**Relations** (all taught): AUROC of the right answer against another country's, at the same place:\n\n"
+    )
+    parts.append(as_table(["reader", *relations], rows))
+    for task, places in n["auroc_by_layer"].items():
+        parts.append(f"\n**{task.capitalize()}**, AUROC after 0, 1 .. blocks:\n\n")
+        rows = [[r, *(" ".join(map(two, by_reader[r])) for by_reader in places.values())] for r in places["subject"]]
+        parts.append(as_table(["reader", *(f"at the {place}" for place in places)], rows))
+    parts.append("\n**KL** of the model's final distribution from the lens's, by blocks passed, in nats:\n\n")
+    parts.append(
+        as_table(["lens", "KL"], [[kind, " ".join(map(two, of_layers))] for kind, of_layers in n["kl"].items()])
+    )
+    columns = ["right and causal", "right and idle", "wrong", "swapped", "moved", "removed"]
+    for task, table in n["causal"].items():
+        parts.append(f"\n**Edits, {task}**, at the subject after {layer} block, shares of the taught facts:\n\n")
+        parts.append(as_table(["along", *columns], [[r, *(two(x.get(c)) for c in columns)] for r, x in table.items()]))
+    return "".join(parts)
+
+
+def filled(page: str, between: str) -> str:
+    """A page with what stands between its marks made anew."""
+    before, rest = (ROOT / page).read_text().split(START)
+    return before + START + between + END + rest.split(END)[1]
+
+
+def readers_page() -> str:
+    return filled("docs/readers.md", readers_tables(read("docs/results/readers.json")))
 
 
 def write_table() -> None:
     (ROOT / "README.md").write_text(readme())
+    (ROOT / "docs/readers.md").write_text(readers_page())
 
 
 def pictures() -> None:

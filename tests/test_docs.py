@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_table_is_what_docs_results_say():
     assert make.readme() == README, "run python docs/make.py table"
+    assert make.readers_page() == (ROOT / "docs/readers.md").read_text(), "run python docs/make.py table"
     assert all(f"| {row[0]} |" in README for row in make.ROWS)
 
 

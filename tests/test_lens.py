@@ -3,7 +3,9 @@ The lens on tiny random models of seven architectures against Hugging Face, the 
 milestones on hand-made logits.
 """
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import memory_for
 
 import lens as ls
 from data import put_first, train_bpe
+from hooks import HookPoint, peak_bytes
 from lens import Lens, Translator, read
 from llama_block import Llama
 from utils import find_model, load_model
@@ -366,6 +369,151 @@ def test_the_engine_s_kl_and_gradients_are_those_of_the_plain_tuned_lens_loss(ma
     places = [(i, j) for i in range(16) for j in range(12)]
     found = read(model, Lens(model, translators=translators), tokens.tolist(), places, [0] * len(places))
     t.testing.assert_close(found["kl"][:-1].mean(1), losses.detach(), atol=1e-4, rtol=1e-4)
+
+
+class ShiftingLinear(t.nn.Module):
+    """Blocks x_p -> x_p + A x_p + B x_(p-1), all linear, with the parts that run_from asks of a model of ours."""
+
+    def __init__(self, n_layers: int = 3, d_model: int = 5):
+        super().__init__()
+        self.cfg = SimpleNamespace(n_layers=n_layers, d_model=d_model, d_mlp=0, n_heads=0, d_vocab=7)
+        self.embed = t.nn.Embedding(7, d_model)
+        self.blocks = t.nn.ModuleList()
+        for _ in range(n_layers):
+            block = t.nn.Module()
+            block.A = t.nn.Parameter(0.5 * t.randn(d_model, d_model))
+            block.B = t.nn.Parameter(0.5 * t.randn(d_model, d_model))
+            block.hook_resid_pre = HookPoint()
+            block.hook_resid_post = HookPoint()
+            self.blocks.append(block)
+        self.unembed = t.nn.Linear(d_model, 7, bias=False)
+
+    def forward(self, tokens, start_at_layer=0, resid=None, stop_at_layer=None):
+        x = self.embed(tokens) if resid is None else resid
+        for block in self.blocks[start_at_layer:stop_at_layer]:
+            x = block.hook_resid_pre(x)
+            before = t.cat([t.zeros_like(x[:, :1]), x[:, :-1]], 1)
+            x = block.hook_resid_post(x + x @ block.A.T + before @ block.B.T)
+        return x if stop_at_layer is not None else self.unembed(x)
+
+
+@pytest.mark.parametrize("fit", [ls.jacobian_lens, ls.fit_jacobian_lens])
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_jacobian_lens_of_a_linear_model_is_its_product_of_matrices(fit, first):
+    """Of all positions at once a block is one matrix (Kronecker products); the lens is a mean of blocks of the product."""
+    t.manual_seed(0)
+    model = ShiftingLinear()
+    n_pos, d_model = 6, model.cfg.d_model
+    back = t.diag(t.ones(n_pos - 1), -1)  # position p reads p - 1
+    product = t.eye(n_pos * d_model)
+    same, later = [], []
+    for block in reversed(model.blocks):
+        product = product @ (t.kron(t.eye(n_pos), t.eye(d_model) + block.A) + t.kron(back, block.B))
+        to_from = product.unflatten(0, (n_pos, d_model)).unflatten(2, (n_pos, d_model)).transpose(1, 2)
+        same.append(to_from.diagonal()[..., first:].mean(-1))
+        later.append(to_from[:, first:].sum(0).mean(0))
+    tokens = t.randint(7, (2, n_pos))
+    t.testing.assert_close(fit(model, tokens, "same", first), t.stack(same[::-1]).detach(), atol=1e-5, rtol=1e-5)
+    t.testing.assert_close(fit(model, tokens, "later", first), t.stack(later[::-1]).detach(), atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name, target", [("LlamaForCausalLM", "later"), ("LlamaForCausalLM", "same")])
+def test_the_fast_jacobian_lens_is_the_plain_one(made, name, target):
+    model = load_model(made[name][0], (Llama,), "cpu")
+    tokens = token_batch(0)[:1, :3]
+    plain = ls.jacobian_lens(model, tokens, target, 1)
+    assert plain.shape == (3, 48, 48)
+    fast = ls.fit_jacobian_lens(model, tokens, target, 1)
+    t.testing.assert_close(fast, plain, atol=2e-5 * plain.abs().max().item(), rtol=1e-4)
+
+
+def test_the_jacobian_lens_is_transformer_lens_s_on_the_same_rows(made):
+    """Theirs leaves the last position out: of rows of 12 tokens they take the first 11."""
+    from transformer_lens.tools.analysis import JacobianLens
+
+    model = load_model(made["GPT2LMHeadModel"][0], device="cpu")
+    rows = token_batch(0)[:4]
+    for skip, memory_gb in ((0, 1.0), (2, 1e-6)):  # all rows at once, and row by row
+        model.to_tokens = lambda number: rows[int(number)][None]
+        theirs = JacobianLens.fit(
+            model, list("0123"), corpus="random", dim_batch=48, skip_first_positions=skip, show_progress=False
+        )
+        ours = ls.fit_jacobian_lens(model, rows[:, :-1], "later", skip, memory_gb)
+        for layer, jacobian in theirs.jacobians.items():
+            largest = jacobian.abs().max().item()
+            assert (ours[layer + 1] - jacobian).abs().max().item() < 1e-4 * max(1.0, largest)
+    x = t.randn(5, 48)
+    lens = Lens(model, translators=t.nn.ModuleList(map(ls.Transport, ours)))
+    t.testing.assert_close(lens.translators[1](x), theirs.transport(x, 0), atol=1e-3, rtol=1e-4)
+
+
+def test_fitting_the_jacobian_lens_keeps_to_its_memory(made):
+    model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu").requires_grad_(False)
+    tokens = t.randint(1, 700, (4, 24))
+    peak = peak_bytes(lambda: ls.fit_jacobian_lens(model, tokens, memory_gb=0.002))
+    assert 0.2 < peak / (0.002 * 2**30) < 1
+
+
+def test_a_fitted_jacobian_lens_is_read_back_and_ends_in_the_model_s_own_output(made, tmp_path):
+    model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu")
+    path = tmp_path / "jacobian/lens.safetensors"
+    fitted = ls.fitted_jacobian_lens(model, lambda: token_batch(0)[:2], path)
+    again = ls.fitted_jacobian_lens(model, lambda: 1 / 0, path)  # fitting would divide by zero
+    assert all(t.equal(a.weight, b.weight) for a, b in zip(fitted, again))
+    found = read(model, Lens(model, translators=again), ROWS, PLACES, ANSWERS)
+    assert found["kl"][-1].abs().max() < 1e-5
+    _, cache = ls.run_with_cache(model, t.tensor([ROWS[0]]), ls.layer_streams(model))
+    transported = cache[ls.layer_streams(model)[1]][0] @ fitted[1].weight.T
+    logits = model.unembed(model.ln_final(transported))[None]
+    assert_reading({name: x[1:2, :12] for name, x in found.items() if name != "kl"}, logits, ANSWERS[:12])
+
+
+def test_a_lens_by_name_is_fitted_to_the_model_s_text_and_kept(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = made["LlamaForCausalLM"][0]
+    model = load_model(folder, (Llama,), "cpu")
+    text = t.randint(1, 300, (40, ls.TUNED_TOKENS))
+    corpus = SimpleNamespace(key="text", rows=lambda rng, n, tokens, split: text[:n].numpy())
+    monkeypatch.setattr(ls, "tuned_lens_corpus", lambda *_: corpus)
+    settings = ls.LensConfig(tuned_steps=2, jacobian_rows=2)
+    assert ls.open_lens(model, folder, settings).translators is None
+    tuned = ls.open_lens(model, folder, dataclasses.replace(settings, lens="tuned"))
+    jacobian = ls.open_lens(model, folder, dataclasses.replace(settings, lens="jacobian"))
+    assert isinstance(tuned.translators[0], Translator)
+    expected = ls.fit_jacobian_lens(model, text[:2], "later", 1)
+    t.testing.assert_close(t.stack([x.weight for x in jacobian.translators]), expected)
+    assert len(list(tmp_path.glob("checkpoints/*_lens/*.safetensors"))) == 2
+    with pytest.raises(SystemExit, match="in memory"):
+        ls.open_lens(Streamed(folder, "cpu", t.float32), folder, dataclasses.replace(settings, lens="tuned"))
+    for wrong in ({"lens": "tuned", "tuned_steps": 0}, {"jacobian_rows": 0}, {"memory_gb": 0.0}):
+        with pytest.raises(SystemExit, match="or more|more than 0"):
+            ls.refuse_lens_settings(dataclasses.replace(settings, **wrong))
+
+
+def test_an_audit_counts_a_layer_only_where_a_second_lens_says_it_too():
+    """Ranks by layer of three places; the last layer is the model's own output and counts alone."""
+    normed = {"rank": t.tensor([[1, 0, 0], [0, 0, 0], [0, 0, 3]])}
+    unnormed = {"rank": t.tensor([[0, 0, 0], [4, 0, 0], [9, 9, 0]])}
+    tuned = {"rank": t.tensor([[0, 5, 0], [0, 5, 0], [0, 5, 3]])}
+    assert ls.confirmed_semantic(normed, unnormed)[:2].tolist() == [2, 0]
+    assert ls.confirmed_semantic(normed, unnormed, tuned)[:2].tolist() == [1, 0]
+    assert ls.confirmed_semantic(normed, unnormed, tuned)[2].isnan()
+    assert unnormed["rank"][2, 0] == 9  # the reading is left as it was
+
+
+def test_the_norm_s_artefact_is_the_kl_between_the_two_lenses(made):
+    model = load_model(made["LlamaForCausalLM"][0], (Llama,), "cpu")
+    rows = token_batch(0)
+    found = ls.norm_artefact(model, rows)
+    normed = ls.logit_lens(model, rows)
+    _, cache = ls.run_with_cache(model, rows, ls.layer_streams(model))
+    unnormed = t.stack([model.unembed(cache[stream]) for stream in ls.layer_streams(model)])
+    kl = t.nn.functional.kl_div(unnormed.log_softmax(-1), normed.softmax(-1), reduction="none").sum(-1).mean((1, 2))
+    t.testing.assert_close(t.tensor(found["KL"]), kl, atol=1e-4, rtol=1e-4)
+    same = (normed.argmax(-1) == unnormed.argmax(-1)).float().mean((1, 2))
+    t.testing.assert_close(t.tensor(found["same top-1"]), same, atol=2e-3, rtol=0)
+    assert same.min() < 1
 
 
 VOCAB = dict(enumerate([" Tokyo", " Japan", " capital", ",", "\x00", " pan", " x", " y"]))

@@ -10,7 +10,7 @@ from test_lens import CAP, ROWS, logits_by_layer, save_model
 
 import logit_lens as ll
 from anatomy import layer_writes, logit_parts, parts_error
-from lens import Lens, judge_lenses, tuned_lens
+from lens import TUNED_ROWS, TUNED_TOKENS, Lens, draw_rows, judge_lenses, tuned_lens
 from llama_block import Llama
 from utils import load_model
 from weights import answer_token, encode
@@ -99,10 +99,30 @@ def test_the_tuned_lens_converges_on_rows_that_no_training_saw(workdir, monkeypa
     monkeypatch.chdir(workdir)
     model = load_model(str(ROOT / "models/world"), (Llama,), "cpu")
     corpus = load_world()
-    rows = judging_rows(corpus, ll.TUNED_ROWS, ll.TUNED_TOKENS, 0)
-    lens = tuned_lens(model, lambda step: ll.draw_rows(corpus, True, (0, step), 16), 200, tmp_path / "lens.safetensors")
+    rows = judging_rows(corpus, TUNED_ROWS, TUNED_TOKENS, 0)
+    lens = tuned_lens(model, lambda step: draw_rows(corpus, True, (0, step), 16), 200, tmp_path / "lens.safetensors")
     scores, _ = judge_lenses(model, {"tuned": Lens(model, translators=lens)}, rows)
     assert all(kl < package for kl, package in zip(scores["KL, tuned"], (1.876, 0.927, 0.669, 0.495)))
+
+
+def test_the_grid_and_the_milestones_are_those_of_the_lens_that_is_named(run, workdir):
+    flags = ("--lens", "jacobian", "--jacobian-rows", "2", "--tuned-steps", "0", "--device", "cpu")
+    done = run("logit_lens.py", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    numbers = json.loads((workdir / "results/logit_lens.json").read_text())
+    assert numbers["milestones"] == numbers["milestones_jacobian"]
+    assert numbers["milestones_raw"]["semantic"] == 4
+    assert {"KL, raw", "KL, jacobian"} <= set(numbers["tuned_lens"])
+    assert numbers["tuned_lens"]["KL, jacobian"][-1] == pytest.approx(0, abs=1e-4)
+    assert numbers["milestones_audited"]["semantic"] == 4
+    artefact = numbers["norm_artefact"]
+    assert len(artefact["KL"]) == len(artefact["same top-1"]) == 5
+    assert all(0 <= share < 1 for share in artefact["same top-1"])
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert "by the jacobian lens ' Tokyo' is top-1 to the end" in said
+    assert "audit: counted only where" in said
+    assert "Jacobian lens of" in (workdir / "figs/logit_lens/grid.html").read_text()
+    one_line_error(run("logit_lens.py", "--lens", "tuned", "--tuned-steps", "0"), "--lens tuned needs 1 or more")
 
 
 def test_a_lens_without_norm_is_warned_of_and_an_answer_can_be_given(run):

@@ -158,7 +158,9 @@ def test_models_one_after_the_other_skip_what_is_finished(run, workdir, tmp_path
 
 
 def test_a_comparison_names_what_was_published():
-    study = json.loads(json.dumps({"model": "google-gemma-2-9b", "n_layers": 42, "semantic_layer": None}))
+    study = json.loads(
+        json.dumps({"model": "google-gemma-2-9b", "n_layers": 42, "lens": "raw", "semantic_layer": None})
+    )
     study |= {"depth": [None] * 3, "named": [0.5, 0.4, 0.6], "anomalies": {"junk": 0.25}, "last_layer_gate_error": 1e-6}
     study |= {"reverse_minus_forward": {"recall": [0.1, 0, 0.2]}, "filler_minus_plain": {"depth": [0.1, 0, 0.2]}}
     row = rv.comparison_row(study)
@@ -188,6 +190,27 @@ def test_the_script_finds_that_facts_run_one_way(run, workdir):
     assert all(f"- {rule}:" in report for rule in RULES)
 
 
+def test_the_study_is_asked_through_the_lens_that_is_named(run, workdir):
+    """The last layer is the model's own output by any lens; before it the Jacobian lens says something else."""
+    small = ("--countries", "6", "--forms", "1", "--draws", "50", "--device", "cpu", "--jacobian-rows", "2")
+    studies = {}
+    for lens in ("raw", "jacobian"):
+        done = run("reversal.py", "--lens", lens, *small)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"{lens} lens" in done.stdout
+        studies[lens] = json.loads((workdir / "results/reversal/models-world.json").read_text())
+        assert studies[lens]["lens"] == lens
+        assert f"lens: {lens}" in (workdir / "results/reversal/models-world.md").read_text()
+    raw, jacobian = (studies[lens]["curves"]["asked forward, taught both"]["kl"] for lens in studies)
+    assert raw[-1] == pytest.approx(jacobian[-1], abs=1e-5)
+    assert abs(raw[1] - jacobian[1]) > 0.01
+    assert studies["raw"]["recall"] == studies["jacobian"]["recall"]
+    config = rv.Config(lens="jacobian")
+    assert rv.run_key("models/world", config) != rv.run_key("models/world", rv.Config())
+    assert rv.run_key("models/world", config) != rv.run_key("models/world", rv.Config(lens="jacobian", jacobian_rows=3))
+
+
 def test_bad_settings_get_one_line(run):
     for flags in (("--forms", "12"), ("--countries", "-1"), ("--top", "0")):
         one_line_error(run("reversal.py", *flags), "--forms is 1 to 11")
+    one_line_error(run("reversal.py", "--lens", "tuned", "--tuned-steps", "0"), "--lens tuned needs 1 or more")

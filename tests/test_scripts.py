@@ -25,6 +25,7 @@ FLAGS = {
     "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 512 --rows 8 --n-experts 8",
     "logit_lens": "--tuned-steps 40",
     "reversal": "--countries 24 --forms 2 --draws 200",
+    "readers": "--tasks forward language --forms 1 --draws 50 --tuned-steps 12 --jacobian-rows 2",
     "patching": "--n 8 --held-out 16 --site resid_pre z",
     "circuits": "--n 8 --held-out 16 --ig-steps 3",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants "
@@ -49,6 +50,7 @@ FIGURES = {
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
     "reversal": "probability rank kl entropy reversal",
     "patching": "attention attention_text direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
+    "readers": "auroc percentile kl causal_forward",
     "circuits": "paths roles attribution faithfulness circuit",
     "sae_probe": "density decoder_cosine probes layers features",
     "steering": "steering attribution",
@@ -134,6 +136,20 @@ def check_reversal(n: dict, said: str, folder: Path) -> None:
     assert all(f"- {rule}:" in report for rule in RULES)
 
 
+def check_readers(n: dict, said: str, folder: Path) -> None:
+    """At the end of the prompt the last layer is the model's own answer, and a model of random weights tells nothing."""
+    assert max(n["gates"].values()) < 1e-4
+    assert set(n["readers"]) == {"forward", "language"}
+    at_end = n["readers"]["forward"]["end"]["raw lens"][4]
+    assert at_end["auroc"] > 0.95 and at_end["percentile, known"] > 0.99
+    assert n["readers"]["forward"]["subject"]["a head's OV"][4] is None
+    null = n["random_weights"]["forward"]["raw lens"]
+    assert null["interval"][0] < 0.5 < null["interval"][1]
+    assert n["mean_kl"]["tuned"] < n["mean_kl"]["raw"]
+    assert n["causal"]["forward"]["the whole stream"]["swapped"] > 0.8
+    assert "What does it know?" in said.splitlines()[-1]
+
+
 def check_patching(n: dict, said: str, folder: Path) -> None:
     assert max(n["gates"].values()) < 1e-4
     written = n["direct_attribution"]
@@ -174,6 +190,7 @@ CHECKS = {
     "moe": check_moe,
     "logit_lens": check_logit_lens,
     "reversal": check_reversal,
+    "readers": check_readers,
     "patching": check_patching,
     "circuits": check_circuits,
     "sae_probe": check_sae_probe,

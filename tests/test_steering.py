@@ -13,13 +13,13 @@ import sae_probe
 import steering
 from anatomy import harvest
 from llama_block import Llama, LlamaConfig
+from probes import subject_position
 from sae import SAEConfig
 from steering import (
     Asked,
     ContinentQuestions,
     continent_means,
     log_p_right,
-    push_starts,
     same_length,
     steering_directions,
     steering_effect,
@@ -52,7 +52,7 @@ def test_the_settings_that_choose_the_sae_are_those_of_sae_probe():
 
 def test_the_push_begins_at_the_last_token_of_the_country(tokenizer):
     prompts = fact_prompts(read_countries(), "continent", True)
-    starts = push_starts(tokenizer, prompts, [0])
+    starts = [subject_position(tokenizer, prompt, 1) for prompt in prompts]
     rows = [[0, *tokenizer.encode(prompt.text, add_special_tokens=False).ids] for prompt in prompts]
     asked = Asked.of(rows, starts, [len(row) for row in rows], "cpu")
     for prompt, row, end, mask in zip(prompts, asked.tokens, asked.last.tolist(), asked.places[..., 0]):
