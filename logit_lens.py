@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    Share,
     cyan,
     endc,
     fail,
@@ -74,11 +77,11 @@ class Config(LensConfig):
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
-    copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
-    top: int = 5
+    copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
+    top: Count = 5
     less_mean: bool = True  # writes to the logit less the mean logit of all tokens; --no-less-mean: to the raw logit
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: int = 0
+    seed: Natural = 0
     device: str = "auto"
 
 
@@ -87,11 +90,7 @@ if __name__ == "__main__":
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     refuse_empty(cfg.prompt)
-    if cfg.top < 1:
-        fail("--top is 1 or more")
     refuse_lens_settings(cfg)
-    if not 0 <= cfg.copy_threshold <= 1:
-        fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
     if cfg.answer is not None and not cfg.answer.strip():
         fail("--answer is empty: give a word, or leave it out to follow what the model says")
 

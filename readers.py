@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    Positive,
     cyan,
     endc,
     fail,
@@ -612,14 +615,14 @@ def over_models(studies: list[dict], task: str, place: str, layer: int) -> dict[
 class Config:
     model: str = "models/world"  # a model that learned the world
     models: tuple[str, ...] = ()  # benchmark these one after the other, skip what is finished, and show their spread
-    tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each
-    jacobian_rows: int = 16  # of 64 tokens, over which the Jacobian lens is a mean
-    memory_gb: float = 1.0  # cap on what fitting the Jacobian lens keeps
+    tuned_steps: Count = 200  # of the tuned lens, 16 x 64 tokens each
+    jacobian_rows: Count = 16  # of 64 tokens, over which the Jacobian lens is a mean
+    memory_gb: Positive = 1.0  # cap on what fitting the Jacobian lens keeps
     tasks: tuple[str, ...] = TASKS  # of facts that are asked; forward and reverse are the capitals
-    forms: int = 2  # phrasings of each task: half of them taught, half held out
-    layer: int = 1  # the blocks passed, where tables are printed
-    draws: int = 1000  # of the bootstrap over countries
-    seed: int = 0
+    forms: Count = 2  # phrasings of each task: half of them taught, half held out
+    layer: Natural = 1  # the blocks passed, where tables are printed
+    draws: Count = 1000  # of the bootstrap over countries
+    seed: Natural = 0
     device: str = "auto"
 
 
@@ -627,8 +630,6 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, sweep="models")
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    if min(cfg.forms, cfg.draws, cfg.tuned_steps, cfg.jacobian_rows) < 1 or not cfg.memory_gb > 0:
-        fail("--forms, --draws, --tuned-steps and --jacobian-rows are 1 or more, --memory-gb more than 0")
     if not set(cfg.tasks) <= set(TASKS) or not set(cfg.tasks) & set(CAPITALS):
         fail(f"--tasks are some of {', '.join(TASKS)}, forward or reverse among them")
     known_capitals = [task for task in cfg.tasks if task in CAPITALS]  # for which it is known who was not taught

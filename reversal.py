@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    Share,
     cyan,
     endc,
     fail,
@@ -574,13 +577,13 @@ class Config(LensConfig):
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
-    countries: int = 0  # ask about so many of them; 0 is all
+    countries: Natural = 0  # ask about so many of them; 0 is all
     forms: int = 4  # phrasings per direction, of 11
-    copy_threshold: float = 0.5  # probability from which a piece of the prompt dominates
-    top: int = 5
-    draws: int = 2000  # of the bootstrap over countries
+    copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
+    top: Count = 5
+    draws: Count = 2000  # of the bootstrap over countries
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: int = 0
+    seed: Natural = 0
     device: str = "auto"
 
 
@@ -589,13 +592,9 @@ if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=Config(models=big_models, dtype="bfloat16"), sweep="models", shares_results=False)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    if not 1 <= cfg.forms <= 11 or cfg.countries < 0 or cfg.top < 1:
-        fail("--forms is 1 to 11, --countries 0 (all) or more, --top 1 or more")
-    if cfg.draws < 1:
-        fail("--draws is 1 or more")
+    if not 1 <= cfg.forms <= 11:
+        fail("--forms is 1 to 11")
     refuse_lens_settings(cfg)
-    if not 0 <= cfg.copy_threshold <= 1:
-        fail(f"--copy-threshold is a probability, 0 to 1, not {cfg.copy_threshold}")
 
 #%% Model against model (--models): each analysed unless it is finished, then all in one table
 if __name__ == "__main__" and cfg.models:

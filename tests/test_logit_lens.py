@@ -137,5 +137,5 @@ def test_a_lens_without_norm_is_warned_of_and_an_answer_can_be_given(run):
 
 def test_bad_settings_get_one_line(run):
     one_line_error(run("logit_lens.py", "--prompt", " "), "--prompt is empty")
-    one_line_error(run("logit_lens.py", "--top", "0"), "--top is 1 or more")
+    one_line_error(run("logit_lens.py", "--top", "0"), "--top is 0: it must be at least 1")
     one_line_error(run("logit_lens.py", "--prompt", " ".join(["word"] * 2000)), "the model reads")

@@ -211,6 +211,7 @@ def test_the_study_is_asked_through_the_lens_that_is_named(run, workdir):
 
 
 def test_bad_settings_get_one_line(run):
-    for flags in (("--forms", "12"), ("--countries", "-1"), ("--top", "0")):
-        one_line_error(run("reversal.py", *flags), "--forms is 1 to 11")
+    one_line_error(run("reversal.py", "--forms", "12"), "--forms is 1 to 11")
+    for flags in (("--countries", "-1"), ("--top", "0")):
+        one_line_error(run("reversal.py", *flags), f"{flags[0]} is {flags[1]}: it must be at least")
     one_line_error(run("reversal.py", "--lens", "tuned", "--tuned-steps", "0"), "--lens tuned needs 1 or more")
