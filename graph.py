@@ -492,7 +492,7 @@ class Node(NamedTuple):
     """
     One name on a path. receivers: the inputs at which it reads what comes along. writers: who passes it on. A head
     (L2H0) reads at q, k and v; an input (L2H0.k) alone. Where heads share keys and values, L2H0 and L2H0.k read at
-    L2H0-1.k and L2H0 alone passes it on; L2H0-1.k names both.
+    L2H0-1.k and L2H0 alone passes it on; L2H0-1.k names both. As the last step either changes what both heads read.
     """
 
     receivers: list[str]
@@ -587,7 +587,10 @@ def run_with_changes(
 
 
 def passed_on(model: nn.Module, graph: Graph, pairs: Pairs, clean: GraphRun, node: Node, change: Tensor) -> Tensor:
-    """What a node writes more (pair, pos, d_model) when it alone, in a clean run, reads change more."""
+    """
+    What a node writes more (pair, pos, d_model) when it alone, in a clean run, reads change more; a head behind a norm
+    after attention (Gemma 2) with the norm's scale in that run.
+    """
     kept = Cache()
     layer = graph.writer_layer(node.writers[0])
     names = [act_name("z", layer), act_name("mlp_out", layer)]

@@ -1,7 +1,7 @@
 """
 Lenses against those of the tuned-lens package (Belrose et al. 2023): uv run --with tuned-lens pytest tests/peers. Its
-training loop needs torchdata before 0.10, so the loss is taken from its lens and its divergence; the loop's is the same
-formula, under bfloat16.
+training loop cannot be imported beside a torchdata without dataloader2 (0.11), so the loss is taken from its lens and its
+divergence; the loop's is the same formula, under bfloat16.
 """
 
 import pytest
