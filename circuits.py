@@ -1,12 +1,13 @@
 """
 Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
 edge attribution and circuits, on our own models and any TransformerBridge.
-The methods are in graph.py: path_patch, plain_edge_patch, plain_eap, plain_eap_ig, plain_eap_ig_activations, and their
-fast forms path_patch_all, edge_patch, eap, eap_ig and eap_ig_activations.
+The methods are in graph.py: path_patch, plain_edge_patch, chain_patch, plain_eap, plain_eap_ig,
+plain_eap_ig_activations, and the fast forms path_patch_all, edge_patch, eap, eap_ig and eap_ig_activations.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,9 @@ from train import keep_freed_memory
 from launch import flags
 from interventions import (
     UNITS,
+    Pairs,
     baselines,
+    by_groups,
     in_words,
     missed_gates,
     normalised,
@@ -47,6 +50,8 @@ from graph import (
     WANG,
     Graph,
     agreement,
+    chain_name,
+    chain_patch,
     circuit_metric,
     cmd,
     corrupt_writes,
@@ -56,17 +61,22 @@ from graph import (
     eap_ig_activations,
     edge_patch,
     find_roles,
+    inputs_of,
     interval,
     log_area,
     mean_ablation,
     mib_graph,
+    pairs_that_fit,
     path_losses,
+    path_patch,
+    read_chain,
     resampled_faithfulness,
     self_repair,
     smallest_circuit,
     top_edges,
     trace_back,
     write_differences,
+    writers_of,
 )
 from llama_block import Llama
 
@@ -88,6 +98,8 @@ class Config:
     answer: str | None = None  # one token, with the space before it: " Paris"
     wrong: str | None = None
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
+    # one path by name, as "L1H3 -> L2H0.k -> logits" or "L1H1 + L1H3 -> L2 MLP": what does it carry, edge by edge?
+    path: str | None = None
     metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
     n: Count = 32  # pairs to find the circuit on
     held_out: Count = 100  # pairs to test it on
@@ -122,6 +134,7 @@ keep_freed_memory()
 task, pairs, test_pairs = read_task(model, cfg)
 few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches paths one by one
 graph = Graph(model)
+chain = read_chain(graph, cfg.path) if cfg.path is not None else None
 metric = cfg.metric
 about = f"{task}, {Path(cfg.model).name}, {metric}"
 units = UNITS[metric]
@@ -218,6 +231,34 @@ fig = imshow(
     value="share lost",
 )
 show(fig, "circuits/paths")
+
+
+#%% One path by name (--path): what it alone carries on held-out pairs, and what path patching sends to its first reader
+def lost_share(patch: Callable[[Pairs], Tensor]) -> Tensor:
+    """(1 + draws): share of the metric lost by a patch, on the held-out pairs and on pairs drawn from them."""
+    at_once = pairs_that_fit(model, graph, test_pairs, cfg.memory_gb)
+    patched = t.cat(by_groups(patch, test_pairs, at_once))
+    return 1 - resampled_faithfulness(patched[None], test_clean, test_corrupt)[:, 0]
+
+
+if chain:
+    title = chain_name(chain)
+    senders, first_readers = writers_of(chain[0]), inputs_of(chain[1])
+    by_chain = lost_share(lambda group: chain_patch(model, graph, group, chain, metric))
+    by_paths = lost_share(lambda group: path_patch(model, graph, group, senders, first_readers, metric))
+    numbers["path"] = {
+        "path": title,
+        "share_lost": interval(by_chain),
+        "share_lost_by_path_patching_to_first_reader": interval(by_paths),
+    }
+    print(f"{purple}=== One path, {len(test_pairs)} held-out pairs, share of the metric lost (95%) ==={endc}")
+    print(f"{cyan}{title}: {in_interval(by_chain, sign='+')}{endc} (edge by edge, all else clean)")
+    of_paper = f"path patching (Wang et al. 2023) from {' + '.join(senders)} to {' + '.join(first_readers)}"
+    if (by_chain - by_paths).abs().max() < 1e-4:
+        print(f"{gray}{of_paper} gives the same{endc}")
+    else:
+        share = in_interval(by_paths, sign="+")
+        print(f"{cyan}{of_paper}: {share}{endc} (also through the MLPs between, and along all paths behind)")
 
 #%% Self-repair: what the strongest heads do directly, and who steps in when they fail
 repairs = []

@@ -1,7 +1,7 @@
 """
-The graph of writes and reads: path patching (direct paths run through MLPs), edge patching (one edge alone), edge
-attribution (EAP, EAP-IG), circuits, roles. The plain forms, one sender, edge or receiver at a time, stand before the
-fast engines.
+The graph of writes and reads: path patching (direct paths run through MLPs), edge patching (one edge alone), chain
+patching (one path of several edges, by name), edge attribution (EAP, EAP-IG), circuits, roles. The plain forms, one
+sender, edge or receiver at a time, stand before the fast engines.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
+from utils import fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import Cache, act_name, block_norms, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
 from anatomy import attn_gain, folded_W_U
 from interventions import Pairs, baselines, by_groups, inputs, make_metric, normalised
@@ -147,8 +148,15 @@ class Graph:
         """The hook at which what a writer writes joins the stream; a head's is that of its whole layer."""
         if writer == "embed":
             return act_name("resid_pre", 0)
-        layer = (self.writers.index(writer) - 1) // (self.n_heads + 1)
-        return act_name("mlp_out" if writer.endswith("MLP") else "attn_out", layer)
+        return act_name("mlp_out" if writer.endswith("MLP") else "attn_out", self.writer_layer(writer))
+
+    def writer_layer(self, writer: str) -> int:
+        """The layer of a head or an MLP."""
+        return (self.writers.index(writer) - 1) // (self.n_heads + 1)
+
+    def describe_writers(self) -> str:
+        last = self.n_layers - 1
+        return f"embed, L0H0 to L{last}H{self.n_heads - 1} and L0 MLP to L{last} MLP"
 
     def writers_at(self) -> dict[str, list[int]]:
         """{hook: the writers (their places among all) whose writes join the stream at it}"""
@@ -258,16 +266,16 @@ def path_patch(
     model: nn.Module,
     graph: Graph,
     pairs: Pairs,
-    sender: str,
+    sender: str | list[str],
     receivers: list[str],
     metric: str = "logit_diff",
     mlps: Literal["free", "frozen"] = "free",
 ) -> Tensor:
     """
-    Metric (pair) of clean runs in which the receivers read what reaches them when the sender alone writes what it does
-    in the corrupt run: path patching (Wang et al. 2023, appendix B). A path is direct if no attention head stands on
-    it: it runs through residual connections and through the MLPs between ("frozen": through no MLP, so that a single
-    receiver reads one edge). What lies behind the receivers is computed anew. Plain form of path_patch_all.
+    Metric (pair) of clean runs in which the receivers read what reaches them when the sender alone (or several) writes
+    what it does in the corrupt run: path patching (Wang et al. 2023, appendix B). A path is direct if no attention head
+    stands on it: it runs through residual connections and through the MLPs between ("frozen": through no MLP, so that a
+    single receiver reads one edge). What lies behind the receivers is computed anew. Plain form of path_patch_all.
     """
     layers = range(graph.n_layers)
     attn_outs = tuple(act_name("attn_out", layer) for layer in layers)
@@ -281,9 +289,11 @@ def path_patch(
     frozen = {name: clean.cache[name] for name in attn_outs}
     if mlps == "frozen":
         frozen |= {act_name("mlp_out", layer): clean.cache["mlp_out", layer] for layer in layers}
-    w = graph.writers.index(sender)
-    written_at = graph.write_hook(sender)
-    frozen[written_at] = clean.cache[written_at] + corrupt.writes[:, :, w] - clean.writes[:, :, w]
+    for writer in [sender] if isinstance(sender, str) else sender:
+        w = graph.writers.index(writer)
+        written_at = graph.write_hook(writer)
+        written = frozen.get(written_at, clean.cache[written_at])
+        frozen[written_at] = written + corrupt.writes[:, :, w] - clean.writes[:, :, w]
     read = Cache()
     read_at = graph.read_hooks(receivers)
     fwd_hooks = [(name, partial(keep_activation, read, name)) for name in read_at]  # before it is frozen
@@ -314,6 +324,11 @@ class InputChange:
 
     def run(self, resid: Tensor, answer_pos: Tensor, also: list[tuple] = ()) -> Tensor:
         """Logits (pair, d_vocab) of a run that resid (pair, pos, d_model) enters at layer 0. also: further hooks."""
+        fwd_hooks, module_inputs = self.entries()
+        return run_from(self.model, resid, answer_pos, 0, [*also, *fwd_hooks], module_inputs)
+
+    def entries(self) -> tuple[list[tuple], list[tuple]]:
+        """(hooks, changed module inputs) of a run, as run_from takes them."""
         fwd_hooks, module_inputs = [], []
         if self.receiver.input == "logits":
             module_inputs = [(self.model.ln_final, "in", self.change_input)]
@@ -329,7 +344,7 @@ class InputChange:
                 (act_name("resid_pre", self.receiver.layer), self.keep_stream),
                 (act_name(self.receiver.input, self.receiver.layer), self.change_head),
             ]
-        return run_from(self.model, resid, answer_pos, 0, [*also, *fwd_hooks], module_inputs)
+        return fwd_hooks, module_inputs
 
     def change_input(self, x: Tensor) -> Tensor:
         return x + self.change.view(x.shape)
@@ -470,6 +485,147 @@ def plain_eap_ig_activations(
             difference[:, :, writers], gradient, "pair pos writer d_model, pair pos d_model -> writer"
         ).cpu()
     return scores / len(pairs) * graph.is_edge[:, r]
+
+
+#%% Chain patching: one path by name, and nothing else carries the corrupt run
+class Node(NamedTuple):
+    """
+    One name on a path. receivers: the inputs at which it reads what comes along. writers: who passes it on. A head
+    (L2H0) reads at q, k and v; an input (L2H0.k) alone. Where heads share keys and values, L2H0 and L2H0.k read at
+    L2H0-1.k and L2H0 alone passes it on; L2H0-1.k names both. As the last step either changes what both heads read.
+    """
+
+    receivers: list[str]
+    writers: list[str]
+
+
+type Chain = list[list[Node]]  # the senders first; what stands together in a step was joined by +
+
+
+def writers_of(step: list[Node]) -> list[str]:
+    return [writer for node in step for writer in node.writers]
+
+
+def inputs_of(step: list[Node]) -> list[str]:
+    """The inputs at which a step reads, each once (heads may share one)."""
+    return list(dict.fromkeys(receiver for node in step for receiver in node.receivers))
+
+
+def chain_name(chain: Chain) -> str:
+    """A path as it was understood: the senders, then the inputs at which each step reads."""
+    steps = [writers_of(chain[0]), *(inputs_of(step) for step in chain[1:])]
+    return " -> ".join(" + ".join(names) for names in steps)
+
+
+def read_chain(graph: Graph, text: str) -> Chain:
+    """'L0H1 + L0H3 -> L1H2.k -> logits' by steps; what the graph does not have ends in one line."""
+    steps = [[name.strip() for name in step.split("+")] for step in text.split("->")]
+    if len(steps) < 2:
+        fail(f'--path "{text}" has one step: a path leads from writers to who reads them, "L0H1 -> L1 MLP -> logits"')
+    for name in steps[0]:
+        if name not in graph.writers:
+            fail(f"--path: nothing named {name!r} writes; writers are {graph.describe_writers()}")
+    chain = [[Node([], [name]) for name in steps[0]]]
+    for step in steps[1:]:
+        nodes = [read_node(graph, name) for name in step]
+        require_edges(graph, chain[-1], nodes)
+        chain.append(nodes)
+    for nodes in chain:
+        twice = [writer for writer in writers_of(nodes) if writers_of(nodes).count(writer) > 1]
+        if twice:
+            fail(f"--path: {twice[0]} stands twice in one step")
+    return chain
+
+
+def read_node(graph: Graph, name: str) -> Node:
+    """Who reads under this name: logits, L1 MLP, L2H0, L2H0.k, or of heads that share their keys L2H0-1.k."""
+    head, _, input = name.partition(".")
+    if head in graph.writers[1:]:
+        by_input = [graph.receivers_of([head], one) for one in ([input] if input else ("q", "k", "v", "MLP"))]
+        receivers = [receiver for found in by_input for receiver in found]
+        if receivers:
+            return Node(receivers, [head])
+    if name in graph.receiver_names:
+        r = graph.receiver_names.index(name)
+        fed = [writer for writer in graph.fed_by(r) if writer in graph.writers]  # the logits feed none
+        return Node([name], fed)
+    fail(
+        f"--path: nothing named {name!r} reads; who writes does (but embed), a head by q, k and v or by one of them "
+        f"(L0H0.q), and the logits; writers are {graph.describe_writers()}"
+    )
+
+
+def require_edges(graph: Graph, nodes: list[Node], readers: list[Node]) -> None:
+    """Each of one step is read by each of the next, or the program ends in a line that says what is read."""
+    writers = writers_of(nodes)
+    if not writers:
+        fail("--path: the logits are the last step of a path, nothing reads them")
+    if "logits" in inputs_of(readers) and len(readers) > 1:
+        fail("--path: the logits are a step of their own")
+    for receiver in inputs_of(readers):
+        r = graph.receiver_names.index(receiver)
+        for writer in writers:
+            if not graph.is_edge[graph.writers.index(writer), r]:
+                read = [name for name, on in zip(graph.writers, graph.is_edge[:, r]) if on]
+                fail(
+                    f"--path: there is no edge from {writer} to {receiver}, which reads what is written before it: "
+                    f"{', '.join(read) if len(read) < 10 else f'{read[0]}, {read[1]} ... {read[-1]}'}"
+                )
+
+
+def run_with_changes(
+    model: nn.Module, graph: Graph, pairs: Pairs, receivers: list[str], change: Tensor, also: list[tuple] = ()
+) -> Tensor:
+    """Logits (pair, d_vocab) of clean runs in which these receivers read change (pair, pos, d_model) more."""
+    fwd_hooks, module_inputs = list(also), []
+    for name in receivers:
+        receiver = graph.receivers[graph.receiver_names.index(name)]
+        hooks_there, inputs_there = InputChange(model, receiver, change).entries()
+        fwd_hooks += hooks_there
+        module_inputs += inputs_there
+    return run_from(model, inputs(model, pairs, "clean"), pairs.answer_pos, 0, fwd_hooks, module_inputs)
+
+
+def passed_on(model: nn.Module, graph: Graph, pairs: Pairs, clean: GraphRun, node: Node, change: Tensor) -> Tensor:
+    """
+    What a node writes more (pair, pos, d_model) when it alone, in a clean run, reads change more; a head behind a norm
+    after attention (Gemma 2) with the norm's scale in that run.
+    """
+    kept = Cache()
+    layer = graph.writer_layer(node.writers[0])
+    names = [act_name("z", layer), act_name("mlp_out", layer)]
+    listening = [(name, partial(keep_activation, kept, name)) for name in names]
+    run_with_changes(model, graph, pairs, node.receivers, change, listening)
+    writes = t.cat([head_writes(model, layer, kept["z", layer]), kept["mlp_out", layer][:, :, None]], 2)
+    of_layer = slice(graph.head_slice(layer).start, graph.head_slice(layer).stop + 1)
+    more = writes - clean.writes[:, :, of_layer]
+    return more[:, :, [graph.writers.index(writer) - of_layer.start for writer in node.writers]].sum(2)
+
+
+@t.no_grad()
+def chain_patch(model: nn.Module, graph: Graph, pairs: Pairs, chain: Chain, metric: str = "logit_diff") -> Tensor:
+    """
+    Metric (pair) of clean runs in which only what travels along one chain of edges is the corrupt run's: the senders
+    write what they do there, each node in turn is computed from what the one before passes on in its place, all else
+    clean, and the last one reads that. What lies behind the last is computed anew (nothing, where it is the logits).
+    A chain of one edge is edge patching; path patching (Wang et al. 2023) goes on along all direct paths at once.
+    """
+    # Step 1: a clean and a corrupt run, and what the senders write otherwise
+    clean = run_graph(model, graph, pairs, "clean")
+    corrupt = run_graph(model, graph, pairs, "corrupt")
+    senders, *between, last = chain
+    from_senders = [graph.writers.index(writer) for writer in writers_of(senders)]
+    change = (corrupt.writes - clean.writes)[:, :, from_senders].sum(2)
+
+    # Step 2: hop by hop, what each node writes otherwise when it reads that, each in a clean run of its own
+    for nodes in between:
+        change = sum(passed_on(model, graph, pairs, clean, node, change) for node in nodes)
+
+    # Step 3: the clean run again, the last ones reading what has come to them
+    logits = run_with_changes(model, graph, pairs, inputs_of(last), change)
+
+    # Step 4: the metric
+    return make_metric(pairs, metric, clean.logits)(logits, pairs.index)
 
 
 #%% The engine: one forward pass in which every receiver has an input of its own

@@ -1,7 +1,10 @@
 """Small models and prompt pairs that several test files share."""
 
+import copy
+
 import torch as t
 import torch.nn as nn
+from conftest import tiny_hf
 
 from interventions import Pairs, find_places
 from llama_block import Llama
@@ -27,6 +30,28 @@ def three_pairs() -> Pairs:
     )
     made.places = find_places(made)
     return made
+
+
+def hf_and_bridge(architecture: str) -> tuple[nn.Module, nn.Module]:
+    """(a tiny GPT2 or Llama of transformers, as packages that know nothing of bridges take it; the same as a bridge)"""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    configs = {
+        "GPT2": {"vocab_size": 260, "n_embd": 32, "n_layer": L, "n_head": H, "n_positions": 64},
+        "Llama": {
+            "vocab_size": 260,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": L,
+            "num_attention_heads": H,
+        },
+    }
+    hf = tiny_hf(architecture, **configs[architecture]).requires_grad_(False)
+    wrapped = copy.deepcopy(hf)  # a bridge changes what it wraps
+    name = type(hf).__name__
+    wrapped.config.architectures = [name]
+    bridge = build_bridge_from_module(wrapped, name, hf_config=wrapped.config)
+    return hf, bridge.eval().requires_grad_(False)
 
 
 def tiny_models() -> dict[str, nn.Module]:

@@ -49,6 +49,7 @@ FLAGS = [
     ("steering.py", ["--model", "./nowhere"], "no such model folder"),
     ("patching.py", ["--model", "./nowhere"], "no such model folder"),
     ("circuits.py", ["--model", "./nowhere"], "no such model folder"),
+    ("circuits.py", ["--path", "L2H0 -> L1H0.q"], "no edge from L2H0 to L1H0.q"),
 ]
 
 

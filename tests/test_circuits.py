@@ -39,7 +39,12 @@ def test_any_bridge_and_any_pairs(script, tmp_path):
         "Soon Tom saw,Soon Paul saw, the, a\n"
     )
     given = ("--model", str(tmp_path / "gpt2"), "--pairs", str(tmp_path / "pairs.csv"))
-    numbers = script(*given, "--metric", "log_prob")
+    numbers = script(*given, "--metric", "log_prob", "--path", "L0H1 -> L1 MLP -> logits")
+    path = numbers["path"]
+    assert path["path"] == "L0H1 -> L1 MLP -> logits"
+    for value, low, high in (path["share_lost"], path["share_lost_by_path_patching_to_first_reader"]):
+        assert low <= value <= high and value != 0
+    assert path["share_lost"] != path["share_lost_by_path_patching_to_first_reader"]
     assert max(numbers["gates"].values()) < 1e-4 and len(numbers["gates"]) == 6
     assert numbers["circuit_edges_total"] == count_edges(2, 2)
 

@@ -154,6 +154,7 @@ def test_activation_patch_equals_hooks_written_out(models, pairs):
         t.testing.assert_close(found, expected)
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_every_sweep_equals_transformer_lens(models, pairs, name):
     from transformer_lens import patching as theirs

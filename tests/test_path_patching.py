@@ -1,6 +1,7 @@
 """
 Path patching against a second one, written with transformer_lens alone as ARENA's course does, against its plain form,
-and against edge patching where the MLPs are frozen.
+and against edge patching where the MLPs are frozen. Chain patching against edge patching, against the same by the
+engine of edges, against formulas written out, and against what must come of it when a node reads all that is corrupt.
 """
 
 import pytest
@@ -8,8 +9,23 @@ import torch as t
 import torch.nn as nn
 from models_for_tests import H, L, three_pairs, tiny_models
 
-from interventions import Pairs, activation_patch, baselines
-from graph import Graph, path_losses, path_patch, path_patch_all, plain_edge_patch
+from interventions import Pairs, activation_patch, baselines, inputs, make_metric
+from graph import (
+    EdgeRun,
+    Graph,
+    chain_name,
+    chain_patch,
+    edge_patch,
+    path_losses,
+    path_patch,
+    path_patch_all,
+    plain_edge_patch,
+    read_chain,
+    read_node,
+    run_graph,
+)
+
+ALL = ["ours", "gpt2", "gpt_neox", "gptj", "gemma2", "olmo2"]
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +204,154 @@ def test_without_heads_between_free_paths_are_all_paths(models, pairs):
         expected = activation_patch(model, pairs, "z", L - 1, head=1, direction="noise")
         t.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert (found - clean).abs().max() > 1e-3
+
+
+@t.no_grad()
+def test_several_senders_with_frozen_mlps_are_several_edges(models, pairs):
+    model = models["ours"]
+    graph = Graph(model)
+    senders = ["L0H1", "L0H2", "L1 MLP"]
+    edges = edge_patch(model, graph, pairs, graph.edges(senders, ["L2 MLP"])[None])[0]
+    found = path_patch(model, graph, pairs, senders, ["L2 MLP"], mlps="frozen")
+    t.testing.assert_close(found, edges, atol=1e-4, rtol=1e-4)
+    alone = path_patch(model, graph, pairs, senders[0], ["L2 MLP"], mlps="frozen")
+    assert (alone - edges).abs().max() > 1e-3
+
+
+# %% Chains
+def patched_by(model: nn.Module, graph: Graph, pairs: Pairs, text: str) -> t.Tensor:
+    return chain_patch(model, graph, pairs, read_chain(graph, text))
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_a_chain_of_one_edge_is_edge_patching(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    clean, _ = baselines(model, pairs, "logit_diff")
+    texts = []
+    masks = []
+    for w, r in graph.is_edge.nonzero()[::37].tolist():
+        texts.append(f"{graph.writers[w]} -> {graph.receiver_names[r]}")
+        masks.append(graph.edges([graph.writers[w]], [graph.receiver_names[r]]))
+    for text, senders, readers in (
+        ("L0H1 -> L2H1", ["L0H1"], [graph.receivers_of(["L2H1"], input)[0] for input in ("q", "k", "v")]),
+        ("L0H1 + L0H3 + L1 MLP -> L2H2.k", ["L0H1", "L0H3", "L1 MLP"], graph.receivers_of(["L2H2"], "k")),
+        ("embed -> L1 MLP + L2 MLP", ["embed"], ["L1 MLP", "L2 MLP"]),
+        ("L0H0 -> L2H0 + L2H1", ["L0H0"], [r for i in "qkv" for r in graph.receivers_of(["L2H0", "L2H1"], i)]),
+    ):
+        texts.append(text)
+        masks.append(graph.edges(senders, readers))
+    expected = edge_patch(model, graph, pairs, t.stack(masks))
+    for text, values in zip(texts, expected):
+        t.testing.assert_close(patched_by(model, graph, pairs, text), values, atol=1e-4, rtol=1e-4, msg=text)
+    assert (expected - clean).abs().amax(1)[-4:].min() > 1e-3
+
+
+def patched_by_engine(model: nn.Module, graph: Graph, pairs: Pairs, text: str) -> t.Tensor:
+    """chain_patch by the engine: in each run the edges of one hop are swapped, and the writes read off its gaps."""
+    clean = run_graph(model, graph, pairs, "clean")
+    other = run_graph(model, graph, pairs, "corrupt").writes
+    senders, *hops = read_chain(graph, text)
+    names = [writer for node in senders for writer in node.writers]
+    for nodes in hops:
+        heard = other
+        other = clean.writes.clone()
+        for node in nodes:
+            swap = graph.edges(names, node.receivers).expand(len(pairs), -1, -1)
+            run = EdgeRun(model, graph, swap, heard)
+            logits = run.run(inputs(model, pairs, "clean"), pairs.answer_pos)
+            writes = heard - t.cat(run.gaps, 2)
+            for writer in node.writers:
+                w = graph.writers.index(writer)
+                other[:, :, w] = writes[:, :, w]
+        names = [writer for node in nodes for writer in node.writers]
+    return make_metric(pairs, "logit_diff")(logits, pairs.index)
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_longer_chains_are_the_engines_edges_hop_by_hop(models, pairs, name):
+    model = models[name]
+    graph = Graph(model)
+    clean, _ = baselines(model, pairs, "logit_diff")
+    for text in (
+        "L0H1 -> L2H0.k -> logits",
+        "embed -> L0H2 -> L1H3.v -> L2 MLP -> logits",
+        "L0H1 + L0H3 -> L1 MLP -> L2H1",
+        "L0 MLP -> L1H0.q + L1H2 + L2H1 -> logits",
+    ):
+        found = patched_by(model, graph, pairs, text)
+        t.testing.assert_close(found, patched_by_engine(model, graph, pairs, text), atol=1e-5, rtol=1e-5, msg=text)
+        assert (found - clean).abs().max() > 1e-4, text
+
+
+@t.no_grad()
+def test_a_chain_by_formulas_written_out(models, pairs):
+    """L0H1 -> L1H2.k -> L2 MLP -> logits of GPT-2, by transformer_lens's caches and the weights alone."""
+    model = models["gpt2"]
+    pairs = pairs.take(slice(0, 2))  # their answers stand last
+    _, clean = model.run_with_cache(pairs.clean)
+    _, corrupt = model.run_with_cache(pairs.corrupt)
+
+    first = model.blocks[0].attn
+    sent = (corrupt["blocks.0.attn.hook_z"] - clean["blocks.0.attn.hook_z"])[:, :, 1] @ first.W_O[1]
+
+    attn = model.blocks[1].attn
+    normed = model.blocks[1].ln1(clean["blocks.1.hook_resid_pre"] + sent)
+    k = normed @ attn.W_K[2] + attn.b_K[2]
+    scores = clean["blocks.1.attn.hook_q"][:, :, 2] @ k.mT / k.shape[-1] ** 0.5
+    future = t.ones_like(scores, dtype=t.bool).triu(1)
+    pattern = scores.masked_fill(future, -t.inf).softmax(-1)
+    z = pattern @ clean["blocks.1.attn.hook_v"][:, :, 2]
+    passed = (z - clean["blocks.1.attn.hook_z"][:, :, 2]) @ attn.W_O[2]
+
+    block = model.blocks[2]
+    written = block.mlp(block.ln2(clean["blocks.2.hook_resid_mid"] + passed)) - clean["blocks.2.hook_mlp_out"]
+    logits = model.unembed(model.ln_final(clean["blocks.2.hook_resid_post"] + written))[:, -1]
+    expected = logits[range(2), pairs.answer] - logits[range(2), pairs.wrong]
+    found = patched_by(model, Graph(model), pairs, "L0H1 -> L1H2.k -> L2 MLP -> logits")
+    t.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - baselines(model, pairs, "logit_diff")[0]).abs().max() > 1e-4
+
+
+@t.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_a_node_that_reads_all_that_is_corrupt_passes_on_its_corrupt_write(models, pairs, name):
+    """But for a head behind a norm after attention (Gemma 2, OLMo 2): its scale is of all heads, the others clean."""
+    model = models[name]
+    graph = Graph(model)
+    nodes = ["L1 MLP"] if name in ("gemma2", "olmo2") else ["L1 MLP", "L1H2"]
+    for node in nodes:
+        reads = graph.edges(graph.writers, read_node(graph, node).receivers).any(1)
+        before = " + ".join(writer for writer, on in zip(graph.writers, reads) if on)
+        for rest in ("logits", "L2H0.v", "L2 MLP -> logits"):
+            longer = patched_by(model, graph, pairs, f"{before} -> {node} -> {rest}")
+            shorter = patched_by(model, graph, pairs, f"{node} -> {rest}")
+            t.testing.assert_close(longer, shorter, atol=1e-4, rtol=1e-4, msg=f"{node} -> {rest}")
+
+
+def test_paths_are_read_by_the_graphs_names_and_what_it_lacks_is_said_in_a_line(models):
+    ours = Graph(models["ours"])  # two heads share keys and values
+    assert chain_name(read_chain(ours, "L0H1+L0H3->L2H1->logits")) == (
+        "L0H1 + L0H3 -> L2H1.q + L2H0-1.k + L2H0-1.v -> logits"
+    )
+    assert read_node(ours, "L2H0.k") == (["L2H0-1.k"], ["L2H0"])
+    assert read_node(ours, "L2H0-1.k") == (["L2H0-1.k"], ["L2H0", "L2H1"])
+    parallel = Graph(models["gpt_neox"])
+    for graph, text, words in (
+        (ours, "L2H0 -> L1H0.q", "no edge from L2H0 to L1H0.q, which reads what is written before it: embed, L0H0,"),
+        (parallel, "L1H0 -> L1 MLP", "no edge from L1H0 to L1 MLP"),
+        (ours, "L0H1", "has one step"),
+        (ours, "L9H1 -> logits", "embed, L0H0 to L2H3 and L0 MLP to L2 MLP"),
+        (ours, "L0H1 -> L1H0.x", "nothing named 'L1H0.x' reads"),
+        (ours, "L0H1 -> embed", "nothing named 'embed' reads"),
+        (ours, "L0H1 -> logits -> L2H0", "the logits are the last step"),
+        (ours, "L0H1 -> L1 MLP + logits", "the logits are a step of their own"),
+        (ours, "L0H1 + L0H1 -> logits", "L0H1 stands twice"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            read_chain(graph, text)
+        assert words in str(end.value)
+        assert "\n" not in str(end.value)
+    read_chain(ours, "L1H0 -> L1 MLP")
