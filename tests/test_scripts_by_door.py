@@ -21,6 +21,8 @@ SMALL = {
     "reversal": "--countries 6 --forms 1 --draws 20",
     "patching": "--n 2 --held-out 2 --site resid_pre --data story.txt",
     "circuits": "--n 2 --held-out 2 --ig-steps 1",
+    "sae_probe": "--data story.txt --steps 12 --batch 128 --buffer 1500 --d-sae 24 --heldout 800 --sentences 12 --seeds 1 --variants "
+    "--no-random-baseline --min-recovered -99 --max-fvu 99 --hook blocks.1.hook_resid_pre",
     "llama_block": "",
     "tiny_transformer": "--data story.txt",
     "moe": "--data story.txt --contexts 32 --rows 2",
