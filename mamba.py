@@ -110,6 +110,51 @@ def selective_scan(A_bar: Tensor, write: Tensor) -> Tensor:
     return t.stack(states, 1)
 
 
+class FusedScan(t.autograd.Function):
+    """
+    C h of selective_scan, without ever holding A_bar and what is written: each position makes its own, in the cache of
+    the processor, and again in the backward pass. Several times faster in training; no hook can see inside.
+    delta, x (batch, pos, d_inner), A (d_inner, d_state), B, C (batch, pos, d_state) -> (batch, pos, d_inner).
+    """
+
+    @staticmethod
+    def forward(ctx, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        # positions first, then d_state, batch, d_inner: the longest dimension last
+        delta = delta.transpose(0, 1).contiguous()  # (pos, batch, d_inner)
+        x = x.transpose(0, 1).contiguous()
+        A = A.T[:, None].contiguous()  # (d_state, 1, d_inner)
+        B = B.permute(1, 2, 0)[..., None].contiguous()  # (pos, d_state, batch, 1)
+        C = C.permute(1, 2, 0)[..., None].contiguous()
+        states = x.new_zeros(len(x) + 1, len(A), *x.shape[1:])  # the first is the empty one before the text
+        scan = t.empty_like(x)
+        for pos in range(len(x)):
+            faded = (delta[pos] * A).exp_().mul_(states[pos])
+            t.addcmul(faded, delta[pos] * x[pos], B[pos], out=states[pos + 1])
+            t.sum(states[pos + 1] * C[pos], 0, out=scan[pos])
+        ctx.save_for_backward(delta, x, A, B, C, states)
+        return scan.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad_scan: Tensor) -> tuple[Tensor, ...]:
+        delta, x, A, B, C, states = ctx.saved_tensors
+        grad_scan = grad_scan.transpose(0, 1).contiguous()
+        grad_delta, grad_x = t.empty_like(delta), t.empty_like(x)
+        grad_A, grad_B, grad_C = t.zeros_like(A), t.empty_like(B), t.empty_like(C)
+        grad_state = t.zeros_like(states[0])
+        for pos in reversed(range(len(x))):
+            grad_state.addcmul_(grad_scan[pos].expand_as(grad_state), C[pos])
+            grad_C[pos] = (states[pos + 1] * grad_scan[pos]).sum(-1, keepdim=True)
+            grad_B[pos] = (grad_state * (delta[pos] * x[pos])).sum(-1, keepdim=True)
+            grad_write = (grad_state * B[pos]).sum(0)  # of delta x
+            grad_x[pos] = grad_write * delta[pos]
+            grad_state.mul_((delta[pos] * A).exp_())  # now of the state before
+            grad_exponent = grad_state * states[pos]  # of delta A
+            grad_delta[pos] = grad_write * x[pos] + (grad_exponent * A).sum(0)
+            grad_A += (grad_exponent * delta[pos]).sum(1, keepdim=True)
+        by_batch = (grad.squeeze(-1).permute(2, 0, 1) for grad in (grad_B, grad_C))
+        return grad_delta.transpose(0, 1), grad_x.transpose(0, 1), grad_A[:, 0].T, *by_batch
+
+
 #%% The mixer, in attention's place: a short convolution, the scan, a gate
 MIXER_HOOKS = ("in", "taps", "conv", "x", "delta", "B", "C", "A_bar", "write", "state", "scan", "gate")
 
@@ -165,12 +210,22 @@ class MambaMixer(nn.Module):
         B = self.hook_B(B.float())  # (batch, pos, d_state)
         C = self.hook_C(C.float())
 
+        if self.is_listened_to():
+            scan = self.scan_in_the_open(delta, x, B, C)
+        else:
+            scan = FusedScan.apply(delta, x.float(), self.A, B, C)
+        scan = self.hook_scan(scan) + self.D * x
+        return self.out_proj((scan * self.hook_gate(F.silu(gate))).to(self.out_proj.weight.dtype))
+
+    def is_listened_to(self) -> bool:
+        return any(point.fwd_hooks for point in (self.hook_A_bar, self.hook_write, self.hook_state))
+
+    def scan_in_the_open(self, delta: Tensor, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """The scan (batch, pos, d_inner) step by step, past the hooks; FusedScan gives the same."""
         A_bar = einsum(delta, self.A, "batch pos d_inner, d_inner d_state -> batch pos d_inner d_state").exp()
         write = einsum(delta * x, B, "batch pos d_inner, batch pos d_state -> batch pos d_inner d_state")
         state = self.hook_state(selective_scan(self.hook_A_bar(A_bar), self.hook_write(write)))
-        scan = einsum(state, C, "batch pos d_inner d_state, batch pos d_state -> batch pos d_inner")
-        scan = self.hook_scan(scan) + self.D * x
-        return self.out_proj((scan * self.hook_gate(F.silu(gate))).to(self.out_proj.weight.dtype))
+        return einsum(state, C, "batch pos d_inner d_state, batch pos d_state -> batch pos d_inner")
 
 
 #%% The block, and the model
