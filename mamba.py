@@ -5,7 +5,9 @@ look something up in its context?
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # The model, the first half of this file, uses utils, hooks, hooked and weights alone; the experiment uses the rest.
@@ -24,13 +26,14 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     with_defaults,
 )
-from hooks import HookPoint, hooks, run_with_cache
+from hooks import HookPoint, act_name, hooks, run_with_cache
 from hooked import Hooked
 from weights import read_tensors, take_tensors, tensor_table
 
 from anatomy import (
     BY_CONTENT,
     attention_on,
+    head_scores,
     known_tokens,
     listening_gap,
     other_rows_null,
@@ -43,9 +46,9 @@ from anatomy import (
     without_repeats,
 )
 from attn_only import loss_by_position, open_own
-from data import load_corpus, load_tokenizer, write_folder
+from data import bos_id, load_corpus, load_tokenizer, write_folder
 from launch import flags
-from plots import bar, imshow, line, show
+from plots import LONGEST_DRAWN, bar, imshow, line, show
 from train import TrainConfig, first_goes_on, repeat_batches, train
 
 import numpy as np
@@ -77,7 +80,9 @@ class MambaConfig:
 
     def __post_init__(self):
         if self.d_inner % self.d_model:
-            fail(f"d_inner {self.d_inner} is not a multiple of d_model {self.d_model}: transformers knows no other width")
+            fail(
+                f"d_inner {self.d_inner} is not a multiple of d_model {self.d_model}: transformers knows no other width"
+            )
 
 
 #%% RMSNorm: divide by the root mean square, multiply by a weight
@@ -419,3 +424,512 @@ def as_pattern(alpha: Tensor) -> Tensor:
     """|alpha|, each query's divided by their sum: what the scores of attention heads can read."""
     size = alpha.abs()
     return size / size.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+@t.no_grad()
+def channel_patterns(model: Mamba, tokens: Tensor, layer: int, together: int = 16) -> Iterator[Tensor]:
+    """as_pattern of a layer's channels (row, channel, query, key), so many channels at a time."""
+    names = [f"blocks.{layer}.mixer.hook_{name}" for name in ("delta", "B", "C")]
+    _, cache = run_with_cache(model, tokens, names)
+    delta, B, C = (cache[name] for name in names)
+    for some, A in zip(delta.split(together, -1), model.blocks[layer].mixer.A.split(together)):
+        yield as_pattern(hidden_attention(some, A, B, C))
+
+
+#%% Do channels look where attention heads look? The heads' own scores, nulls and bars (anatomy), channel by channel
+ROLES = ("previous token", "duplicate token", "induction")
+SHUFFLES = 200
+
+
+def channel_scores(model: Mamba, tokens: Tensor, looks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{look: (layer, channel)}: hidden attention paid to each look's targets (row, query, key)."""
+    by_layer: dict[str, list[Tensor]] = {look: [] for look in looks}
+    for layer in range(model.cfg.n_layers):
+        found: dict[str, list[Tensor]] = {look: [] for look in looks}
+        for pattern in channel_patterns(model, tokens, layer):
+            for look, targets in looks.items():
+                found[look].append(attention_on(pattern, targets).cpu())
+        for look, scores in found.items():
+            by_layer[look].append(t.cat(scores))
+    return {look: t.stack(scores) for look, scores in by_layer.items()}
+
+
+def unrepeated_scores(model: Mamba, tokens: Tensor, looks: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """channel_scores at the same places of rows in which nothing is repeated: what position alone gives."""
+    other = without_repeats(tokens, t.Generator().manual_seed(seed))
+    return channel_scores(model, other, looks)
+
+
+def channel_nulls(model: Mamba, tokens: Tensor, seed: int) -> dict[str, Tensor]:
+    """{role: (shuffle, layer, channel)}: the scores when rows look where other rows would, or at any earlier key."""
+    generator = t.Generator().manual_seed(seed)
+    n_rows, length = tokens.shape
+    orders = t.rand((SHUFFLES, n_rows), generator=generator).argsort(1).to(tokens.device)
+    draws = t.rand((SHUFFLES, n_rows, length), generator=generator).to(tokens.device)
+    targets = role_targets(tokens)
+    by_layer: dict[str, list[Tensor]] = {role: [] for role in ROLES}
+    for layer in range(model.cfg.n_layers):
+        found: dict[str, list[Tensor]] = {role: [] for role in ROLES}
+        for pattern in channel_patterns(model, tokens, layer):
+            for role in ROLES:
+                if role in BY_CONTENT:
+                    null = other_rows_null(pattern, targets[role], orders)
+                else:
+                    null = random_keys_null(pattern, targets[role], draws)
+                found[role].append(null.cpu())
+        for role, nulls in found.items():
+            by_layer[role].append(t.cat(nulls, -1))
+    return {role: t.stack(nulls, 1) for role, nulls in by_layer.items()}
+
+
+def after_earlier_copy(tokens: Tensor, places: int) -> Tensor:
+    """(row, query, key): the key so many places after an earlier copy of the query's token; 1 is induction's."""
+    copies = role_targets(tokens)["duplicate token"]
+    shifted = F.pad(copies, (places, -places))
+    return shifted & t.ones_like(shifted[0]).tril()
+
+
+#%% Interventions: what the convolution sees, what the state carries, what a channel writes
+def only_own_place(taps: Tensor, hook: HookPoint) -> Tensor:
+    """For hook_taps: the convolution sees no place but its own."""
+    return t.cat([t.zeros_like(taps[..., :-1]), taps[..., -1:]], -1)
+
+
+def without_tap(taps: Tensor, hook: HookPoint, back: int) -> Tensor:
+    """For hook_taps: the convolution does not see the place `back` places before."""
+    return taps.index_fill(-1, t.tensor([taps.shape[-1] - 1 - back], device=taps.device), 0)
+
+
+def nothing_carried(A_bar: Tensor, hook: HookPoint) -> Tensor:
+    """For hook_A_bar: every state holds what its own position writes, and no more."""
+    return t.zeros_like(A_bar)
+
+
+def forget_before(A_bar: Tensor, hook: HookPoint, pos: int) -> Tensor:
+    """For hook_A_bar: at one position all that was remembered is lost."""
+    return A_bar.index_fill(1, t.tensor([pos], device=A_bar.device), 0)
+
+
+def silence(scan: Tensor, hook: HookPoint, channels: Tensor) -> Tensor:
+    """For hook_scan: these channels read nothing out of their state."""
+    return scan.index_fill(-1, channels.to(scan.device), 0)
+
+
+def mixer_hook(name: str, layer: int | None = None) -> str:
+    """blocks.0.mixer.hook_taps; of all layers without one."""
+    return f"blocks.{'*' if layer is None else layer}.mixer.hook_{name}"
+
+
+def loss_of_copies(model: Mamba, repeats: Tensor, half: int, fwd_hooks: list[tuple] = ()) -> tuple[float, float]:
+    """
+    (first, second): mean loss in nats of random tokens (row, pos) when they are first said and when they are said
+    again, the first token of the second copy apart, which nothing foretells.
+    """
+    with hooks(model, list(fwd_hooks)):
+        losses = loss_by_position(model, repeats)
+    second = losses.shape[1] - half  # the loss at which the second copy begins
+    return losses[:, :second].mean().item(), losses[:, second + 1 :].mean().item()
+
+
+#%% Settings: the shell sets them by flags, a notebook edits them here
+@dataclass
+class Config(TrainConfig):
+    n_layers: int = 2
+    d_model: int = 64
+    expand: int = 2  # the scan has expand * d_model channels
+    d_state: int = 16  # numbers that each channel carries along
+    d_conv: int = 4  # places that the convolution sees
+    steps: int = 300
+    lr: float = 1e-2
+    decay: float = 0.4  # share of the steps (wsd)
+    contexts: tuple[int, ...] = (64,)
+    # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
+    repeats: float = 0.45
+    english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
+    data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
+    vocab: int = 512  # size of the byte-level BPE trained on the text
+    rows: int = 32  # rows of random tokens, said twice, that all is measured on
+    out: str = "checkpoints/mamba/model"  # where the model goes
+    model: str | None = None  # look into this model instead of training: a hub name or a folder
+    beside: str = (
+        "models/attn_only_2l"  # an attention-only model of attn_only.py, whose best induction head is drawn too
+    )
+
+
+# --hpc: an A100 with 40 GB
+HPC = Config(
+    n_layers=4,
+    d_model=512,
+    vocab=8192,
+    contexts=(256,),
+    tokens_per_step=32768,
+    accumulate=4,
+    steps=8000,
+    lr=3e-3,
+    autocast="on",
+)
+
+if __name__ == "__main__":
+    cfg = flags(Config, __doc__, hpc=HPC)
+    device = pick_device(cfg.device)
+    for name in ("expand", "d_state", "d_conv"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(cfg, name)}: it must be at least 1")
+    set_seed(cfg.seed)
+    numbers: dict = {}
+    history: dict = {}
+
+#%% Someone's model: where each of its tensors stands here
+if __name__ == "__main__" and cfg.model:
+    Mamba.read_config(read_config(cfg.model))  # refuse before anything is fetched
+    table = []
+    for name, sizes, dtype, norm in tensor_table(cfg.model):
+        table.append([name, "x".join(map(str, sizes)), dtype, norm, our_name(name)])
+    print(tabulate(table, headers=["tensor", "shape", "dtype", "norm", "here"], floatfmt=".2f"))
+    model = load_model(cfg.model, (Mamba,), cfg.device)
+    corpus = load_corpus(cfg.data, tokenizer=str(model.folder))
+
+#%% Or a model trained before your eyes, saved for transformers and opened again
+if __name__ == "__main__" and not cfg.model:
+    print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
+    corpus = load_corpus(cfg.data, cfg.vocab)
+    shape = MambaConfig(
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        d_inner=cfg.expand * cfg.d_model,
+        d_state=cfg.d_state,
+        d_conv=cfg.d_conv,
+        dt_rank=math.ceil(cfg.d_model / 16),
+        d_vocab=corpus.d_vocab,
+    )
+    model = Mamba(shape, corpus.tokenizer).to(device)
+    half = (max(cfg.contexts) - 1) // 2
+    probe = repeated_tokens(32, half, known_tokens(corpus), corpus.bos, 10**6 + cfg.seed).to(device)
+
+    def watch(step: int) -> dict:
+        first, second = loss_of_copies(model, probe, half)
+        return {"loss_first_copy": first, "loss_second_copy": second}
+
+    history = train(
+        model,
+        repeat_batches(corpus, cfg),
+        cfg,
+        "mamba",
+        watch=watch,
+        watch_every=max(1, cfg.steps // 15),
+        shape=dataclasses.asdict(shape),
+        data=corpus.key,
+        repeats=cfg.repeats,
+        english=cfg.english,
+    )
+    model.to_hf(Path(cfg.out))
+    first_goes_on()
+    numbers["train_loss"] = float(np.mean(history["loss"][-20:]))
+    numbers["train_seconds"] = history["seconds"]
+    numbers["tokens_per_second"] = history["tokens_per_second"]
+    print(
+        f"{green}loss {numbers['train_loss']:.3f} nats after {history['tokens'][-1] / 1e6:.2f}M tokens in "
+        f"{history['seconds']:.1f} s ({history['tokens_per_second']:,.0f} tokens/s); saved to {cfg.out} for "
+        f"transformers{endc}"
+    )
+    model = Mamba.from_folder(cfg.out, device)  # what follows is measured on the file
+
+#%% When does it learn to repeat?
+if __name__ == "__main__" and history:
+    fig = line(
+        {
+            "first copy": [seen["loss_first_copy"] for seen in history["watch"]],
+            "second copy": [seen["loss_second_copy"] for seen in history["watch"]],
+        },
+        f"Loss on 32 rows of {half} random tokens said twice, over training (seed {cfg.seed})",
+        xlabel="tokens seen",
+        ylabel="loss (nats)",
+        x=[seen["tokens"] for seen in history["watch"]],
+        markers=True,
+    )
+    show(fig, "mamba/training")
+
+#%% Gates: listening changes nothing; the hidden attention, times what the scan reads, is what the scan says
+if __name__ == "__main__":
+    shape = model.cfg
+    n_layers = shape.n_layers
+    half = (max(cfg.contexts) - 1) // 2
+    # said twice, the second time right after the first; and each row at its own distance, as channels are judged
+    repeats = repeated_tokens(cfg.rows, half, known_tokens(corpus), corpus.bos, cfg.seed).to(device)
+    spaced = random_repeats(corpus, cfg.rows, half, seed=cfg.seed).to(device)
+    n_params = sum(p.numel() for p in model.parameters())
+    about = f"{n_layers}-layer Mamba, {n_params / 1e3:.0f}k parameters"
+
+    gap = listening_gap(model, repeats[:8])  # the scan past all hooks against FusedScan
+    limit = 1e-5 if model.W_E.dtype == t.float32 else 2e-2
+    assert gap < limit, f"listening changes the logits by {gap}"
+    misses = []
+    for layer in range(n_layers):
+        names = [mixer_hook(name, layer) for name in ("delta", "B", "C", "x", "scan")]
+        _, cache = run_with_cache(model, repeats[:2], names)
+        delta, B, C, x, scan = (cache[name].float() for name in names)
+        alpha = hidden_attention(delta, model.blocks[layer].mixer.A, B, C)
+        by_attention = einsum(alpha, x, "row channel query key, row key channel -> row query channel")
+        misses.append(((by_attention - scan).abs().max() / scan.abs().max()).item())
+    assert max(misses) < 1e-4, f"hidden attention misses the scan by {max(misses)}"
+    numbers |= {"n_params": n_params, "listening_gap": gap, "hidden_attention_max_error": max(misses)}
+    print(
+        f"{cyan}gates: listening moves logits by {gap:.0e}, hidden attention times input misses the scan by "
+        f"{max(misses):.0e} (both relative){endc}"
+    )
+
+#%% Can it look something up? Random tokens said twice: nothing but the context foretells the second copy
+if __name__ == "__main__":
+    print(f"{purple}=== What is said again ==={endc}")
+    by_position = loss_by_position(model, repeats)
+    other = repeated_tokens(cfg.rows, half, known_tokens(corpus), corpus.bos, cfg.seed + 10**6).to(device)
+    unrelated = t.cat([repeats[:, :-half], other[:, -half:]], 1)  # the second half repeats nothing
+    by_position_unrelated = loss_by_position(model, unrelated)
+    first, second = loss_of_copies(model, repeats, half)
+    _, second_unrelated = loss_of_copies(model, unrelated, half)
+    gained = second_unrelated - second
+    numbers |= {"loss_first_copy": first, "loss_second_copy": second, "loss_second_half_unrelated": second_unrelated}
+    print(
+        f"{cyan}loss on random tokens: first time {first:.2f}, second time {second:.2f} nats; where the second half "
+        f"repeats nothing, {second_unrelated:.2f}{endc}"
+    )
+    heldout = t.from_numpy(corpus.rows(np.random.default_rng(10**6), 256, max(cfg.contexts), "heldout")).to(device)
+    numbers["heldout_loss"] = loss_by_position(model, heldout).mean().item()
+    print(f"{cyan}held-out text {numbers['heldout_loss']:.3f} nats{endc}")
+
+#%% ... by position
+if __name__ == "__main__":
+    fig = line(
+        {"said twice": by_position.mean(0), "the second half is other tokens": by_position_unrelated.mean(0)},
+        f"Loss on {len(repeats)} rows of {half} random tokens said twice ({about})",
+        xlabel="position",
+        ylabel="loss (nats)",
+        x=list(range(1, repeats.shape[1])),
+        dashed=["the second half is other tokens"],
+    )
+    show(fig, "mamba/loss_repeated")
+
+#%% What does it need for that? The convolution, and the state, are taken away one at a time
+if __name__ == "__main__":
+    print(f"{purple}=== Knock-outs ==={endc}")
+    border = repeats.shape[1] - half  # the position of the second copy's first token
+    forget = partial(forget_before, pos=border)
+    knock_outs: dict[str, list[tuple]] = {
+        "nothing": [],
+        "convolution: own place alone": [(mixer_hook("taps"), only_own_place)],
+        "state: nothing carried": [(mixer_hook("A_bar"), nothing_carried)],
+        "state: forgotten between the copies": [(mixer_hook("A_bar"), forget)],
+    }
+    for layer in range(n_layers):
+        knock_outs[f"L{layer} convolution: own place alone"] = [(mixer_hook("taps", layer), only_own_place)]
+        for back in range(1, shape.d_conv):
+            knock_out = partial(without_tap, back=back)
+            knock_outs[f"L{layer} convolution: {back} back unseen"] = [(mixer_hook("taps", layer), knock_out)]
+        knock_outs[f"L{layer} state: nothing carried"] = [(mixer_hook("A_bar", layer), nothing_carried)]
+        knock_outs[f"L{layer} state: forgotten between the copies"] = [(mixer_hook("A_bar", layer), forget)]
+
+    knocked = {}  # by what is taken away: loss on the first copy, on the second, on a second half that repeats nothing
+    for name, fwd_hooks in knock_outs.items():
+        _, fresh = loss_of_copies(model, unrelated, half, fwd_hooks)
+        knocked[name] = [*loss_of_copies(model, repeats, half, fwd_hooks), fresh]
+    gains = {name: fresh - again for name, (_, again, fresh) in knocked.items()}  # what having said it before is worth
+    numbers["knock_outs"] = {
+        name: {"first": losses[0], "second": losses[1], "unrelated": losses[2], "gain": gains[name]}
+        for name, losses in knocked.items()
+    }
+    table = [[name, *losses, gains[name]] for name, losses in knocked.items()]
+    headers = ["taken away", "first copy", "second copy", "second half repeats nothing", "gain"]
+    print(tabulate(table, headers=headers, floatfmt=".2f"))
+    print(
+        f"{gray}loss in nats; gain: how much cheaper a token is that was said before than one that was not, both in the "
+        f"second half, under the same knock-out{endc}"
+    )
+
+#%% ... as bars
+if __name__ == "__main__":
+    fig = bar(
+        {"gain": list(gains.values())},
+        f"What having been said before is worth, with parts of {about} taken away (n = {len(repeats)} rows of {half} "
+        "tokens said twice)",
+        xlabel="taken away",
+        ylabel="gain (nats)",
+        x=list(gains),
+    )
+    show(fig, "mamba/knock_outs")
+
+#%% Where do channels look? Hidden attention, scored as an attention head's, channel by channel
+if __name__ == "__main__":
+    print(f"{purple}=== Hidden attention ==={endc}")
+    with t.no_grad():
+        targets = {role: role_targets(spaced)[role] for role in ROLES}
+        scores = channel_scores(model, spaced, targets)  # (layer, channel) each
+        by_position_alone = unrepeated_scores(model, spaced, targets, cfg.seed)
+        nulls = channel_nulls(model, spaced, cfg.seed)
+    bars = {role: role_bar(role, null) for role, null in nulls.items()}
+    above = dict(scores)
+    for role in BY_CONTENT:
+        above[role] = scores[role] - by_position_alone[role]
+    named = {role: (above[role] > bars[role]).nonzero().tolist() for role in ROLES}  # [layer, channel]
+
+    best = {}  # by role: layer and channel of the highest score, above what position gives
+    table = []
+    for role in ROLES:
+        layer, channel = divmod(int(above[role].argmax()), shape.d_inner)
+        best[role] = (layer, channel)
+        alone = f"{by_position_alone[role][layer, channel]:.3f}" if role in BY_CONTENT else ""
+        by_layer = ", ".join(f"{score:.3f}" for score in scores[role].mean(1))
+        found = ", ".join(str(sum(at == where for at, _ in named[role])) for where in range(n_layers))
+        score = scores[role][layer, channel].item()
+        table.append([role, by_layer, f"L{layer}C{channel}", score, alone, bars[role], found])
+        numbers[f"{role.replace(' ', '_')}_best"] = score
+        numbers[f"{role.replace(' ', '_')}_by_layer"] = scores[role].mean(1).tolist()
+        numbers[f"{role.replace(' ', '_')}_channels"] = len(named[role])
+    numbers["bars"] = bars
+    headers = [
+        "role",
+        "mean of layers",
+        "best channel",
+        "its score",
+        "nothing repeated",
+        "bar",
+        "channels above, by layer",
+    ]
+    print(tabulate(table, headers=headers, floatfmt=".3f"))
+    print(
+        f"{gray}|hidden attention| of each query, as shares; {shape.d_inner} channels a layer. Bars: "
+        + ", ".join(f"{role} the {which_bar(role, bar_of)}" for role, bar_of in bars.items())
+        + f" (99th percentile of the best of all channels in {SHUFFLES} shuffles); of what rests on content, the score "
+        f"less that where nothing is repeated must pass{endc}"
+    )
+
+#%% Induction looks one place after the earlier copy: but the convolution smears a token over the places behind it
+if __name__ == "__main__":
+    places = list(range(-2, 7))
+    with t.no_grad():
+        looks = {f"{place}": after_earlier_copy(spaced, place) for place in places}
+        looked = channel_scores(model, spaced, looks)
+        looked_alone = unrepeated_scores(model, spaced, looks, cfg.seed)
+    excess = t.stack([looked[place] - looked_alone[place] for place in looked])  # (place, layer, channel)
+    mean_excess = excess.mean(-1).T  # (layer, place)
+    best_excess = excess.amax(-1).T
+    numbers["attention_after_earlier_copy"] = {
+        "places": places,
+        "mean": mean_excess.tolist(),
+        "best": best_excess.tolist(),
+    }
+    peak_layer, peak = divmod(int(best_excess.argmax()), len(places))
+    peak_place = places[peak]
+    peak_channel = int(excess[peak, peak_layer].argmax())
+    peak_score = best_excess[peak_layer, peak].item()
+    print(
+        f"{cyan}most attention that a repeat draws: L{peak_layer}C{peak_channel}, {peak_score:.3f} on the key "
+        f"{peak_place} after the earlier copy{endc}"
+    )
+
+#%% ... by place
+if __name__ == "__main__":
+    curves = {f"L{layer}, best channel": best_excess[layer] for layer in range(n_layers)}
+    curves |= {f"L{layer}, mean of channels": mean_excess[layer] for layer in range(n_layers)}
+    fig = line(
+        curves,
+        f"Hidden attention to keys near the earlier copy of the query's token, less the same where nothing is repeated "
+        f"({about}, {len(spaced)} rows; 0 is the copy itself, 1 what an induction head looks at)",
+        xlabel="places after the earlier copy",
+        ylabel="share of attention",
+        x=places,
+        markers=True,
+        dashed=[name for name in curves if "mean" in name],
+    )
+    show(fig, "mamba/after_copy")
+
+#%% Does the lookup run through these channels? They are silenced, and as many others of the same layers
+if __name__ == "__main__":
+    n_silenced = max(1, n_layers * shape.d_inner // 10)
+    drawn_by_copy = excess[places.index(0) :].amax(0)  # (layer, channel): at the place that draws it most
+    order = drawn_by_copy.flatten().argsort(descending=True).tolist()
+    chosen = [divmod(channel, shape.d_inner) for channel in order[:n_silenced]]
+    looking = [[channel for at, channel in chosen if at == layer] for layer in range(n_layers)]
+    rng = np.random.default_rng(cfg.seed)
+
+    def gain_without(silenced: list[list[int]]) -> float:
+        """Nats that having been said before is worth, when these channels of each layer are silenced."""
+        fwd_hooks = []
+        for layer, channels in enumerate(silenced):
+            fwd_hooks.append((mixer_hook("scan", layer), partial(silence, channels=t.tensor(channels, dtype=t.long))))
+        _, again = loss_of_copies(model, repeats, half, fwd_hooks)
+        _, fresh = loss_of_copies(model, unrelated, half, fwd_hooks)
+        return fresh - again
+
+    gain_without_looking = gain_without(looking)
+    gains_without_others = []
+    for _ in range(5):
+        others = []
+        for channels in looking:
+            rest = np.setdiff1d(np.arange(shape.d_inner), channels)
+            others.append(rng.choice(rest, min(len(channels), len(rest)), replace=False).tolist())
+        gains_without_others.append(gain_without(others))
+    numbers |= {
+        "silenced": n_silenced,
+        "gain_without_looking_channels": gain_without_looking,
+        "gain_without_other_channels": gains_without_others,
+    }
+    print(
+        f"{cyan}gain {gained:.2f} nats; without the {n_silenced} channels that look most near earlier copies "
+        f"{gain_without_looking:.2f}, without as many others {min(gains_without_others):.2f} to "
+        f"{max(gains_without_others):.2f} (5 draws){endc}"
+    )
+
+#%% The hidden attention of a layer, and of a channel that looks back, beside an attention head's
+if __name__ == "__main__":
+    panels = {}
+    for layer in range(n_layers):
+        by_channel = [pattern.mean(0) for pattern in channel_patterns(model, repeats, layer)]
+        pattern_of_layer = t.cat(by_channel)  # (channel, query, key), mean of the rows
+        panels[f"L{layer}, mean of {shape.d_inner} channels"] = pattern_of_layer.mean(0)
+        if layer == peak_layer:
+            panels[f"L{layer}C{peak_channel}"] = pattern_of_layer[peak_channel]
+    found_beside = cfg.beside and Path(find_folder(cfg.beside)).is_dir()
+
+if __name__ == "__main__" and found_beside:
+    transformer, its_tokenizer, _ = open_own(Path(find_folder(cfg.beside)), device)
+    its_bos = None if corpus.bos is None else bos_id(its_tokenizer)
+    its_rows = repeated_tokens(cfg.rows, half, transformer.cfg.d_vocab, its_bos, cfg.seed).to(device)
+    its_scores = head_scores(transformer, transformer.cfg.n_layers, its_rows, half)["prefix_matching"]
+    its_layer, its_head = divmod(int(its_scores.argmax()), transformer.cfg.n_heads)
+    with t.no_grad():
+        _, cache = run_with_cache(transformer, its_rows, [act_name("pattern", its_layer)])
+    its_name = f"L{its_layer}H{its_head} of {cfg.beside}"
+    panels[its_name] = cache["pattern", its_layer][:, its_head].mean(0)
+    numbers["prefix_matching_of_attention_head"] = its_scores.max().item()
+
+#%% ... drawn
+if __name__ == "__main__":
+    shown = {name: pattern[:LONGEST_DRAWN, :LONGEST_DRAWN].cpu() for name, pattern in panels.items()}
+    fig = imshow(
+        t.stack(list(shown.values())),
+        f"Hidden attention, |alpha| as shares of each query, mean of {len(repeats)} rows of {half} random tokens said "
+        f"twice ({about}){', beside an attention head' if found_beside else ''}",
+        xlabel="key",
+        ylabel="query",
+        panels=list(shown),
+        columns=2,
+        diverging=False,
+        value="share",
+        one_scale=False,
+    )
+    show(fig, "mamba/hidden_attention")
+
+#%% The numbers for machines, and the conclusion
+if __name__ == "__main__":
+    save_results("mamba", cfg, **numbers)
+    no_conv = gains["convolution: own place alone"]
+    no_memory = gains["state: forgotten between the copies"]
+    counted = {role: len(channels) for role, channels in named.items()}
+    print(
+        f"{green}A token that was said before is {gained:.2f} nats cheaper ({second:.2f} against "
+        f"{second_unrelated:.2f}); when the state is forgotten between the copies {no_memory:.2f}, when the convolution "
+        f"sees its own place alone {no_conv:.2f}. Of {n_layers * shape.d_inner} channels {counted['induction']} look where "
+        f"induction heads look, {counted['previous token']} at the previous token and {counted['duplicate token']} at the "
+        f"earlier copy, above their bars; a repeat draws most to the key {peak_place} after the earlier copy (share "
+        f"{peak_score:.2f}). Gate: hidden attention is the scan to {max(misses):.0e}.{endc}"
+    )
