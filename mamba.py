@@ -683,15 +683,15 @@ if __name__ == "__main__":
     print(f"{purple}=== What is said again ==={endc}")
     by_position = loss_by_position(model, repeats)
     other = repeated_tokens(cfg.rows, half, known_tokens(corpus), corpus.bos, cfg.seed + 10**6).to(device)
-    unrelated = t.cat([repeats[:, :-half], other[:, -half:]], 1)  # the second half repeats nothing
+    unrelated = t.cat([other[:, :-half], repeats[:, -half:]], 1)  # the same second half, which repeats nothing here
     by_position_unrelated = loss_by_position(model, unrelated)
     first, second = loss_of_copies(model, repeats, half)
     _, second_unrelated = loss_of_copies(model, unrelated, half)
     gained = second_unrelated - second
     numbers |= {"loss_first_copy": first, "loss_second_copy": second, "loss_second_half_unrelated": second_unrelated}
     print(
-        f"{cyan}loss on random tokens: first time {first:.2f}, second time {second:.2f} nats; where the second half "
-        f"repeats nothing, {second_unrelated:.2f}{endc}"
+        f"{cyan}loss on random tokens: first time {first:.2f}, second time {second:.2f} nats; the same second half "
+        f"after other tokens {second_unrelated:.2f}{endc}"
     )
     heldout = t.from_numpy(corpus.rows(np.random.default_rng(10**6), 256, max(cfg.contexts), "heldout")).to(device)
     numbers["heldout_loss"] = loss_by_position(model, heldout).mean().item()
@@ -700,12 +700,12 @@ if __name__ == "__main__":
 #%% ... by position
 if __name__ == "__main__":
     fig = line(
-        {"said twice": by_position.mean(0), "the second half is other tokens": by_position_unrelated.mean(0)},
+        {"said twice": by_position.mean(0), "the first half is other tokens": by_position_unrelated.mean(0)},
         f"Loss on {len(repeats)} rows of {half} random tokens said twice ({about})",
         xlabel="position",
         ylabel="loss (nats)",
         x=list(range(1, repeats.shape[1])),
-        dashed=["the second half is other tokens"],
+        dashed=["the first half is other tokens"],
     )
     show(fig, "mamba/loss_repeated")
 
@@ -728,7 +728,7 @@ if __name__ == "__main__":
         knock_outs[f"L{layer} state: nothing carried"] = [(mixer_hook("A_bar", layer), nothing_carried)]
         knock_outs[f"L{layer} state: forgotten between the copies"] = [(mixer_hook("A_bar", layer), forget)]
 
-    knocked = {}  # by what is taken away: loss on the first copy, on the second, on a second half that repeats nothing
+    knocked = {}  # by what is taken away: loss on the first copy, on the second, on the same after other tokens
     for name, fwd_hooks in knock_outs.items():
         _, fresh = loss_of_copies(model, unrelated, half, fwd_hooks)
         knocked[name] = [*loss_of_copies(model, repeats, half, fwd_hooks), fresh]
@@ -738,11 +738,11 @@ if __name__ == "__main__":
         for name, losses in knocked.items()
     }
     table = [[name, *losses, gains[name]] for name, losses in knocked.items()]
-    headers = ["taken away", "first copy", "second copy", "second half repeats nothing", "gain"]
+    headers = ["taken away", "first copy", "second copy", "the same after other tokens", "gain"]
     print(tabulate(table, headers=headers, floatfmt=".2f"))
     print(
-        f"{gray}loss in nats; gain: how much cheaper a token is that was said before than one that was not, both in the "
-        f"second half, under the same knock-out{endc}"
+        f"{gray}loss in nats; gain: how much cheaper the second half is when it was said before than after other tokens, "
+        f"under the same knock-out{endc}"
     )
 
 #%% ... as bars
