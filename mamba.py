@@ -269,7 +269,10 @@ class Mamba(nn.Module, Hooked):
 
     @t.no_grad()
     def init_weights(self) -> None:
-        """As the paper starts it: state n of each channel fades with A = -n, and steps delta run from 0.001 to 0.1."""
+        """
+        For short rows: A = -n / 16 and steps delta from 0.1 to 1. With the paper's start (A = -n, delta from 0.001 to
+        0.1) the scan is 0.03 of the skip D x in size (root mean square, 32 random tokens), with this one 0.44.
+        """
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.unembed.weight, std=0.5 / math.sqrt(self.cfg.d_model))
         for block in self.blocks:
@@ -279,9 +282,9 @@ class Mamba(nn.Module, Hooked):
             for biased in (mixer.in_proj, mixer.out_proj, mixer.conv1d):
                 if biased.bias is not None:
                     nn.init.zeros_(biased.bias)
-            mixer.A_log.copy_(t.arange(1, self.cfg.d_state + 1).log().expand_as(mixer.A_log))
+            mixer.A_log.copy_((t.arange(1, self.cfg.d_state + 1) / 16).log().expand_as(mixer.A_log))
             mixer.D.fill_(1)
-            delta = t.empty_like(mixer.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+            delta = t.empty_like(mixer.dt_proj.bias).uniform_(math.log(0.1), math.log(1.0)).exp()
             mixer.dt_proj.bias.copy_(delta.expm1().log())  # softplus of it is delta
 
     @property
@@ -534,17 +537,17 @@ def loss_of_copies(model: Mamba, repeats: Tensor, half: int, fwd_hooks: list[tup
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: int = 2
+    n_layers: int = 1
     d_model: int = 64
     expand: int = 2  # the scan has expand * d_model channels
-    d_state: int = 16  # numbers that each channel carries along
+    d_state: int = 32  # numbers that each channel carries along
     d_conv: int = 4  # places that the convolution sees
-    steps: int = 300
+    steps: int = 400
     lr: float = 1e-2
     decay: float = 0.4  # share of the steps (wsd)
-    contexts: tuple[int, ...] = (64,)
+    contexts: tuple[int, ...] = (16, 32)  # short rows first: few things to look up among
     # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
-    repeats: float = 0.45
+    repeats: float = 0.9
     english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     vocab: int = 512  # size of the byte-level BPE trained on the text
@@ -721,12 +724,13 @@ if __name__ == "__main__":
         "state: forgotten between the copies": [(mixer_hook("A_bar"), forget)],
     }
     for layer in range(n_layers):
-        knock_outs[f"L{layer} convolution: own place alone"] = [(mixer_hook("taps", layer), only_own_place)]
         for back in range(1, shape.d_conv):
             knock_out = partial(without_tap, back=back)
             knock_outs[f"L{layer} convolution: {back} back unseen"] = [(mixer_hook("taps", layer), knock_out)]
-        knock_outs[f"L{layer} state: nothing carried"] = [(mixer_hook("A_bar", layer), nothing_carried)]
-        knock_outs[f"L{layer} state: forgotten between the copies"] = [(mixer_hook("A_bar", layer), forget)]
+        if n_layers > 1:
+            knock_outs[f"L{layer} convolution: own place alone"] = [(mixer_hook("taps", layer), only_own_place)]
+            knock_outs[f"L{layer} state: nothing carried"] = [(mixer_hook("A_bar", layer), nothing_carried)]
+            knock_outs[f"L{layer} state: forgotten between the copies"] = [(mixer_hook("A_bar", layer), forget)]
 
     knocked = {}  # by what is taken away: loss on the first copy, on the second, on the same after other tokens
     for name, fwd_hooks in knock_outs.items():

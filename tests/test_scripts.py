@@ -23,7 +23,7 @@ FLAGS = {
     "tiny_transformer": "--steps 12 --tokens-per-step 1024 --contexts 32 --n-layers 2",
     "llama_block": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 512 --rows 8 --n-experts 8",
-    "mamba": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-state 4 --rows 8",
+    "mamba": "--steps 8 --tokens-per-step 512 --contexts 32 --n-layers 2 --d-model 32 --d-state 4 --rows 8",
     "logit_lens": "--tuned-steps 40",
     "reversal": "--countries 24 --forms 2 --draws 200",
     "patching": "--n 8 --held-out 16 --site resid_pre z",
