@@ -575,9 +575,9 @@ HPC = Config(
 if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     device = pick_device(cfg.device)
-    for name in ("expand", "d_state", "d_conv"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(cfg, name)}: it must be at least 1")
+    for name, least in {"expand": 1, "d_state": 1, "d_conv": 2}.items():
+        if getattr(cfg, name) < least:
+            fail(f"--{name.replace('_', '-')} is {getattr(cfg, name)}: it must be at least {least}")
     set_seed(cfg.seed)
     numbers: dict = {}
     history: dict = {}
@@ -775,35 +775,34 @@ if __name__ == "__main__":
         above[role] = scores[role] - by_position_alone[role]
     named = {role: (above[role] > bars[role]).nonzero().tolist() for role in ROLES}  # [layer, channel]
 
-    best = {}  # by role: layer and channel of the highest score, above what position gives
+    # B and C are one for all channels of a layer, so channels tend to look alike: the layer's mean is judged as well
+    means = {role: scores[role].mean(1) for role in ROLES}  # (layer)
+    means_alone = {role: by_position_alone[role].mean(1) for role in ROLES}
+    mean_bars = {role: nulls[role].mean(2).quantile(0.99, dim=0) for role in ROLES}  # (layer)
     table = []
     for role in ROLES:
-        layer, channel = divmod(int(above[role].argmax()), shape.d_inner)
-        best[role] = (layer, channel)
-        alone = f"{by_position_alone[role][layer, channel]:.3f}" if role in BY_CONTENT else ""
-        by_layer = ", ".join(f"{score:.3f}" for score in scores[role].mean(1))
-        found = ", ".join(str(sum(at == where for at, _ in named[role])) for where in range(n_layers))
-        score = scores[role][layer, channel].item()
-        table.append([role, by_layer, f"L{layer}C{channel}", score, alone, bars[role], found])
-        numbers[f"{role.replace(' ', '_')}_best"] = score
-        numbers[f"{role.replace(' ', '_')}_by_layer"] = scores[role].mean(1).tolist()
-        numbers[f"{role.replace(' ', '_')}_channels"] = len(named[role])
+        key = role.replace(" ", "_")
+        for layer in range(n_layers):
+            channel = int(above[role][layer].argmax())
+            score = scores[role][layer, channel].item()
+            alone = by_position_alone[role][layer, channel].item()
+            n_above = sum(at == layer for at, _ in named[role])
+            of_layer = [x[role][layer].item() for x in (means, means_alone, mean_bars)]
+            table.append([role, f"L{layer}", *of_layer, f"C{channel}", score, alone, bars[role], n_above])
+        numbers[f"{key}_by_layer"] = means[role].tolist()
+        numbers[f"{key}_by_layer_nothing_repeated"] = means_alone[role].tolist()
+        numbers[f"{key}_by_layer_null"] = mean_bars[role].tolist()
+        numbers[f"{key}_best_channel"] = scores[role].max().item()
+        numbers[f"{key}_channels"] = len(named[role])
     numbers["bars"] = bars
-    headers = [
-        "role",
-        "mean of layers",
-        "best channel",
-        "its score",
-        "nothing repeated",
-        "bar",
-        "channels above, by layer",
-    ]
-    print(tabulate(table, headers=headers, floatfmt=".3f"))
+    of_layer = ["mean of channels", "nothing repeated", "null"]
+    of_best = ["best channel", "score", "nothing repeated", "bar", "channels above"]
+    print(tabulate(table, headers=["role", "layer", *of_layer, *of_best], floatfmt=".3f"))
+    which = ", ".join(f"{role} the {which_bar(role, bar_of)}" for role, bar_of in bars.items())
     print(
-        f"{gray}|hidden attention| of each query, as shares; {shape.d_inner} channels a layer. Bars: "
-        + ", ".join(f"{role} the {which_bar(role, bar_of)}" for role, bar_of in bars.items())
-        + f" (99th percentile of the best of all channels in {SHUFFLES} shuffles); of what rests on content, the score "
-        f"less that where nothing is repeated must pass{endc}"
+        f"{gray}|hidden attention| of each query, as shares; {shape.d_inner} channels a layer. null: 99th percentile of the "
+        f"mean in {SHUFFLES} shuffles, in which rows look where other rows would (previous token: anywhere before). bar: the heads' own ({which}); of what "
+        f"rests on content, a channel's score less that where nothing is repeated must pass it{endc}"
     )
 
 #%% Induction looks one place after the earlier copy: but the convolution smears a token over the places behind it
@@ -916,7 +915,7 @@ if __name__ == "__main__":
         xlabel="key",
         ylabel="query",
         panels=list(shown),
-        columns=2,
+        columns=3,
         diverging=False,
         value="share",
         one_scale=False,
@@ -928,12 +927,15 @@ if __name__ == "__main__":
     save_results("mamba", cfg, **numbers)
     no_conv = gains["convolution: own place alone"]
     no_memory = gains["state: forgotten between the copies"]
-    counted = {role: len(channels) for role, channels in named.items()}
+    strongest = int((means["induction"] - means_alone["induction"]).argmax())
+    taps = {name: gain for name, gain in gains.items() if name.endswith("back unseen")}
+    tap = min(taps, key=lambda name: taps[name])
     print(
         f"{green}A token that was said before is {gained:.2f} nats cheaper ({second:.2f} against "
         f"{second_unrelated:.2f}); when the state is forgotten between the copies {no_memory:.2f}, when the convolution "
-        f"sees its own place alone {no_conv:.2f}. Of {n_layers * shape.d_inner} channels {counted['induction']} look where "
-        f"induction heads look, {counted['previous token']} at the previous token and {counted['duplicate token']} at the "
-        f"earlier copy, above their bars; a repeat draws most to the key {peak_place} after the earlier copy (share "
-        f"{peak_score:.2f}). Gate: hidden attention is the scan to {max(misses):.0e}.{endc}"
+        f"sees its own place alone {no_conv:.2f}. Its most needed place: {tap}, {taps[tap]:.2f}. Where induction heads "
+        f"look, L{strongest}'s hidden attention is {means['induction'][strongest]:.3f} (mean of channels; null "
+        f"{mean_bars['induction'][strongest]:.3f}, where nothing is repeated {means_alone['induction'][strongest]:.3f}); "
+        f"{len(named['induction'])} of {n_layers * shape.d_inner} channels pass the bar of heads. Gate: hidden attention "
+        f"is the scan to {max(misses):.0e}.{endc}"
     )

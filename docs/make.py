@@ -197,6 +197,7 @@ PICTURES = {
     "tiny_transformer": "tiny_transformer/heads",
     "llama_block": "llama_block/phases",
     "moe": "moe/specialisation",
+    "mamba": "mamba/hidden_attention",
     "logit_lens": "logit_lens/grid",
     "patching": "patching/places",
     "circuits": "circuits/circuit",
