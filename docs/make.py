@@ -71,6 +71,12 @@ ROWS = [
         "uv run pytest",
     ),
     (
+        "... Mamba",
+        "{parity[MambaForCausalLM][max_relative_logit_error]:.0e}",
+        "0",
+        "uv run pytest",
+    ),
+    (
         "training speed against Hugging Face's default attention, 6 layers of width 512: GPT-2, Llama",
         "{bench[throughput_vs_hf_gpt2]:.2f}, {bench[throughput_vs_hf_llama]:.2f}",
         "1 (transformers)",
@@ -209,6 +215,7 @@ PICTURES = {
     "tiny_transformer": "tiny_transformer/heads",
     "llama_block": "llama_block/phases",
     "moe": "moe/specialisation",
+    "mamba": "mamba/hidden_attention",
     "logit_lens": "logit_lens/grid",
     "readers": "readers/auroc",
     "patching": "patching/places",

@@ -30,6 +30,7 @@ ARCHITECTURES = (
     "tiny_transformer",
     "llama_block",
     "moe",
+    "mamba",
 )  # their classes are imported, their cells are not
 STORIES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in (*FOUNDATIONS, *ARCHITECTURES))
 MODEL_ROOMS = {"utils", "hooks", "hooked", "layers", "weights"}

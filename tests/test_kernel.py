@@ -13,6 +13,7 @@ SMALL = {
     "tiny_transformer.py": "Config(steps=8, tokens_per_step=512)",
     "llama_block.py": "Config(steps=8, tokens_per_step=512, n_layers=2, d_model=32, d_mlp=64, n_kv_heads=2)",
     "moe.py": "Config(steps=8, tokens_per_step=512, vocab=512, rows=8, n_layers=2, d_model=32, d_expert=32)",
+    "mamba.py": "Config(steps=8, tokens_per_step=512, d_model=32, d_state=4, rows=8)",
     "patching.py": "Config(n=4, held_out=4, site=('resid_pre', 'z'))",
     "sae_probe.py": "Config(steps=50, batch=512, buffer=6000, d_sae=96, heldout=3000, sentences=20, seeds=1, variants=(), random_baseline=False, min_recovered=0.1, max_fvu=0.9)",
     "logit_lens.py": "Config(tuned_steps=0)",

@@ -23,6 +23,7 @@ FLAGS = {
     "tiny_transformer": "--steps 12 --tokens-per-step 1024 --contexts 32 --n-layers 2",
     "llama_block": "--steps 8 --tokens-per-step 512 --n-layers 2 --d-model 32 --d-mlp 64 --n-kv-heads 2",
     "moe": "--steps 8 --tokens-per-step 512 --contexts 32 --d-model 32 --d-expert 16 --vocab 512 --rows 8 --n-experts 8",
+    "mamba": "--steps 8 --tokens-per-step 512 --contexts 32 --n-layers 2 --d-model 32 --d-state 4 --rows 8",
     "logit_lens": "--tuned-steps 40",
     "reversal": "--countries 24 --forms 2 --draws 200",
     "readers": "--tasks forward language --forms 1 --draws 50 --tuned-steps 12 --jacobian-rows 2",
@@ -39,6 +40,7 @@ AGAIN = {
     "tiny_transformer": ("--model checkpoints/tiny_transformer", "heldout_loss"),
     "moe": ("--model checkpoints/moe/model --contexts 32 --rows 8", "heldout_loss"),
     "llama_block": ("--model checkpoints/llama_block/model", "listening_gap"),
+    "mamba": ("--model checkpoints/mamba/model --contexts 32 --rows 8", "loss_second_copy"),
 }
 FIGURES = {
     "zero_layer": "loss unseen rank embedding logits",
@@ -47,6 +49,7 @@ FIGURES = {
     "tiny_transformer": "attention attention_text attribution heads next_token neurons feed_forward_maps norm_based",
     "llama_block": "attention attention_text phases rope rope_heads distance sink norms gates",
     "moe": "load_over_training specialisation who_goes_where prompt knock_out",
+    "mamba": "training loss_repeated knock_outs after_copy hidden_attention",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
     "reversal": "probability rank kl entropy reversal",
     "patching": "attention attention_text direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
@@ -115,6 +118,18 @@ def check_llama_block(n: dict, said: str, folder: Path) -> None:
 def check_moe(n: dict, said: str, folder: Path) -> None:
     assert max(n["dense_sum_error"], n["replay_error"]) < 1e-4
     assert len(n["load"]) == 3 and len(n["load"][0]) == 8 and set(n["heldout_loss"]) == {"code", "english"}
+
+
+def check_mamba(n: dict, said: str, folder: Path) -> None:
+    """The gates hold; a knock-out is worth the losses that it is made of."""
+    assert n["listening_gap"] < 1e-5 and n["hidden_attention_max_error"] < 1e-4
+    plain = n["knock_outs"]["nothing"]
+    assert plain["second"] == n["loss_second_copy"] and plain["first"] == n["loss_first_copy"]
+    for losses in n["knock_outs"].values():
+        assert losses["gain"] == pytest.approx(losses["unrelated"] - losses["second"])
+    assert len(n["knock_outs"]) == 4 + 2 * (3 + 3)
+    assert n["heldout_loss"] < math.log(512) and len(n["induction_by_layer"]) == 2
+    assert f"{plain['gain']:.2f} nats cheaper" in said.splitlines()[-1]
 
 
 def check_logit_lens(n: dict, said: str, folder: Path) -> None:
@@ -188,6 +203,7 @@ CHECKS = {
     "tiny_transformer": check_tiny_transformer,
     "llama_block": check_llama_block,
     "moe": check_moe,
+    "mamba": check_mamba,
     "logit_lens": check_logit_lens,
     "reversal": check_reversal,
     "readers": check_readers,
@@ -281,7 +297,9 @@ def test_a_script_runs_says_what_is_true_and_its_figures_open(name, run, workdir
         assert again.returncode == 0, again.stderr[-2000:]
         if name != "attn_only":
             tensors = [
-                line for line in again.stdout.splitlines() if line.startswith(("model.embed", "transformer.wte"))
+                line
+                for line in again.stdout.splitlines()
+                if line.startswith(("model.embed", "transformer.wte", "backbone.embed"))
             ]
             assert tensors, "the tensors are listed"
         opened = json.loads((workdir / f"results/{name}.json").read_text())
