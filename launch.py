@@ -93,7 +93,8 @@ def flags[Config](
     """
     A dataclass of settings from the command line: one --flag per field, and Launch's; in a notebook, its defaults.
     hpc: the preset of --hpc. sweep: a tuple field (models ...) that --slurm makes an array of, for a script that skips
-    finished values and gathers them by itself. shares_results: a second run in this folder would write over this one's.
+    finished values and gathers them by itself, so that several of its runs may share a folder; of any other script
+    (shares_results) a second run in the folder is refused, since it would write over the first's.
     """
     if in_kernel():
         return config()
@@ -114,7 +115,7 @@ def flags[Config](
     axes = {sweep: [str(x) for x in getattr(cfg, sweep)]} if own else read_sweep(launch.sweep, cfg)
     if not axes and not launch.slurm:
         rank, _ = processes()
-        if shares_results and rank == 0:
+        if shares_results and sweep is None and rank == 0:
             refuse_a_second_run(script.stem)
         if getattr(cfg, "wandb", False) and rank == 0 and not isinstance(cfg, TrainConfig):  # train() starts its own
             start_wandb(script.stem, dataclasses.asdict(cfg))

@@ -589,7 +589,7 @@ class Config(LensConfig):
 
 if __name__ == "__main__":
     big_models = ("Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1", "google/gemma-2-9b")
-    cfg = flags(Config, __doc__, hpc=Config(models=big_models, dtype="bfloat16"), sweep="models", shares_results=False)
+    cfg = flags(Config, __doc__, hpc=Config(models=big_models, dtype="bfloat16"), sweep="models")
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     if not 1 <= cfg.forms <= 11:

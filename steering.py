@@ -271,9 +271,9 @@ def steering_effect(
 
 
 if __name__ == "__main__":
-    plain = questions.answers()
-    require_telling_words(plain)
-    right_before = (plain.argmax(1) == questions.right).float().mean().item()
+    unpushed = questions.answers()
+    require_telling_words(unpushed)
+    right_before = (unpushed.argmax(1) == questions.right).float().mean().item()
     print(
         f"{cyan}without a push {right_before:.1%} of the answers are right, {1 / len(continents):.1%} by chance{endc}"
     )
@@ -282,7 +282,7 @@ if __name__ == "__main__":
     for kind, of_kind in tqdm(directions.items(), desc="steering", **BRIEF):
         is_random = kind.startswith("random")
         steered[kind] = {
-            strength: steering_effect(questions, plain, of_kind, strength * distance, any_target=is_random)
+            strength: steering_effect(questions, unpushed, of_kind, strength * distance, any_target=is_random)
             for strength in strengths
         }
     rise_at_1 = {kind: effects[1.0][0] for kind, effects in steered.items()}
@@ -349,7 +349,7 @@ if __name__ == "__main__":
             for delta in (edit, *(partial(same_length, edit, direction) for direction in elsewhere)):
                 on_text = put(lambda x: x + delta(x), subject.first)
                 losses.append(loss_of(model, text, [(hook, on_text)]) - loss_before)
-                moved.append(log_p_right(questions.answers(delta)) - log_p_right(plain))
+                moved.append(log_p_right(questions.answers(delta)) - log_p_right(unpushed))
             name = f"f{f} {', '.join(concepts_of.get(f, []))}"
             edits.append([name, how, losses[0], float(np.mean(losses[1:])), moved[0], float(np.mean(moved[1:]))])
     numbers["edits"] = edits

@@ -133,7 +133,7 @@ def test_wrong_launches_get_one_line(monkeypatch, capsys):
 
 
 def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_path):
-    (tmp_path / "tiny.py").write_text(TINY)
+    (tmp_path / "tiny.py").write_text(TINY.replace(', sweep="models"', ""))
     command = [sys.executable, "tiny.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen([*command, "--pause", "5"], env=env)
