@@ -236,6 +236,7 @@ def bench_from_scratch(steps: int = 60, rows: int = 32, seeds: tuple[int, ...] =
 
     def ours(seed: int, steps: int, optimizer: str) -> nn.Module:
         model = TinyTransformer(shape)
+        model.init_weights(as_gpt2=True)
         cfg = TrainConfig(steps=steps, optimizer=optimizer, lr=1e-2, autocast="off", save_every=0, device="cpu")
         train(model, rows_of(shape.n_ctx, seed), cfg, f"{optimizer}, seed {seed}")
         return model

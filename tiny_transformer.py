@@ -190,17 +190,23 @@ class TinyTransformer(nn.Module, Hooked):
         if cfg.tied:
             self.unembed.weight = self.embed.weight
 
-    def init_weights(self) -> None:
+    def init_weights(self, as_gpt2: bool = False) -> None:
         """
-        GPT-2's: small weights, and smaller ones where a block writes, so that the stream begins as the embedding and
-        not as what untrained blocks add to it.
+        Small query and key weights, as in attn_only: attention starts near uniform, and with Muon induction heads form
+        soonest. as_gpt2: GPT-2's, which AdamW alone needs: small weights, and smaller ones where a block writes, so
+        that the stream begins as the embedding and not as what untrained blocks add to it.
         """
         writes_std = 0.02 / math.sqrt(2 * self.cfg.n_layers)
         for name, linear in self.blocks.named_modules():
             if not isinstance(linear, nn.Linear):
                 continue
-            writes_into_the_stream = name.endswith((".o", ".out"))
-            nn.init.normal_(linear.weight, std=writes_std if writes_into_the_stream else 0.02)
+            if as_gpt2:
+                writes_into_the_stream = name.endswith((".o", ".out"))
+                std = writes_std if writes_into_the_stream else 0.02
+            else:
+                gain = 0.3 if name.endswith((".q", ".k")) else 1.0
+                std = gain / math.sqrt(linear.in_features)
+            nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
         nn.init.normal_(self.unembed.weight, std=0.02)
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -454,6 +460,8 @@ if __name__ == "__main__" and not cfg.model:
         tied=cfg.tied,
     )
     model = TinyTransformer(shape, corpus.tokenizer)
+    if cfg.optimizer == "adamw":
+        model.init_weights(as_gpt2=True)
     history = train(
         model.to(device),
         repeat_batches(corpus, cfg),
