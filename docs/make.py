@@ -162,7 +162,7 @@ ROWS = [
     ),
     (
         "circuit for indirect objects, outside it each pair's corrupt run: share of the way from all ablated (0) to clean (1); circuit / clean logit difference",
-        "{circuits[faithfulness_by_ablation][corrupt][normalised]:.2f}; {circuits[faithfulness_by_ablation][corrupt][circuit_over_clean]:.2f} by {circuits[circuit_edges]} of {circuits[circuit_edges_total]} edges; as many at random {circuits[faithfulness_by_ablation][corrupt][random_circuit]:.2f} of the way",
+        "{circuits[faithfulness_by_ablation][corrupt][normalised]:.2f}; {circuits[faithfulness_by_ablation][corrupt][circuit_over_clean]:.2f} by {circuits[circuit_edges]} of {circuits[circuit_edges_total]} edges; as many at random {circuits[faithfulness_by_ablation][corrupt][random_circuit]:z.2f} of the way",
         "at least 0.9 of the way where it was found; the rest is unseen pairs",
         "uv run circuits.py",
     ),
