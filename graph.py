@@ -942,8 +942,8 @@ def edge_patch(
 ) -> Tensor:
     """
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
-    corrupt run's writes, or another ablation's; what lies behind a receiver is computed anew, all else stays. One edge is what Syed et al.
-    (2023) attribute; a circuit is the run in which all other edges are swapped.
+    corrupt run's writes, or another ablation's; what lies behind a receiver is computed anew, all else stays. One edge
+    is what Syed et al. (2023) attribute; a circuit is the run in which all other edges are swapped.
     """
     swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
     n_pairs = pairs_that_fit(model, graph, pairs, memory_gb)

@@ -1,6 +1,7 @@
 """
-The methods that a TransformerLens user types, on our own models: they mean what TransformerLens means by them, and a
-name that is unknown or never fires raises. Functions of the same names work on any model (hooks.py, data.py).
+The methods that a TransformerLens user types, on our own models: they mean what TransformerLens means by them. A name
+that is unknown raises, and so does one that does not fire in a run (but for add_hook's, which have no run of their own).
+Functions of the same names work on any model (hooks.py, data.py).
 """
 
 from collections.abc import Callable

@@ -91,8 +91,6 @@ def check_settings(cfg: object) -> None:
         return
     for name, value in vars(cfg).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"{flag} is {value}: give a number")
         if name in AT_LEAST_1 and value < 1:
             fail(f"{flag} is {value}: it must be at least 1")
         if name in AT_LEAST_0 and value < 0:
