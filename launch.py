@@ -30,6 +30,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
+from report import finish_report, record
 from train import FREE, TrainConfig, check_settings, in_queue, processes, start_wandb
 
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
@@ -40,6 +41,7 @@ from tabulate import tabulate
 @dataclass
 class Launch:
     hpc: bool = False  # start from the preset for an A100 with 40 GB; flags given still win
+    open: bool = False  # open the run's report in a browser when it is done
     # seed=0,1,2 n_layers=1,2: one run for each value or combination, in a folder of its own; the same command again
     # runs what is missing and shows all
     sweep: tuple[str, ...] = ()
@@ -74,6 +76,8 @@ class Task:
         except SystemExit as end:
             if end.code:
                 raise
+        finally:
+            finish_report()
         if int(os.environ.get("SLURM_PROCID", 0)) == 0:
             (self.folder / "done").touch()
 
@@ -119,6 +123,8 @@ def flags[Config](
             refuse_a_second_run(script.stem)
         if getattr(cfg, "wandb", False) and rank == 0 and not isinstance(cfg, TrainConfig):  # train() starts its own
             start_wandb(script.stem, dataclasses.asdict(cfg))
+        if shares_results and rank == 0:
+            record(script, cfg, defaults, launch.open)
         return cfg
 
     results = Path("results").absolute() / script.stem
@@ -140,6 +146,7 @@ def flags[Config](
     if axes:
         print(f"{green if len(done) == len(tasks) else yellow}{len(done)} of {len(tasks)} runs are done{endc}")
     if own and len(done) == len(tasks):
+        record(script, cfg, defaults, launch.open)
         return cfg
     if axes and done and not own:
         gather(done, place)

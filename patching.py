@@ -99,6 +99,12 @@ def texts(ids: t.Tensor) -> list[str]:
     return [token_text(model, int(i)) for i in ids]
 
 
+def attention_of(prompt: t.Tensor) -> t.Tensor:
+    """(1, pos) -> patterns of every head, (layer x head, query, key)."""
+    _, seen = run_with_cache(model, prompt, "blocks.*.attn.hook_pattern")
+    return t.cat([seen["pattern", layer][0].float().cpu() for layer in range(n_layers)])
+
+
 model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
 if not is_streamed(model):
@@ -118,6 +124,8 @@ layer_names = [f"L{layer}" for layer in range(n_layers)]
 place_names = list(pairs.places)
 token_labels = label_tokens(texts(shown.clean[0]))
 numbers = {}
+restores = {0: "corrupt", 1: "clean"}  # what a share says at its ends
+loses = {0: "clean", 1: "corrupt"}
 
 print(f"{purple}=== {about}: {len(pairs)} pairs, {len(test_pairs)} held out ==={endc}")
 print(f"{gray}clean   {''.join(texts(shown.clean[0]))}")
@@ -126,11 +134,15 @@ print(f"answer  {texts(shown.answer)[0]!r}, wrong {texts(shown.wrong)[0]!r}; {ab
 
 #%% What every head attends to in the shown prompt: maps, and a page to hover
 if has_heads(model) and not is_streamed(model):
-    _, seen = run_with_cache(model, shown.clean, "blocks.*.attn.hook_pattern")
-    patterns = t.cat([seen["pattern", layer][0].float().cpu() for layer in range(n_layers)])
     every_head = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+    others = {}
+    for i in range(min(3, len(pairs))):
+        one = pairs.take(slice(i, i + 1))
+        others[f"clean: {''.join(texts(one.clean[0]))}"] = (texts(one.clean[0]), attention_of(one.clean))
+        others[f"corrupt: {''.join(texts(one.corrupt[0]))}"] = (texts(one.corrupt[0]), attention_of(one.corrupt))
+    about_page = f"{Path(cfg.model).name} on clean and corrupt prompts"
     show_attention(
-        patterns, texts(shown.clean[0]), every_head, f"{Path(cfg.model).name} on a clean prompt", "patching/attention"
+        attention_of(shown.clean), texts(shown.clean[0]), every_head, about_page, "patching/attention", more=others
     )
 
 #%% Baselines and gates: patching nothing must change nothing, patching everything must give the clean run
@@ -204,7 +216,12 @@ if attributed:
         x=[writers[i] for i in strongest],
         errors={"logits of answer - wrong": (high[strongest] - mean, mean - low[strongest])},
     )
-    show(fig, "patching/direct_attribution")
+    show(
+        fig,
+        "patching/direct_attribution",
+        "What each head and MLP writes along the answer's direction less the wrong one's; together they are the logit "
+        "difference. What a writer does through later layers is not in it.",
+    )
 
 #%% Which activations are swept: of the stream by layer and place, of the heads one by one
 print(f"{purple}=== Activation patching ==={endc}")
@@ -234,16 +251,21 @@ if stream_sites:
 if stream_sites:
     fig = imshow(
         t.stack(by_token),
-        title=f"Clean activation into the corrupt run at one token (n = 1, {about}; 0 = corrupt, 1 = clean)",
+        title=f"Where the answer stands in one prompt: clean activation into the corrupt run (n = 1, {about})",
         xlabel="token",
         ylabel="layer",
         x=[token_labels[int(p)] for p in each_position],
         y=layer_names,
-        panels=stream_sites,
-        columns=2,
+        menu=stream_sites,
         value="share restored",
+        meaning=restores,
     )
-    show(fig, "patching/tokens")
+    show(
+        fig,
+        "patching/tokens",
+        "Each cell: the activation of one layer at one token, taken from the clean run. Blue restores the clean answer; "
+        "the menu chooses the place within the block.",
+    )
 
 #%% ... and in all prompts? By place, clean into corrupt (what suffices) and corrupt into clean (what is needed)
 if stream_sites:
@@ -269,20 +291,24 @@ if stream_sites:
 #%% ... as a map of layers and places
 if stream_sites:
     fig = imshow(
-        t.stack(list(by_place.values())),
-        title=(
-            f"Clean into corrupt (denoise), corrupt into clean (noise) by place (n = {len(pairs)}, {about}; 0 = "
-            "corrupt, 1 = clean)"
-        ),
+        t.stack([t.stack([by_place[f"{site}, denoise"], 1 - by_place[f"{site}, noise"]]) for site in stream_sites]),
+        title=f"Where the answer stands in all prompts: what suffices, and what is needed (n = {len(pairs)}, {about})",
         xlabel="place",
         ylabel="layer",
         x=place_names,
         y=layer_names,
-        panels=list(by_place),
+        panels=["clean into corrupt: share restored", "corrupt into clean: share lost"],
+        menu=stream_sites,
         columns=2,
         value="share",
+        meaning={0: "nothing changes", 1: "all of it"},
     )
-    show(fig, "patching/places")
+    show(
+        fig,
+        "patching/places",
+        "Left: what one clean activation restores in the corrupt run (it suffices). Right: what the corrupt one destroys "
+        "in the clean run (it is needed). Where both are blue the answer passes through this place alone.",
+    )
 
 #%% Which heads matter? Each alone, at all positions; and at which places
 if head_sites:
@@ -297,34 +323,51 @@ if head_sites:
     values = sweep(model, pairs, site, "head pos", metric, places=pairs.places, memory_gb=cfg.memory_gb)
     head_by_place = restored(values).flatten(0, 1)
 
-#%% ... as a map of layers and heads, and of the first site's heads and places
+#%% ... as a map of layers and heads, of those sites where anything matters
 if head_sites:
-    every_head = [panel.repeat_interleave(n_heads // panel.shape[1], 1) for panel in by_head.values()]
+    maps = {}
+    for site in head_sites:
+        shares = t.stack([by_head[f"{site}, denoise"], 1 - by_head[f"{site}, noise"]])
+        maps[site] = shares.repeat_interleave(n_heads // shares.shape[-1], -1)  # heads that share keys show one value
+    matter = {site: shares for site, shares in maps.items() if shares.abs().max() >= 0.05}
+    idle = [site for site in maps if site not in matter]
+    if idle:
+        print(f"{gray}no single head's {', '.join(idle)} restores or loses 5% anywhere: not drawn{endc}")
+if head_sites and matter:
     fig = imshow(
-        t.stack(every_head),
-        title=(
-            f"Patching by head (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean; heads that share keys show one "
-            "value)"
-        ),
+        t.stack(list(matter.values())),
+        title=f"Which single heads matter: what suffices, and what is needed (n = {len(pairs)}, {about})",
         xlabel="head",
         ylabel="layer",
         x=[f"H{head}" for head in range(n_heads)],
         y=layer_names,
-        panels=list(by_head),
-        columns=4,
+        panels=["clean into corrupt: share restored", "corrupt into clean: share lost"],
+        menu=list(matter),
+        columns=2,
         value="share",
+        meaning={0: "nothing changes", 1: "all of it"},
     )
-    show(fig, "patching/heads")
+    not_drawn = f" Nothing is drawn for {', '.join(idle)}: no head's there matters alone." if idle else ""
+    show(
+        fig,
+        "patching/heads",
+        "One head at a time, at all positions; the menu chooses its output z or what enters it (q, k, v, pattern)."
+        + not_drawn,
+    )
+
+#%% ... and of the first site's heads and places
+if head_sites:
     fig = imshow(
         head_by_place,
-        title=f"Clean {head_sites[0]} of one head into the corrupt run, by place (n = {len(pairs)}, {about}; 0 = corrupt, 1 = clean)",
+        title=f"At which place each head matters: its clean {head_sites[0]} into the corrupt run (n = {len(pairs)}, {about})",
         xlabel="place",
         ylabel="head",
         x=place_names,
         y=[layer + head for layer in layer_names for head in head_names(model, head_sites[0])],
         value="share restored",
+        meaning=restores,
     )
-    show(fig, "patching/head_places")
+    show(fig, "patching/head_places", "A row for each head, a column for each place of the prompt where it is patched.")
 
 #%% Do the strongest heads restore the answer in pairs they were not found on? Each patched by the plain form
 if head_sites:
@@ -370,9 +413,9 @@ if task == "capitals":
     fig = imshow(
         t.stack(list(tracing.values())),
         title=(
-            f"Causal tracing: subject under noise of 3 standard deviations ({sigma:.2f}), one clean activation "
-            f"restored (n = {len(pairs)}, {Path(cfg.model).name}, log-probability: 0 = noised "
-            f"{noised_corrupt.mean():.2f}, 1 = clean {noised_clean.mean():.2f} nats)"
+            "Causal tracing: the subject is under noise, one clean activation is restored "
+            f"(n = {len(pairs)}, {Path(cfg.model).name}; noise of 3 standard deviations, {sigma:.2f}; log-probability of "
+            f"the answer {noised_corrupt.mean():.2f} nats noised, {noised_clean.mean():.2f} clean)"
         ),
         xlabel="place",
         ylabel="layer",
@@ -381,8 +424,9 @@ if task == "capitals":
         panels=list(tracing),
         columns=3,
         value="share restored",
+        meaning={0: "noised", 1: "clean"},
     )
-    show(fig, "patching/tracing")
+    show(fig, "patching/tracing", "Blue: this layer at this place holds what the noise had taken away.")
 
 #%% Facts: which places must the answer's position look at? Attention knocked out layer by layer, and in all layers
 if task == "capitals":
@@ -409,16 +453,21 @@ if task == "capitals":
     fig = imshow(
         t.tensor(list(metric_left.values())),
         title=(
-            f"Attention from the answer's position knocked out (n = {len(pairs)}, {Path(cfg.model).name}, "
-            "log-probability: 0 = subject noised, 1 = clean)"
+            "Where the answer's position must look: its attention knocked out "
+            f"(n = {len(pairs)}, {Path(cfg.model).name}, log-probability of the answer)"
         ),
         xlabel="layer",
         ylabel="to",
         x=[*layer_names, "all"],
         y=list(metric_left),
         value="share left",
+        meaning={0: "subject noised", 1: "clean"},
     )
-    show(fig, "patching/knock_out")
+    show(
+        fig,
+        "patching/knock_out",
+        "Pale: without attention to this place, in this layer (or in all), the answer is gone.",
+    )
 
 #%% What is needed: every head and MLP taken away in four ways, with the effect on the answer and on the loss over text
 print(f"{purple}=== Ablations ==={endc}")
@@ -446,18 +495,27 @@ where = (
     f"n = {len(few)} prompts, {rows.numel()} held-out tokens of {data}, {about}; means and deviations over that text"
 )
 share_lost = "share of the metric lost (0 = clean, 1 = corrupt)"
-lost_titles = {"metric": share_lost, "loss": "nats per token of text lost"}
+lost_titles = {
+    "metric": "What the answer loses when a part is ablated in one of four ways",
+    "loss": "What text loses when a part is ablated in one of four ways, nats per token",
+}
 for i, (name, title) in enumerate(lost_titles.items()):
     fig = imshow(
         t.tensor([[effect[i] for effect in of_parts.values()] for of_parts in effects.values()]),
-        title=f"Ablation: {title} ({where})",
+        title=f"{title} ({where})",
         xlabel="part",
         ylabel="ablation",
         x=list(parts),
         y=list(effects),
         value="share lost" if name == "metric" else "nats lost",
+        meaning=loses if name == "metric" else None,
     )
-    show(fig, f"patching/ablation_{name}")
+    show(
+        fig,
+        f"patching/ablation_{name}",
+        "Blue: it was needed. Red: without it things go better. Zero takes its output away, mean sets it to its mean over "
+        "text, resample takes it from another prompt, noise adds one standard deviation.",
+    )
 
 #%% How much noise do the strongest head and MLP bear?
 sigmas = [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
@@ -471,13 +529,13 @@ numbers["noise_curve"] = noise_curves
 #%% ... as lines
 fig = line(
     noise_curves,
-    title=f"Gaussian noise on the strongest head and MLP ({where})",
+    title=f"How much Gaussian noise the strongest head and MLP bear ({where})",
     xlabel="sigma (standard deviations)",
     ylabel=share_lost,
     x=sigmas,
     markers=True,
 )
-show(fig, "patching/noise")
+show(fig, "patching/noise", "0 on the left axis: the answer is untouched; 1: as if the prompt were the corrupt one.")
 
 #%% How few neurons of the strongest MLP, or which direction before it, does the answer need?
 fine = fine_parts(model, few, parts[strongest_mlp].layer, cfg.memory_gb)

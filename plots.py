@@ -1,9 +1,7 @@
 """Figures: heatmaps, lines, bars, labels, and pages to read by. A notebook shows them, a script writes them."""
 
 import html
-import json
 import os
-import re
 import textwrap
 import time
 from collections import Counter
@@ -11,27 +9,27 @@ from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
-    finite,
     gray,
     in_kernel,
     wandb_run,
     write_aside,
     yellow,
 )
+from report import fill_page, recorder, tell
 
 import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
-
-PAGES = Path(__file__).parent / "pages"  # HTML and JavaScript of the pages
 
 # Okabe-Ito: readable by colour-blind eyes
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000"]
 
 
 LONGEST_DRAWN = 256  # tokens; a page of all heads grows with the square
-MOST_PANELS = 144  # heads of a figure, as GPT-2 has; the page to hover takes any number
 MOST_CELLS = 500_000  # of a figure; more take tens of megabytes
+WIDTH_OF_TITLE = 80  # letters in a line, at half of a wide window
+WIDTH_OF_SUBTITLE = 100
+LONGEST_LABEL = 14  # letters of a token
 
 
 #%% Showing: a notebook shows figures, a script writes them
@@ -71,20 +69,54 @@ def write_plotly(folder: Path) -> None:
     write_aside(file, lambda aside: aside.write_bytes(wanted))
 
 
-def in_lines(title: str, width: int = 120) -> list[str]:
+def in_lines(title: str, width: int) -> list[str]:
     """A title that is longer than a figure is wide, in several lines."""
     return [line for part in title.split("<br>") for line in textwrap.wrap(part, width, break_long_words=False)]
 
 
-def show(fig: go.Figure, name: str) -> None:
+def words_and_settings(title: str) -> tuple[str, str]:
+    """'What is seen (n = 32, model, metric)' -> the words, and what stands in the parentheses at the end."""
+    if not title.endswith(")"):
+        return title, ""
+    depth = 0
+    for at in range(len(title) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(title[at], 0)
+        if depth == 0:
+            return title[:at].strip(), title[at + 1 : -1]
+    return title, ""
+
+
+def set_title(fig: go.Figure) -> None:
+    """The title says what is seen; the settings in parentheses at its end stand smaller beneath it."""
+    words, settings = words_and_settings(fig.layout.title.text or "")
+    if not words:  # parentheses alone
+        words, settings = settings, ""
+    title = in_lines(words, WIDTH_OF_TITLE)
+    subtitle = in_lines(settings, WIDTH_OF_SUBTITLE)
+    menu = 50 if fig.layout.updatemenus else 0
+    fig.update_layout(margin={"t": 60 + 22 * len(title) + 17 * len(subtitle) + menu})
+    fig.update_layout(
+        title={
+            "text": "<br>".join(title),
+            "font": {"size": 17},
+            "subtitle": {"text": "<br>".join(subtitle), "font": {"size": 13, "color": "#666"}},
+            "x": 0.01,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "yref": "container",
+            "pad": {"t": 18},
+        }
+    )
+
+
+def show(fig: go.Figure, name: str, reading: str = "") -> None:
     """
     name is 'script/figure'. A notebook shows it; a script writes figs/script/figure.html, with one plotly.min.js per
-    folder.
+    folder, and the figure stands in the run's report. reading: a sentence that says how to read it.
     """
-    title = in_lines(fig.layout.title.text or "")
-    room = {"t": 70 + 20 * len(title)}
-    fig.update_layout(template="plotly_white", colorway=COLORS, margin=room)
-    fig.update_layout(title={"text": "<br>".join(title), "font": {"size": 16}})
+    fig.update_layout(template="plotly_white", colorway=COLORS)
+    set_title(fig)
     board = wandb_run()
     if board:
         board.log({name: fig})
@@ -94,10 +126,13 @@ def show(fig: go.Figure, name: str) -> None:
     path = figure_path(name)
     write_plotly(path.parent)
     write_aside(path, lambda aside: fig.write_html(aside, include_plotlyjs="directory"))
-    print(f"{gray}figure: {path}{endc}")
+    report = recorder()
+    if report:
+        report.add_figure(fig, path, reading)
+    tell(f"{gray}figure: {path}{endc}")
 
 
-def show_page(page: str, name: str) -> None:
+def show_page(page: str, name: str, reading: str = "") -> None:
     """Like show, for a self-contained HTML page."""
     if in_kernel():
         from IPython.display import HTML, display
@@ -106,7 +141,10 @@ def show_page(page: str, name: str) -> None:
         return
     path = figure_path(name)
     write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
-    print(f"{gray}page: {path}{endc}")
+    report = recorder()
+    if report:
+        report.add_page(path, reading)
+    tell(f"{gray}page: {path}{endc}")
 
 
 #%% Heatmaps, lines, bars and labels
@@ -136,13 +174,24 @@ def plain_apart(labels: list | None) -> list | None:
     return apart
 
 
-def color_axis(z: np.ndarray, diverging: bool, value: str, legend: bool) -> dict:
-    """RdBu with midpoint 0 for diverging data, else Blues from 0; values that are not finite do not stretch it."""
+def color_axis(z: np.ndarray, diverging: bool, value: str, meaning: dict[float, str], legend: bool) -> dict:
+    """
+    RdBu with midpoint 0 for diverging data, else Blues from 0; values that are not finite do not stretch it. meaning:
+    what some of its values say in words, beside the scale.
+    """
     numbers = z[np.isfinite(z)]
     top = float(np.abs(numbers).max(initial=0.0)) or 1.0
     low = -top if diverging else min(0.0, float(numbers.min(initial=0.0)))
+    colorbar: dict = {"title": {"text": "<br>".join(in_lines(value, 16))}}
+    if meaning:
+        spelled = {level: f"{level:g} {words}" for level, words in meaning.items() if low <= level <= top}
+        ends = {
+            level: f"{level:.2g}" for level in (low, top) if all(abs(level - other) > 0.1 * top for other in spelled)
+        }
+        marks = spelled | ends
+        colorbar |= {"tickvals": list(marks), "ticktext": list(marks.values())}
     colors = "RdBu" if diverging else "Blues"
-    return {"colorscale": colors, "cmin": low, "cmax": top, "colorbar": {"title": value}, "showscale": legend}
+    return {"colorscale": colors, "cmin": low, "cmax": top, "colorbar": colorbar, "showscale": legend}
 
 
 def cut_long_axes(
@@ -177,49 +226,72 @@ def imshow(
     hover: list | np.ndarray | None = None,
     columns: int = 4,
     one_scale: bool = True,
+    menu: list[str] | None = None,
+    meaning: dict[float, str] | None = None,
 ) -> go.Figure:
     """
     Heatmap of z (rows, cols), or one panel for each z[i] when panels names them; one_scale=False gives each panel its
     own colour scale. Diverging data: RdBu with midpoint 0; else Blues from 0. hover: extra text per cell, shaped like
     z. What is too large to draw is cut, and said.
+    menu: names of several such pictures, z (choice, [panel,] rows, cols): one is seen, a menu chooses which.
+    meaning: {0: 'corrupt', 1: 'clean'}, values of the scale in words.
     """
     from plotly.subplots import make_subplots
 
     z = array(z)
     text = None if hover is None else np.asarray(hover)
-    if not panels:  # a single panel
-        z = z[None]
-        text = None if text is None else text[None]
+    n_rows, n_columns = z.shape[-2:]
+    z = z.reshape(-1, n_rows, n_columns)  # every panel of every choice
+    text = None if text is None else text.reshape(-1, n_rows, n_columns)
     z, text, x, y, title = cut_long_axes(z, text, x, y, title)
-    n_cols = min(columns, len(z))
-    n_rows = -(-len(z) // n_cols)
+    n_panels = len(z) // len(menu) if menu else len(z)
+    across = min(columns, n_panels)
+    down = -(-n_panels // across)
     fig = make_subplots(
-        rows=n_rows,
-        cols=n_cols,
+        rows=down,
+        cols=across,
         subplot_titles=None if panels is None else [plain(name) for name in panels],
-        horizontal_spacing=0.04,
-        vertical_spacing=0.35 / n_rows if n_rows > 1 else 0.1,
+        horizontal_spacing=0.06,
+        vertical_spacing=0.35 / down if down > 1 else 0.1,
     )
     cell = f"{ylabel} %{{y}}<br>{xlabel} %{{x}}<br>{value} %{{z:.4g}}"
     if text is not None:
         cell += "<br>%{text}"
-    for i, panel in enumerate(z):
+    for i, picture in enumerate(z):
+        panel = i % n_panels
         axis = "coloraxis" if one_scale or i == 0 else f"coloraxis{i + 1}"
         heatmap = go.Heatmap(
-            z=panel,
+            z=picture,
             x=plain_apart(x),
             y=plain_apart(y),
             text=None if text is None else text[i],
             hovertemplate=f"{cell}<extra></extra>",
             coloraxis=axis,
+            visible=i < n_panels,
         )
-        fig.add_trace(heatmap, row=i // n_cols + 1, col=i % n_cols + 1)
-        fig.update_layout({axis: color_axis(z if one_scale else panel, diverging, value, legend=one_scale)})
-    fig.update_layout(title=title, height=max(450, 380 * n_rows))
+        fig.add_trace(heatmap, row=panel // across + 1, col=panel % across + 1)
+        scale = color_axis(z if one_scale else picture, diverging, value, meaning or {}, legend=one_scale)
+        fig.update_layout({axis: scale})
+    if down > 1:
+        fig.update_layout(height=max(450, 380 * down))  # else as high as the window
+    fig.update_layout(title=title)
     fig.update_yaxes(autorange="reversed")
-    fig.update_xaxes(title=xlabel, row=n_rows)
+    fig.update_xaxes(tickfont={"size": 11})
+    fig.update_xaxes(title=xlabel, row=down)
     fig.update_yaxes(title=ylabel, col=1)
+    if menu:
+        add_menu(fig, menu, n_panels)
     return fig
+
+
+def add_menu(fig: go.Figure, names: list[str], n_traces: int) -> None:
+    """A menu of the figure's pictures, each of n_traces traces in a row: one is seen at a time."""
+    buttons = []
+    for i, name in enumerate(names):
+        seen = [trace // n_traces == i for trace in range(len(names) * n_traces)]
+        buttons.append({"label": plain(name), "method": "restyle", "args": [{"visible": seen}]})
+    place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 26}}  # above the panels' names
+    fig.update_layout(updatemenus=[{"buttons": buttons, "showactive": True, **place}])
 
 
 def line(
@@ -283,9 +355,15 @@ def visible(token: str) -> str:
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "∅"
 
 
+def cut_in_the_middle(token: str) -> str:
+    if len(token) <= LONGEST_LABEL:
+        return token
+    return f"{token[: LONGEST_LABEL - 4]}…{token[-3:]}"
+
+
 def label_tokens(tokens: list[str]) -> list[str]:
     """Axis labels: visible tokens, suffixed with their position so that repeats stay apart."""
-    return [f"{visible(token)}_{i}" for i, token in enumerate(tokens)]
+    return [f"{cut_in_the_middle(visible(token))}_{i}" for i, token in enumerate(tokens)]
 
 
 def first_tokens(tokens: list[str], title: str) -> tuple[int, str]:
@@ -297,59 +375,54 @@ def first_tokens(tokens: list[str], title: str) -> tuple[int, str]:
 
 
 #%% Pages: features to search and attention to hover
-def fill_page(name: str, title: str, data: list | dict) -> str:
-    """A page of pages/ with its title and its data, which can hold any text: it cannot end the script."""
-    text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = (PAGES / f"{name}.html").read_text(encoding="utf-8")
-    filled = {"TITLE": html.escape(title), "DATA": text}
-    return re.sub("TITLE|DATA", lambda place: filled[place[0]], page)  # in one pass: a title can hold DATA
-
-
 def feature_page(entries: list[dict], title: str) -> str:
     """Self-contained HTML to read features by: search, sort, and link to one as page.html#f123."""
     return fill_page("features", title, entries)
 
 
-def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title: str, start: int = 0) -> str:
-    """Self-contained HTML for patterns (head, query, key), one button per head name."""
-    n, title = first_tokens(tokens, title)
-    tokens = tokens[:n]
-    patterns = patterns[:, :n, :n]
-    percent = [
-        [[round(100 * weight) for weight in row[: query + 1]] for query, row in enumerate(head)]
-        for head in patterns.tolist()
-    ]
-    data = {
-        "tokens": [visible(token) for token in tokens],
-        "labels": label_tokens(tokens),
-        "patterns": percent,
-        "heads": names,
-        "start": start,
-    }
-    return fill_page("attention", title, data)
+def attention_page(
+    tokens: list[str],
+    patterns: Tensor,
+    names: list[str],
+    title: str,
+    start: int = 0,
+    more: dict[str, tuple[list[str], Tensor]] | None = None,
+) -> str:
+    """
+    Self-contained HTML for patterns (head, query, key): a small map of every head, and the text to hover. start: the
+    head shown first. more: other prompts by name, with their tokens and patterns, that a menu chooses.
+    """
+    prompts = {"".join(tokens): (tokens, patterns), **(more or {})}
+    longest = max((words for words, _ in prompts.values()), key=len)
+    _, title = first_tokens(longest, title)
+    examples = []
+    for name, (words, attention) in prompts.items():
+        words = words[:LONGEST_DRAWN]
+        attention = attention[:, : len(words), : len(words)]
+        percent = (100 * attention.float()).round().int().tolist()
+        examples.append(
+            {
+                "name": name[:120],
+                "tokens": [visible(token) for token in words],
+                "labels": label_tokens(words),
+                "patterns": [[row[: query + 1] for query, row in enumerate(head)] for head in percent],
+            }
+        )
+    return fill_page("attention", title, {"prompts": examples, "heads": names, "start": start})
 
 
 def show_attention(
-    patterns: Tensor, tokens: list[str], heads: list[str], about: str, name: str, start: int = 0
+    patterns: Tensor,
+    tokens: list[str],
+    heads: list[str],
+    about: str,
+    name: str,
+    start: int = 0,
+    more: dict[str, tuple[list[str], Tensor]] | None = None,
 ) -> None:
     """
-    Attention (head, query, key) on a prompt of any model: a map for each head under `name`, where they are few enough
-    to be seen, and the page to hover under <name>_text. start: the head that the page shows first.
+    Attention (head, query, key) on a prompt of any model, as a page: a small map of every head, and the text to hover.
+    start: the head that the page shows first. more: other prompts by name, with their tokens and patterns.
     """
-    title = f"Attention of {about}"
-    labels = label_tokens(tokens)
-    first = slice(LONGEST_DRAWN)  # the page says what is left out
-    if len(heads) <= MOST_PANELS:
-        fig = imshow(
-            patterns[:, first, first],
-            f"{title}, at most {LONGEST_DRAWN} tokens" if len(tokens) > LONGEST_DRAWN else title,
-            xlabel="key",
-            ylabel="query",
-            x=labels[first],
-            y=labels[first],
-            panels=heads,
-            diverging=False,
-            value="attention",
-        )
-        show(fig, name)
-    show_page(attention_page(tokens, patterns, heads, title, start), f"{name}_text")
+    page = attention_page(tokens, patterns, heads, f"Attention of {about}", start, more)
+    show_page(page, name, "Pick a head by its small map; hover a token to see where it looks.")

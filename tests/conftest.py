@@ -18,6 +18,7 @@ sys.dont_write_bytecode = False
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import utils  # noqa: E402, F401  before torch: see its first lines
 import torch as t  # noqa: E402
+import report  # noqa: E402
 from data import train_bpe  # noqa: E402
 
 
@@ -66,6 +67,7 @@ def run(workdir):
                 code = 1
                 traceback.print_exc()
             finally:
+                report.finish_report()
                 sys.argv = argv
                 for lock in Path("results").glob(".*.lock"):
                     lock.open().close()  # lets go of the lock, as the end of a process does

@@ -6,7 +6,18 @@ import re
 
 import torch as t
 
-from plots import COLORS, attention_page, bar, feature_page, imshow, label_tokens, line, show
+from plots import (
+    COLORS,
+    WIDTH_OF_TITLE,
+    attention_page,
+    bar,
+    feature_page,
+    imshow,
+    label_tokens,
+    line,
+    show,
+    words_and_settings,
+)
 
 
 def test_imshow_is_diverging_around_zero():
@@ -115,7 +126,7 @@ def test_a_title_can_hold_the_name_of_a_place_and_a_long_text_is_cut(capsys):
     page = attention_page(["a"] * 300, t.ones(1, 300, 300).tril() / 300, ["L0H0"], "/mnt/DATA/TITLE")
     assert page.count("/mnt/DATA/TITLE (the first 256 of 300 tokens)") == 2
     assert page.count("const page = {") == 1
-    assert len(json.loads(re.search("const page = (.*);", page)[1])["tokens"]) == 256
+    assert len(json.loads(re.search("const page = (.*);", page)[1])["prompts"][0]["tokens"]) == 256
     assert "the first 256" in capsys.readouterr().out
 
 
@@ -125,12 +136,45 @@ def test_a_title_longer_than_the_figure_is_wide_goes_on_in_another_line(tmp_path
     fig = line({"a": [1, 2]}, title, xlabel="x", ylabel="y")
     show(fig, "story/long")
     lines = fig.layout.title.text.split("<br>")
-    assert len(lines) == 2
-    assert max(map(len, lines)) <= 120
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= WIDTH_OF_TITLE
     assert " ".join(lines) == title.strip()
     short = line({"a": [1, 2]}, "Short", xlabel="x", ylabel="y")
     show(short, "story/short")
     assert short.layout.title.text == "Short"
+
+
+def test_settings_at_the_end_of_a_title_stand_beneath_it(tmp_path, monkeypatch):
+    assert words_and_settings("Heads (all) that move names (n = 3 (of 5), ioi)") == (
+        "Heads (all) that move names",
+        "n = 3 (of 5), ioi",
+    )
+    assert words_and_settings("No settings") == ("No settings", "")
+    assert words_and_settings("odd) (x))") == ("odd) (x))", "")
+    monkeypatch.chdir(tmp_path)
+    fig = line({"a": [1, 2]}, "Loss falls (seed 0)", xlabel="x", ylabel="y")
+    show(fig, "story/loss")
+    assert (fig.layout.title.text, fig.layout.title.subtitle.text) == ("Loss falls", "seed 0")
+
+
+def test_a_menu_shows_one_picture_at_a_time():
+    z = t.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)  # choice, panel, row, column
+    fig = imshow(z, "t", "x", "y", panels=["a", "b", "c"], menu=["first", "second"])
+    assert [heatmap.visible for heatmap in fig.data] == [True] * 3 + [False] * 3
+    first, second = fig.layout.updatemenus[0].buttons
+    assert (first.label, second.label) == ("first", "second")
+    assert second.args[0]["visible"] == [False] * 3 + [True] * 3
+    assert fig.data[4].xaxis == fig.data[1].xaxis != fig.data[0].xaxis
+    assert (fig.data[4].z == z[1, 1].numpy()).all()
+    single = imshow(z[:, 0], "t", "x", "y", menu=["first", "second"])
+    assert [heatmap.visible for heatmap in single.data] == [True, False]
+
+
+def test_a_scale_says_what_its_values_mean():
+    colorbar = imshow(t.tensor([[0.2, 1.3]]), "t", "x", "y", meaning={0: "corrupt", 1: "clean", 2: "never"})
+    marks = dict(zip(colorbar.layout.coloraxis.colorbar.tickvals, colorbar.layout.coloraxis.colorbar.ticktext))
+    assert marks[0] == "0 corrupt" and marks[1] == "1 clean" and 2 not in marks
+    assert min(marks) == -max(marks) == float(t.tensor(-1.3))
 
 
 def test_a_map_of_too_many_cells_is_cut_and_says_so(capsys):

@@ -44,15 +44,15 @@ AGAIN = {
 }
 FIGURES = {
     "zero_layer": "loss unseen rank embedding logits",
-    "attn_only": "attention attention_text attribution head_scores phase_change loss_natural path_patching composition "
+    "attn_only": "attention attribution head_scores phase_change loss_natural path_patching composition "
     "norm_based ablation qk_layer_0",
-    "tiny_transformer": "attention attention_text attribution heads next_token neurons feed_forward_maps norm_based",
-    "llama_block": "attention attention_text phases rope rope_heads distance sink norms gates",
+    "tiny_transformer": "attention attribution heads next_token neurons feed_forward_maps norm_based",
+    "llama_block": "attention phases rope rope_heads distance sink norms gates",
     "moe": "load_over_training specialisation who_goes_where prompt knock_out",
     "mamba": "training loss_repeated knock_outs after_copy hidden_attention",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
     "reversal": "probability rank kl entropy reversal",
-    "patching": "attention attention_text direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
+    "patching": "attention direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
     "readers": "auroc percentile kl causal_forward",
     "circuits": "paths roles attribution faithfulness circuit",
     "sae_probe": "density decoder_cosine probes layers features",

@@ -1,0 +1,298 @@
+"""
+The report of a run: figs/<script>/index.html, the story in the order of its cells. What a cell printed and the figures
+it showed stand under the cell's sentence; the gates, the settings and the command follow at the end.
+"""
+
+import ast
+import atexit
+import bisect
+import dataclasses
+import html
+import json
+import re
+import shlex
+import sys
+import time
+import webbrowser
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from utils import (  # first: sets OpenMP's variables before torch is loaded
+    ROOT,
+    blue,
+    bold,
+    by_path,
+    cyan,
+    endc,
+    finite,
+    gray,
+    green,
+    orange,
+    purple,
+    red,
+    write_aside,
+    yellow,
+)
+
+import plotly.graph_objects as go
+
+PAGES = Path(__file__).parent / "pages"  # HTML and JavaScript of the pages
+
+CLASSES = {
+    purple: "section",
+    gray: "status",
+    cyan: "result",
+    green: "success",
+    yellow: "warning",
+    red: "error",
+    orange: "warning",
+    blue: "status",
+    bold: "section",
+}  # a terminal's colours as the report's style names them
+ESCAPE = re.compile("(\x1b\\[[0-9;]*m)")
+
+# the order in which the stories are best read; a report names the next
+ORDER = (
+    "zero_layer",
+    "attn_only",
+    "tiny_transformer",
+    "llama_block",
+    "moe",
+    "mamba",
+    "logit_lens",
+    "readers",
+    "reversal",
+    "patching",
+    "circuits",
+    "sae_probe",
+    "steering",
+    "bench",
+)
+
+
+def fill_page(name: str, title: str, data: list | dict) -> str:
+    """A page of pages/ with its title and its data, which can hold any text: it cannot end the script."""
+    text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = (PAGES / f"{name}.html").read_text(encoding="utf-8")
+    filled = {"TITLE": html.escape(title), "DATA": text}
+    return re.sub("TITLE|DATA", lambda place: filled[place[0]], page)  # in one pass: a title can hold DATA
+
+
+#%% What was printed, as pieces with a style, and its tables as tables
+def styled(text: str) -> list[list[str]]:
+    """Printed text as [style, piece] pairs; a colour lasts until the next."""
+    pieces = []
+    style = ""
+    for piece in ESCAPE.split(text):
+        if ESCAPE.fullmatch(piece):
+            style = CLASSES.get(piece, "" if piece == endc else style)
+        elif piece:
+            pieces.append([style, piece])
+    return pieces
+
+
+def is_rule(line: str) -> bool:
+    """The line of dashes that tabulate draws under the names of its columns."""
+    return bool(re.fullmatch(r"-+( +-+)*\s*", line)) and "--" in line
+
+
+def column_ends(rule: str) -> list[tuple[int, int]]:
+    """Where each column of a table stands: from its first dash to the first dash of the next."""
+    starts = [dashes.start() for dashes in re.finditer("-+", rule)]
+    ends = [*starts[1:], 10_000]
+    return list(zip(starts, ends))
+
+
+def in_parts(text: str) -> list[dict]:
+    """Text as {"text": pieces} and {"table": {header, rows}}, in its order; a table ends at an empty or coloured line."""
+    lines = text.split("\n")
+    parts: list[dict] = []
+    words: list[str] = []
+    at = 0
+    while at < len(lines):
+        below = lines[at + 1] if at + 1 < len(lines) else ""
+        if not (is_rule(below) and lines[at].strip()):
+            words.append(lines[at])
+            at += 1
+            continue
+        columns = column_ends(below)
+        header = [lines[at][start:end].strip() for start, end in columns]
+        at += 2
+        rows = []
+        while at < len(lines) and lines[at].strip() and not ESCAPE.search(lines[at]):
+            rows.append([lines[at][start:end].strip() for start, end in columns])
+            at += 1
+        parts.append({"text": styled("\n".join(words))})
+        parts.append({"table": {"header": header, "rows": rows}})
+        words = []
+    parts.append({"text": styled("\n".join(words))})
+    return [part for part in parts if "table" in part or "".join(piece for _, piece in part["text"]).strip()]
+
+
+#%% The recorder: a standard output that also remembers in which cell each thing was said
+@dataclass
+class Cell:
+    sentence: str
+    parts: list[dict] = field(default_factory=list)
+    unread: str = ""  # printed since the last figure
+
+    def add(self, part: dict) -> None:
+        self.close_text()
+        self.parts.append(part)
+
+    def close_text(self) -> None:
+        self.parts += in_parts(self.unread)
+        self.unread = ""
+
+
+def cells_of(source: str) -> tuple[list[int], list[Cell]]:
+    """The first line of each cell, and the cells with the sentences of their markers; the first is what stands before."""
+    starts = [1]
+    cells = [Cell("")]
+    for number, text in enumerate(source.splitlines(), 1):
+        if text.startswith("#%%"):
+            starts.append(number)
+            cells.append(Cell(text.removeprefix("#%%").strip()))
+    return starts, cells
+
+
+class Recorder:
+    """Stands for sys.stdout while a script runs: passes everything on, and keeps it cell by cell for the report."""
+
+    def __init__(self, out: TextIO, script: Path, config: object, default: object, opens: bool):
+        self.out = out
+        self.script = script
+        self.config = config
+        self.default = default
+        self.opens = opens
+        self.started = time.time()
+        self.folder = Path("figs").absolute() / script.stem
+        self.results = Path("results").absolute() / f"{script.stem}.json"
+        self.command = shlex.join([script.name, *sys.argv[1:]])
+        self.starts, self.cells = cells_of(script.read_text(encoding="utf-8"))
+        self.finished = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.out, name)
+
+    def write(self, text: str) -> int:
+        self.cell().unread += text
+        return self.out.write(text)
+
+    def cell(self) -> Cell:
+        """The cell of the script that is being run, by the line that its module has reached."""
+        frame = sys._getframe()
+        while frame and not (frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__"):
+            frame = frame.f_back
+        line = frame.f_lineno if frame else 1
+        return self.cells[bisect.bisect(self.starts, line) - 1]
+
+    def add_figure(self, fig: go.Figure, path: Path, reading: str) -> None:
+        """reading: how the figure is read, a line under it."""
+        figure = {"name": path.name, "plot": json.loads(fig.to_json()), "reading": reading}
+        self.cell().add({"figure": figure})
+
+    def add_page(self, path: Path, reading: str) -> None:
+        self.cell().add({"page": {"name": path.name, "reading": reading}})
+
+    def finish(self) -> None:
+        """Write the report, if the run got as far as a figure or its numbers, and say where it is."""
+        if self.finished:
+            return
+        self.finished = True
+        saved = self.results.is_file() and self.results.stat().st_mtime >= self.started - 2
+        kept = json.loads(self.results.read_text()) if saved else {}
+        for cell in self.cells:
+            cell.close_text()
+        shown = any("figure" in part or "page" in part for cell in self.cells for part in cell.parts)
+        if not saved and not shown:
+            return
+        page = fill_page("report", self.script.stem, story(self, kept))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "index.html"
+        write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
+        print(f"{gray}report: {Path('figs') / self.script.stem / path.name}{endc}", file=self.out)
+        if self.opens:
+            webbrowser.open(path.as_uri())
+
+
+def recorder() -> Recorder | None:
+    """The recorder that is at work: a script's standard output; none in a notebook."""
+    return sys.stdout if isinstance(sys.stdout, Recorder) else None
+
+
+def tell(text: str) -> None:
+    """Print for the terminal, not for the report, which shows what this is about."""
+    print(text, file=sys.stdout.out if isinstance(sys.stdout, Recorder) else sys.stdout)
+
+
+def finish_report() -> None:
+    """The end of a script that is not the end of its process."""
+    if isinstance(sys.stdout, Recorder):
+        atexit.unregister(sys.stdout.finish)
+        sys.stdout.finish()
+        sys.stdout = sys.stdout.out
+
+
+def record(script: Path, config: object, default: object, opens: bool) -> None:
+    """From here on what the script prints and shows is kept for its report, which is written when the script ends."""
+    finish_report()  # one process may run several scripts, one after the other
+    sys.stdout = Recorder(sys.stdout, script, config, default, opens)
+    atexit.register(sys.stdout.finish)
+
+
+#%% The story: what the page shows
+def story(run: Recorder, kept: dict) -> dict:
+    """kept: what the script saved in results/<script>.json; empty where it did not get there."""
+    told = [cell for cell in run.cells if cell.parts]
+    numbers = {key: value for key, value in kept.items() if key not in ("config", "versions")}
+    return {
+        "question": question(run.script),
+        "complete": bool(kept),
+        "came_out": conclusions(told[-1]) if told else [],
+        "cells": [{"sentence": cell.sentence, "parts": cell.parts} for cell in told],
+        "gates": gates(numbers),
+        "settings": settings(run.config, run.default),
+        "command": f"uv run {run.command}",
+        "versions": kept.get("versions", {}),
+        "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
+        "seconds": round(time.time() - run.started),
+        "numbers": f"../../results/{run.results.name}" if kept else "",
+        "next": next_story(run.script),
+    }
+
+
+def question(script: Path) -> str:
+    return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem
+
+
+def conclusions(last: Cell) -> list[str]:
+    """What the last cell says in green, the colour of what is sure."""
+    said = [piece for part in last.parts for style, piece in part.get("text", []) if style == "success"]
+    return [line for piece in said for line in piece.split("\n") if line.strip()]
+
+
+def gates(numbers: dict) -> list[list]:
+    """Every number whose name says that it is a gate or an error: what must be near zero before the rest is believed."""
+    flat = by_path(numbers)
+    return [[name, value] for name, value in flat.items() if re.search("gate|error", name)]
+
+
+def settings(config: object, default: object) -> list[list]:
+    """[name, value, whether it is the default] of each setting."""
+    rows = []
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        rows.append([f"--{setting.name.replace('_', '-')}", str(value), value == getattr(default, setting.name)])
+    return rows
+
+
+def next_story(script: Path) -> dict:
+    """The story that is best read after this one, with the first lines of what it says of itself."""
+    if script.stem not in ORDER:
+        return {}
+    following = ORDER[(ORDER.index(script.stem) + 1) % len(ORDER)]
+    file = ROOT / f"{following}.py"
+    first = re.split(r"(?<=[.?]) ", question(file).replace("\n", " "))[0]
+    return {"command": f"uv run {file.name}", "question": first}
