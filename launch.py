@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import runpy
 import shlex
@@ -17,7 +16,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
@@ -30,10 +28,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
+from settings import check_ranges, gathered, grouped
 from report import finish_report, record
 from train import FREE, TrainConfig, check_settings, in_queue, processes, start_wandb
 
-from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 from tabulate import tabulate
 
 
@@ -123,7 +121,7 @@ def flags[Config](
             refuse_a_second_run(script.stem)
         if getattr(cfg, "wandb", False) and rank == 0 and not isinstance(cfg, TrainConfig):  # train() starts its own
             start_wandb(script.stem, dataclasses.asdict(cfg))
-        if shares_results and rank == 0:
+        if shares_results and rank == 0 and script.is_file():
             record(script, cfg, defaults, launch.open)
         return cfg
 
@@ -180,21 +178,18 @@ def refuse_a_second_run(script: str) -> None:
 def parse[Config](args: list[str], config: type[Config], defaults: Config, description: str) -> tuple[Config, Launch]:
     import tyro
 
-    flat = tyro.conf.OmitArgPrefixes
-    fields = []
-    for name, kind in (("script", config), ("launch", Launch)):
-        fields.append((name, flat[kind], dataclasses.field(default=tyro.MISSING)))
-    both = dataclasses.make_dataclass("Settings", fields)
+    launch = Launch()
+    both = grouped(defaults, launch)
     args = spell_out_choices(args, config)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(flat[both], args=args, description=description, default=both(defaults, Launch()))
+            parsed = tyro.cli(tyro.conf.OmitArgPrefixes[type(both)], args=args, description=description, default=both)
     except SystemExit as end:
         if end.code:
             fail(f"{what_the_box_says(said.getvalue())} (--help lists the settings)")
         raise
-    return parsed.script, parsed.launch
+    return gathered(parsed, defaults), gathered(parsed, launch)
 
 
 def what_the_box_says(box: str) -> str:
@@ -209,39 +204,6 @@ def what_the_box_says(box: str) -> str:
         flag = lines[lines.index("Perhaps you meant:") + 1].split()[0]
         said += f"; perhaps you meant {flag}"
     return said
-
-
-def check_ranges(cfg: object) -> None:
-    """One line for a setting outside the range that its type declares (utils.Count ...), or that is no number."""
-    hints = get_type_hints(type(cfg), include_extras=True)
-    for field in dataclasses.fields(cfg):
-        given = getattr(cfg, field.name)
-        limits = limits_of(hints[field.name])
-        for value in given if isinstance(given, tuple) else [given]:
-            said = f"--{field.name.replace('_', '-')} is {value}"
-            if isinstance(value, float) and not math.isfinite(value):
-                fail(f"{said}: give a number")
-            if value is None or isinstance(value, str):
-                continue
-            for limit in limits:
-                if isinstance(limit, Ge) and not value >= limit.ge:
-                    fail(f"{said}: it must be at least {limit.ge}")
-                if isinstance(limit, Le) and not value <= limit.le:
-                    fail(f"{said}: it must be at most {limit.le}")
-                if isinstance(limit, Gt) and not value > limit.gt:
-                    fail(f"{said}: it must be above {limit.gt}")
-                if isinstance(limit, Lt) and not value < limit.lt:
-                    fail(f"{said}: it must be below {limit.lt}")
-
-
-def limits_of(hint: object) -> list:
-    """The limits within a type: Annotated[int, Ge(1)], a tuple of them, or one of them or None."""
-    limits = []
-    for part in getattr(hint, "__metadata__", ()):
-        limits += list(part) if isinstance(part, GroupedMetadata) else [part]
-    for inner in get_args(hint):
-        limits += limits_of(inner)
-    return limits
 
 
 def spell_out_choices(args: list[str], config: type) -> list[str]:

@@ -34,6 +34,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
+from settings import meanings
 
 import plotly.graph_objects as go
 
@@ -253,7 +254,7 @@ def story(run: Recorder, kept: dict) -> dict:
         "came_out": conclusions(told[-1]) if told else [],
         "cells": [{"sentence": cell.sentence, "parts": cell.parts} for cell in told],
         "gates": gates(numbers),
-        "settings": settings(run.config, run.default),
+        "settings": settings_of(run.config, run.default),
         "command": f"uv run {run.command}",
         "versions": kept.get("versions", {}),
         "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started)),
@@ -279,12 +280,14 @@ def gates(numbers: dict) -> list[list]:
     return [[name, value] for name, value in flat.items() if re.search("gate|error", name)]
 
 
-def settings(config: object, default: object) -> list[list]:
-    """[name, value, whether it is the default] of each setting."""
+def settings_of(config: object, default: object) -> list[list]:
+    """[name, value, whether it is the default, what it means] of each setting."""
     rows = []
+    said = meanings(type(config))
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
-        rows.append([f"--{setting.name.replace('_', '-')}", str(value), value == getattr(default, setting.name)])
+        is_default = value == getattr(default, setting.name)
+        rows.append([f"--{setting.name.replace('_', '-')}", str(value), is_default, said.get(setting.name, "")])
     return rows
 
 

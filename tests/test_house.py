@@ -9,6 +9,7 @@ from conftest import ROOT
 
 FOUNDATIONS = (  # from below: each may import those before it
     "utils",
+    "settings",
     "report",
     "plots",
     "hooks",

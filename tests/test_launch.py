@@ -97,12 +97,17 @@ def test_a_notebook_launches_nothing(monkeypatch):
     assert flags(Settings, "A script.", hpc=Settings(width=64)) == Settings()
 
 
-def test_help_has_the_settings_first_and_the_launch_apart(monkeypatch, capsys):
+def test_help_shows_the_settings_in_groups_with_meaning_and_range(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "--hpc", "--help")
     out = capsys.readouterr().out
-    assert out.index("--steps") < out.index("launch options") < out.index("--slurm-partition")
+    headings = ["model options", "method options", "training options", "output options", "cluster options"]
+    assert sorted(headings, key=out.index) == headings
+    assert out.index("method options") < out.index("--width") < out.index("training options") < out.index("--steps")
+    assert out.index("cluster options") < out.index("--slurm-partition")
     assert "default: 64" in out
+    words = " ".join(out.replace("│", " ").split())
+    assert "0 trains nothing: the untrained control" in words, "the comment beside the setting"
 
 
 def test_wrong_launches_get_one_line(monkeypatch, capsys):

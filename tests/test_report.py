@@ -19,7 +19,7 @@ from launch import flags
 #%% Settings
 @dataclass
 class Config:
-    n: int = 3
+    n: int = 3  # how many
     word: str = "a"
 
 cfg = flags(Config, __doc__)
@@ -98,7 +98,7 @@ def test_a_report_tells_the_story_in_order(story, tmp_path):
     assert table["table"] == {"header": ["name", "value"], "rows": [["one", "1.5"], ["two", "-"]]}
     assert ["success", "after"] in after["text"]
     assert run["gates"] == [["gates.nothing", 1e-9], ["max_error", 2.0]]
-    assert ["--n", "3", True] in run["settings"] and ["--word", "b", False] in run["settings"]
+    assert ["--n", "3", True, "how many"] in run["settings"] and ["--word", "b", False, ""] in run["settings"]
     assert run["command"] == "uv run story.py --word b"
 
 

@@ -287,7 +287,7 @@ def test_a_script_runs_says_what_is_true_and_its_figures_open(name, run, workdir
         assert " nan" not in said.lower(), "a number that is none is printed"
     pages = sorted((workdir / "figs" / name).glob("*.html"))
     drawn = {str(page.relative_to(workdir)) for page in pages}
-    assert drawn == set(re.findall(r"(?:figure|page): (\S+)", said)), "what is drawn is named"
+    assert drawn == set(re.findall(r"(?:figure|page|report): (\S+)", said)), "what is drawn is named"
     assert set(FIGURES[name].split()) <= {page.stem for page in pages}
     if shutil.which("chromium"):
         open_pages(pages)
