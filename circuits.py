@@ -28,7 +28,8 @@ from utils import (
     set_seed,
     yellow,
 )
-from plots import imshow, line, show
+from report import fill_page
+from plots import imshow, line, show, show_page, signed_log, signed_log_ticks
 from hooks import has_qkv
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
@@ -80,7 +81,6 @@ from graph import (
 )
 from llama_block import Llama
 
-import numpy as np
 import plotly.graph_objects as go
 import torch as t
 from tabulate import tabulate
@@ -221,16 +221,22 @@ print(tabulate(table, headers=["lost to the logits by", "path patching", "edge p
 fig = imshow(
     t.stack(list(paths.values())),
     title=(
-        f"Metric lost when a writer's corrupt output reaches these inputs, by {PATHS[cfg.trace_by]} (n = {len(few)}, "
-        f"{about}; 0 = clean, 1 = corrupt)"
+        f"Who reaches whom, back from the logits (n = {len(few)}, {about}; metric lost when a writer's corrupt output "
+        f"reaches these inputs, by {PATHS[cfg.trace_by]})"
     ),
     xlabel="writer",
     ylabel="inputs",
     x=graph.writers,
     y=list(paths),
     value="share lost",
+    meaning={0: "clean", 1: "corrupt"},
 )
-show(fig, "circuits/paths")
+show(
+    fig,
+    "circuits/paths",
+    "From the top: what reaches the logits, then what reaches the inputs of the strongest of those writers, and so on. "
+    "Blue: the answer needs this path; red: the path works against it.",
+)
 
 
 #%% One path by name (--path): what it alone carries on held-out pairs, and what path patching sends to its first reader
@@ -310,7 +316,7 @@ if has_roles:
     bars = ", ".join(f"{role} {bar:.2f}" for role, bar in roles.bars.items())
     fig = imshow(
         t.stack(list(roles.scores.values())),
-        title=f"Attention of each role (n = {len(test_pairs)} held-out pairs, {about}; bars {bars})",
+        title=f"Which heads look where a role of GPT-2's circuit looks (n = {len(test_pairs)} held-out pairs, {about}; more than random keys only above: {bars})",
         xlabel="head",
         ylabel="layer",
         x=heads,
@@ -320,7 +326,12 @@ if has_roles:
         diverging=False,
         value="attention",
     )
-    show(fig, "circuits/roles")
+    show(
+        fig,
+        "circuits/roles",
+        "Attention from the role's token to the token by which the role is known. A head has the role only if it also acts "
+        "as the role acts: the table above names those.",
+    )
 
 #%% Edges: attribution by gradient (EAP) and along a path of gradients (EAP-IG), against the truth
 print(f"{purple}=== Edges and circuits ==={endc}")
@@ -378,23 +389,29 @@ fig = go.Figure()
 for method, estimated in estimates.items():
     fig.add_trace(
         go.Scatter(
-            x=lost_by_patching / few_gap,
-            y=estimated / few_gap,
+            x=signed_log(lost_by_patching / few_gap),
+            y=signed_log(estimated / few_gap),
             mode="markers",
             name=f"{method}, correlation {agree[method].pearson:.2f}",
             text=edge_names,
-            hovertemplate="%{text}<br>patched %{x:.3f}<br>estimated %{y:.3f}<extra></extra>",
+            customdata=t.stack([lost_by_patching / few_gap, estimated / few_gap], 1).tolist(),
+            hovertemplate="%{text}<br>patched %{customdata[0]:.4f}<br>estimated %{customdata[1]:.4f}<extra></extra>",
         )
     )
+fig.add_trace(go.Scatter(x=[-1, 4], y=[-1, 4], mode="lines", name="equal", line={"dash": "dash", "color": "#999"}))
 fig.update_layout(
     title=(
-        f"Share of the metric lost by an edge, patched and estimated ({len(picked)} of {n_edges} edges, "
-        f"n = {len(few)}, {about}; 0 = clean, 1 = corrupt)"
+        f"Does the gradient find the edges that patching finds? (share of the metric that an edge loses, {len(picked)} of "
+        f"{n_edges} edges, n = {len(few)}, {about})"
     ),
-    xaxis_title="share lost by patching",
-    yaxis_title="share estimated",
+    xaxis={"title": "share lost by patching the edge (signed logarithm)", **signed_log_ticks()},
+    yaxis={"title": "share estimated (signed logarithm)", **signed_log_ticks()},
 )
-show(fig, "circuits/attribution")
+show(
+    fig,
+    "circuits/attribution",
+    "Each dot is an edge; on the dashed line the estimate is exact. 0 = clean, 1 = corrupt.",
+)
 
 #%% The circuit: the fewest edges that keep 90% of the metric, found on some pairs
 mean_writes, mean_words = mean_ablation(model, graph, pairs, cfg.memory_gb)
@@ -495,7 +512,7 @@ print(
 fig = line(
     {method: curve[0, 1:] for method, curve in curves.items()},
     title=(
-        f"Faithfulness against edges kept (n = {len(test_pairs)} held-out pairs, {about}; outside: "
+        f"How few edges suffice, by the ranking that chose them (n = {len(test_pairs)} held-out pairs, {about}; outside: "
         f"{OUTSIDE[cfg.ablation]}; 0 = all edges ablated, 1 = none)"
     ),
     xlabel="edges kept",
@@ -505,9 +522,14 @@ fig = line(
     logx=True,
     dashed=["magnitude", "random", completeness],
 )
-show(fig, "circuits/faithfulness")
+show(
+    fig,
+    "circuits/faithfulness",
+    "The farther left a curve rises, the better its ranking. Dashed: what the rankings must beat, and the model without the "
+    "circuit, which must stay low.",
+)
 
-#%% ... and drawn edge by edge: an edge's colour is the input that it enters, its width the score
+#%% ... and drawn edge by edge
 EDGE_COLORS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "MLP": "#CC79A7", "logits": "#000000"}
 
 
@@ -525,71 +547,42 @@ def node_coordinates(graph: Graph) -> dict[str, tuple[float, float]]:
     return coordinates
 
 
-def draw_circuit(graph: Graph, kept: Tensor, score: Tensor, title: str) -> go.Figure:
-    """The edges kept (writer, receiver) with their scores; dotted where an edge works against the answer."""
-    fig = go.Figure()
-    for input, color in EDGE_COLORS.items():
-        legend = {"color": color, "width": 4}
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=legend, name=f"into {input}"))
-
+def circuit_page(graph: Graph, kept: Tensor, score: Tensor, title: str, about: str) -> str:
+    """The edges kept (writer, receiver) with their scores, as a page on which a node's edges stand out when it is hovered."""
     coordinates = node_coordinates(graph)
-    largest = score[kept].abs().max().item() or 1.0
-    used = {}  # the nodes at an end of some edge
+    edges = []
     for w, r in kept.nonzero().tolist():
-        writer = graph.writers[w]
-        receiver = graph.receiver_names[r]
-        used[writer] = coordinates[writer]
-        value = score[w, r].item()
-        look = {
-            "color": EDGE_COLORS[graph.receivers[r].input],
-            "width": 1 + 7 * abs(value) / largest,
-            "dash": "solid" if value > 0 else "dot",
-        }
         for receiving_node in graph.fed_by(r):  # several where heads share keys and values
-            used[receiving_node] = coordinates[receiving_node]
-            # the point in the middle is there to hover over
-            x, y = np.linspace(coordinates[writer], coordinates[receiving_node], 3).T
-            fig.add_trace(
-                go.Scatter(
-                    x=x,
-                    y=y,
-                    mode="lines",
-                    opacity=0.6,
-                    line=look,
-                    showlegend=False,
-                    hovertemplate=f"{writer} to {receiver}<br>score {value:.3f}<extra></extra>",
-                )
+            edges.append(
+                {
+                    "from": graph.writers[w],
+                    "to": receiving_node,
+                    "input": graph.receivers[r].input,
+                    "score": score[w, r].item(),
+                }
             )
-    x, y = zip(*used.values())
-    fig.add_trace(
-        go.Scatter(
-            x=x,
-            y=y,
-            text=list(used),
-            mode="markers+text",
-            textposition="top center",
-            marker={"size": 16, "color": "#56B4E9"},
-            showlegend=False,
-            hovertemplate="%{text}<extra></extra>",
-        )
-    )
-    layers = range(graph.n_layers)
-    fig.update_layout(
-        title=title,
-        height=260 + 130 * graph.n_layers,
-        xaxis={"title": "head; at the right the MLP", "tickvals": list(range(graph.n_heads))},
-        yaxis={"title": "layer", "tickvals": [2 * l for l in layers], "ticktext": [f"L{l}" for l in layers]},
-    )
-    return fig
+    data = {
+        "about": about,
+        "layers": [f"L{layer}" for layer in range(graph.n_layers)],
+        "nodes": [{"name": name, "x": x, "y": y} for name, (x, y) in coordinates.items()],
+        "edges": sorted(edges, key=lambda edge: -abs(edge["score"])),
+        "colors": EDGE_COLORS,
+    }
+    return fill_page("circuit", title, data)
 
 
-title = (
-    f"{circuit_size} of {n_edges} edges keep {faithfulness:.0%} ({about}, found on {len(pairs)} pairs by "
-    f"{cfg.rank_by}, n = {len(test_pairs)} held-out pairs; dotted: against the answer)"
+title = f"The circuit: {circuit_size} of {n_edges} edges keep {faithfulness:.0%} of the way to the clean run"
+about_circuit = (
+    f"{about}; found on {len(pairs)} pairs by {cfg.rank_by}, tested on {len(test_pairs)} held-out pairs. Layers go upward, "
+    "heads sideways, MLPs stand at the right. Hover a node to see its edges alone, click to hold them."
 )
 if cfg.rank_by.startswith("EAP"):
     score = score / gap  # what an edge carries, as a share of the metric
-show(draw_circuit(graph, circuit, score, title), "circuits/circuit")
+show_page(
+    circuit_page(graph, circuit, score, title, about_circuit),
+    "circuits/circuit",
+    "An edge's colour is the input that it enters, its width how much of the metric it carries.",
+)
 
 #%% The numbers for machines, and the conclusion
 save_results("circuits", cfg, **numbers)

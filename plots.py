@@ -350,6 +350,20 @@ def bar(
     return fig
 
 
+SMALLEST = 1e-3  # below this a signed logarithm is straight
+
+
+def signed_log(x: Tensor) -> list[float]:
+    """Values from -1 to 1 and beyond on an axis that shows small ones too: 0 at 0, one step for each power of ten."""
+    return (x.sign() * (1 + x.abs() / SMALLEST).log10()).tolist()
+
+
+def signed_log_ticks() -> dict[str, list]:
+    """Where the axis of signed_log has its numbers."""
+    shown = [-1, -0.1, -0.01, -0.001, 0, 0.001, 0.01, 0.1, 1]
+    return {"tickvals": signed_log(Tensor(shown)), "ticktext": [f"{value:g}" for value in shown]}
+
+
 def visible(token: str) -> str:
     """A token as a figure can print it: spaces and newlines made visible."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "∅"

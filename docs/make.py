@@ -378,8 +378,11 @@ def pictures() -> None:
                 continue
             page.goto(f"file://{path}")
             page.add_style_tag(content=".modebar{display:none}")
-            page.locator(".plotly-graph-div svg.main-svg").first.wait_for()
-            page.locator(".plotly-graph-div").screenshot(path=ROOT / f"docs/{name}.png")
+            is_plot = "plotly" in path.read_text()
+            if is_plot:
+                page.locator(".plotly-graph-div svg.main-svg").first.wait_for()
+            shown = page.locator(".plotly-graph-div" if is_plot else "body")
+            shown.screenshot(path=ROOT / f"docs/{name}.png")
         browser.close()
 
 

@@ -16,6 +16,7 @@ from plots import (
     label_tokens,
     line,
     show,
+    signed_log,
     words_and_settings,
 )
 
@@ -168,6 +169,13 @@ def test_a_menu_shows_one_picture_at_a_time():
     assert (fig.data[4].z == z[1, 1].numpy()).all()
     single = imshow(z[:, 0], "t", "x", "y", menu=["first", "second"])
     assert [heatmap.visible for heatmap in single.data] == [True, False]
+
+
+def test_a_signed_logarithm_keeps_signs_and_order():
+    values = t.tensor([-1.0, -0.01, 0.0, 1e-4, 0.01, 1.0])
+    placed = signed_log(values)
+    assert placed == sorted(placed) and placed[2] == 0 and placed[0] == -placed[-1]
+    assert abs(placed[-1] - placed[-2] - 2) < 0.05, "a step for each power of ten"
 
 
 def test_a_scale_says_what_its_values_mean():

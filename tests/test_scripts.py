@@ -232,6 +232,9 @@ def assert_page_lives(page, path: Path) -> None:
         assert {"title", "xaxis", "yaxis"} <= titled, f"{path.name}: an axis has no name"
         return
     assert len(page.inner_text("body")) > 100, f"{path.name} is blank"
+    if page.locator("g.node").count():
+        page.locator("g.node").first.hover()
+        assert page.locator("path.far").count(), f"{path.name} does not show a node's edges alone"
     if page.locator("span.t").count():
         before = page.inner_html("body")
         page.locator("span.t").nth(3).hover()
