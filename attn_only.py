@@ -23,6 +23,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     write_aside,
     yellow,
+    Count,
+    Natural,
+    NotNegative,
+    Share,
 )
 from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
 from hooked import Hooked
@@ -530,19 +534,19 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: int = 2  # 1 or 2; with 2, a 1-layer control is trained on the same rows
-    n_heads: int = 4
-    d_model: int = 128
+    n_layers: Count = 2  # 1 or 2; with 2, a 1-layer control is trained on the same rows
+    n_heads: Count = 4
+    d_model: Count = 128
     positions: Literal["rotary", "learned", "shortformer", "relative"] = "relative"
-    rotary_share: float = 0.5  # of each head's dimensions that rotate (rotary)
-    steps: int = 400
-    lr: float = 1e-2
+    rotary_share: Share = 0.5  # of each head's dimensions that rotate (rotary)
+    steps: Natural = 400
+    lr: NotNegative = 1e-2
     # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order; 0 is
     # natural text alone
-    repeats: float = 0.45
-    english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
+    repeats: Share = 0.45
+    english: Share = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
-    vocab: int = 512  # size of the byte-level BPE trained on the text
+    vocab: Count = 512  # size of the byte-level BPE trained on the text
     tokenizer: str | None = None  # use this one instead: a folder, a tokenizer.json or a hub name
     model: str | None = None  # open this folder (checkpoints/attn_only/2_layers ...) instead of training
     control: bool = True  # train the 1-layer control

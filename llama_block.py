@@ -23,6 +23,11 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     with_defaults,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
 )
 from hooks import HookPoint, run_with_cache
 from hooked import Hooked
@@ -508,21 +513,21 @@ def write_llama_config(cfg: LlamaConfig) -> dict:
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int = 4
-    d_model: int = 128
-    d_mlp: int = 384
-    vocab: int = 3072  # size of the byte-level BPE trained on the text
-    rope_base: float = 10000.0
+    n_layers: Count = 4
+    n_heads: Count = 4
+    n_kv_heads: Count = 4
+    d_model: Count = 128
+    d_mlp: Count = 384
+    vocab: Count = 3072  # size of the byte-level BPE trained on the text
+    rope_base: Positive = 10000.0
     bias: bool = (
         True  # on q, k, v and o: Llama's attention_bias (transformers reads a Qwen2 folder's tokenizer as Qwen's)
     )
-    steps: int = 450
-    lr: float = 1e-2
-    muon_lr: float = 0.014
-    decay: float = 0.4  # share of the steps (wsd)
-    contexts: tuple[int, ...] = (64,)
+    steps: Natural = 450
+    lr: NotNegative = 1e-2
+    muon_lr: NotNegative = 0.014
+    decay: Share = 0.4  # share of the steps (wsd)
+    contexts: tuple[Count, ...] = (64,)
     data: str = "world"  # world (a corpus that is known exactly), stdlib, a text file or folder, or a hub dataset
     out: str = (
         "checkpoints/llama_block/model"  # where the model goes, in half precision, with what it knows of the world

@@ -25,6 +25,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     with_defaults,
+    Count,
+    Natural,
+    NotNegative,
+    Share,
 )
 from hooks import HookPoint, act_name, hooks, run_with_cache
 from hooked import Hooked
@@ -537,21 +541,21 @@ def loss_of_copies(model: Mamba, repeats: Tensor, half: int, fwd_hooks: list[tup
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: int = 1
-    d_model: int = 64
-    expand: int = 2  # the scan has expand * d_model channels
-    d_state: int = 32  # numbers that each channel carries along
-    d_conv: int = 4  # places that the convolution sees
-    steps: int = 400
-    lr: float = 1e-2
-    decay: float = 0.4  # share of the steps (wsd)
-    contexts: tuple[int, ...] = (16, 32)  # short rows first: few things to look up among
+    n_layers: Count = 1
+    d_model: Count = 64
+    expand: Count = 2  # the scan has expand * d_model channels
+    d_state: Count = 32  # numbers that each channel carries along
+    d_conv: Count = 4  # places that the convolution sees
+    steps: Natural = 400
+    lr: NotNegative = 1e-2
+    decay: Share = 0.4  # share of the steps (wsd)
+    contexts: tuple[Count, ...] = (16, 32)  # short rows first: few things to look up among
     # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
-    repeats: float = 0.9
-    english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
+    repeats: Share = 0.9
+    english: Share = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
-    vocab: int = 512  # size of the byte-level BPE trained on the text
-    rows: int = 32  # rows of random tokens, said twice, that all is measured on
+    vocab: Count = 512  # size of the byte-level BPE trained on the text
+    rows: Count = 32  # rows of random tokens, said twice, that all is measured on
     out: str = "checkpoints/mamba/model"  # where the model goes
     model: str | None = None  # look into this model instead of training: a hub name or a folder
     beside: str = (

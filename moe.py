@@ -27,6 +27,9 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    Count,
+    Natural,
+    NotNegative,
 )
 from hooks import HookPoint, run_with_cache, run_with_hooks
 from layers import next_token_loss
@@ -62,7 +65,7 @@ SWITCHES = {
 @dataclass
 class MoEConfig(LlamaConfig):
     n_layers: int = 3
-    n_experts: int = 4
+    n_experts: Count = 4
     top_k: int = 2
     d_expert: int = 192  # neurons of one expert
     norm_topk: bool = True  # the k weights of a token sum to one
@@ -429,21 +432,21 @@ def scatter(layer: int, n_experts: int, seed: int = 0) -> tuple[str, Callable]:
 @dataclass
 class Config(TrainConfig):
     family: Literal["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"] = "mixtral"
-    n_layers: int = 3
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    d_model: int = 128
-    n_experts: int = 4
-    top_k: int = 2
-    d_expert: int = 192  # neurons of one expert
-    shared: int = 192  # neurons of the shared expert (qwen2_moe)
-    aux_coef: float = 0.01  # of the load-balancing loss
-    steps: int = 220
-    lr: float = 1e-2
-    contexts: tuple[int, ...] = (128,)
+    n_layers: Count = 3
+    n_heads: Count = 4
+    n_kv_heads: Count = 2
+    d_model: Count = 128
+    n_experts: Count = 4
+    top_k: Count = 2
+    d_expert: Count = 192  # neurons of one expert
+    shared: Natural = 192  # neurons of the shared expert (qwen2_moe)
+    aux_coef: NotNegative = 0.01  # of the load-balancing loss
+    steps: Natural = 220
+    lr: NotNegative = 1e-2
+    contexts: tuple[Count, ...] = (128,)
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
-    vocab: int = 1024  # size of the byte-level BPE trained on the text
-    rows: int = 48  # held-out rows of each source to measure on
+    vocab: Count = 1024  # size of the byte-level BPE trained on the text
+    rows: Count = 48  # held-out rows of each source to measure on
     model: str | None = None  # look into this model instead of training: a hub name or a folder
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = 'def read(self, size):\n        """Return the next 10 bytes."""\n        return self.data[0]'

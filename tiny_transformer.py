@@ -25,6 +25,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     with_defaults,
+    Count,
+    Natural,
+    NotNegative,
+    Share,
 )
 from hooks import HookPoint, run_with_cache
 from hooked import Hooked
@@ -368,22 +372,22 @@ BUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: int = 2
-    n_heads: int = 4
-    d_model: int = 128
-    d_mlp: int = 512
+    n_layers: Count = 2
+    n_heads: Count = 4
+    d_model: Count = 128
+    d_mlp: Count = 512
     positions: Literal["learned", "sinusoidal"] = "learned"
     tied: bool = True  # the unembedding is the embedding
-    steps: int = 400
+    steps: Natural = 400
     # with learned positions short rows teach soonest: every position is trained at every step
-    contexts: tuple[int, ...] = (64,)
+    contexts: tuple[Count, ...] = (64,)
     context_steps: tuple[float, ...] = ()
-    lr: float = 1e-2
+    lr: NotNegative = 1e-2
     # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
-    repeats: float = 0.45
-    english: float = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
+    repeats: Share = 0.45
+    english: Share = 0.3  # share of rows from docstrings and help topics (stdlib text); the rest is code
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
-    vocab: int = 512  # size of the byte-level BPE trained on the text
+    vocab: Count = 512  # size of the byte-level BPE trained on the text
     tokenizer: str | None = None  # use this one instead: a folder, a tokenizer.json or a hub name
     # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
     model: str | None = None

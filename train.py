@@ -32,6 +32,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     tec,
     write_aside,
     yellow,
+    Count,
+    Natural,
+    NotNegative,
+    Share,
 )
 from hooks import out_of_memory
 from layers import next_token_loss
@@ -48,20 +52,20 @@ from tqdm import trange
 @dataclass
 class TrainConfig:
     least_context: ClassVar[int] = 8  # tokens that a row of this script must have
-    steps: int = 400  # 0 trains nothing: the untrained control
-    tokens_per_step: int = 4096
-    contexts: tuple[int, ...] = (64, 256)  # context lengths, one stage after the other
-    context_steps: tuple[float, ...] = (0.6,)  # share of the steps at which the next stage begins
-    accumulate: int = 1  # micro-batches per step
-    lr: float = 5e-3  # AdamW: embeddings, biases, norms
-    muon_lr: float = 0.02  # Muon: hidden matrices
-    adamw_lr: float = 2e-3  # hidden matrices with --optimizer adamw
-    optimizer: Literal["muon", "adamw"] = "muon"
-    weight_decay: float = 0.0
+    steps: Natural = 400  # 0 trains nothing: the untrained control
+    tokens_per_step: Count = 4096  # rows of one context length, as many as hold these tokens
+    contexts: tuple[Count, ...] = (64, 256)  # context lengths, one stage after the other
+    context_steps: tuple[Share, ...] = (0.6,)  # share of the steps at which the next stage begins
+    accumulate: Count = 1  # micro-batches per step
+    lr: NotNegative = 5e-3  # AdamW: embeddings, biases, norms
+    muon_lr: NotNegative = 0.02  # Muon: hidden matrices
+    adamw_lr: NotNegative = 2e-3  # hidden matrices with --optimizer adamw
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the hidden matrices; the rest is always AdamW's
+    weight_decay: NotNegative = 0.0  # of matrices; norms and biases are spared
     schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, linear decay to 0; or cosine to a tenth
-    warmup: float = 0.02  # share of the steps
-    decay: float = 0.3  # share of the steps (wsd)
-    clip: float = 1.0  # gradient norm; 0 does not clip
+    warmup: Share = 0.02  # share of the steps
+    decay: Share = 0.3  # share of the steps (wsd)
+    clip: NotNegative = 1.0  # gradient norm; 0 does not clip
     autocast: Literal["auto", "on", "off"] = "auto"  # bfloat16 in training: auto is on where it is faster
     activation_checkpointing: bool = (
         False  # compute activations again in the backward pass: less memory, a third more time
@@ -69,38 +73,22 @@ class TrainConfig:
     fsdp: bool = (
         False  # several processes share out parameters, gradients and optimizer states (FSDP2) where DDP does not fit
     )
-    compile: bool = False
-    wandb: bool = False
-    save_every: int = 200  # steps between checkpoints; 0 writes none
+    compile: bool = False  # torch.compile: a minute at the start, faster on a GPU
+    wandb: bool = False  # losses, numbers and figures go to Weights & Biases too
+    save_every: Natural = 200  # steps between checkpoints; 0 writes none
     resume: bool = False  # go on from the checkpoint of the same config
-    seed: int = 0
-    device: str = "auto"
+    seed: Natural = 0  # of weights, rows and draws
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 #%% Settings that cannot be run are refused before anything is read or trained
-AT_LEAST_1 = (
-    "tokens_per_step accumulate n_layers n_heads n_kv_heads d_model d_mlp d_expert n_experts top_k vocab rows top"
-).split()
-AT_LEAST_0 = "steps save_every seed lr muon_lr adamw_lr weight_decay clip shared aux_coef".split()
-SHARES = "warmup decay repeats english rotary_share".split()
-
-
 def check_settings(cfg: object) -> None:
-    """One line for a number out of its range, and for settings that contradict each other; cfg: any TrainConfig."""
+    """One line for settings that contradict each other (ranges stand beside the defaults); cfg: any TrainConfig."""
     if not isinstance(cfg, TrainConfig):
         return
-    for name, value in vars(cfg).items():
-        flag = "--" + name.replace("_", "-")
-        if name in AT_LEAST_1 and value < 1:
-            fail(f"{flag} is {value}: it must be at least 1")
-        if name in AT_LEAST_0 and value < 0:
-            fail(f"{flag} is {value}: it must be at least 0")
-        if name in SHARES and not 0 <= value <= 1:
-            fail(f"{flag} is {value}: it is a share, from 0 to 1")
-        if name == "rope_base" and value <= 0:
-            fail(f"{flag} is {value}: it must be above 0")
-        if name == "prompt" and not value.strip():
-            fail(f"{flag} is empty: give a few words")
+    prompt = getattr(cfg, "prompt", None)
+    if prompt is not None and not prompt.strip():
+        fail("--prompt is empty: give a few words")
     if getattr(cfg, "n_heads", 1) > getattr(cfg, "d_model", math.inf):
         fail(f"--n-heads {cfg.n_heads} is more than --d-model {cfg.d_model}: a head has at least one dimension")
     if getattr(cfg, "n_heads", 1) % getattr(cfg, "n_kv_heads", 1):

@@ -21,6 +21,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    Count,
+    Natural,
+    NotNegative,
+    Share,
 )
 from hooks import HookPoint
 from hooked import Hooked
@@ -71,21 +75,21 @@ class Config(TrainConfig):
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
     tokenizer: str | None = None
-    vocab: int = 1024  # size of that BPE
-    d_model: int = 128
+    vocab: Count = 1024  # size of that BPE
+    d_model: Count = 128
     fit: Literal["counts", "tokens"] = "counts"  # exact loss from the count matrix; or plain SGD on sampled tokens
     token: str | None = None  # what follows it, what predicts it; default: the most frequent word
-    ranks: tuple[int, ...] = (2, 8, 32, 128)  # values of d_model to compare, each fitted for half the steps
-    steps: int = 200
+    ranks: tuple[Count, ...] = (2, 8, 32, 128)  # values of d_model to compare, each fitted for half the steps
+    steps: Natural = 200
     # drawn per step by --fit tokens, and where the vocabulary is above 4096 (gpt2's 50257: 4 GB at peak)
-    tokens_per_step: int = 4096
-    lr: float = 0.1
+    tokens_per_step: Count = 4096
+    lr: NotNegative = 0.1
     optimizer: Literal["muon", "adamw"] = "adamw"  # Muon has no hidden matrix to work on here
-    decay: float = 1.0  # share of the steps in which the learning rate falls to 0 (wsd)
-    clip: float = 0.0  # gradient norm; 0 does not clip
-    contexts: tuple[int, ...] = (2,)  # of no effect: a bigram model sees one token
+    decay: Share = 1.0  # share of the steps in which the learning rate falls to 0 (wsd)
+    clip: NotNegative = 0.0  # gradient norm; 0 does not clip
+    contexts: tuple[Count, ...] = (2,)  # of no effect: a bigram model sees one token
     autocast: Literal["auto", "on", "off"] = "off"  # bfloat16 in training
-    save_every: int = 0  # steps between checkpoints; 0 writes none
+    save_every: Natural = 0  # steps between checkpoints; 0 writes none
 
 
 #%% The text as counts[x, y]: how often y comes right after x, across the beginning-of-text that joins documents too
@@ -289,8 +293,6 @@ HPC = Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
 if __name__ == "__main__":
     cfg = flags(Config, __doc__, hpc=HPC)
     first_goes_on()
-    if min(cfg.ranks, default=1) < 1:
-        fail(f"--ranks {min(cfg.ranks)}: a rank is at least 1")
     set_seed(cfg.seed)
     print(f"{purple}Zero layers: W_E -> W_U{endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)

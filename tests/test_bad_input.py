@@ -40,11 +40,11 @@ OF_DECODERS = {
     "--n-heads 0": "--n-heads is 0",
     "--n-heads 256": "--n-heads 256 is more than --d-model",
     "--contexts 1": "--contexts 1 is too short",
-    "--contexts -3": "--contexts -3 is too short",
+    "--contexts -3": "--contexts is -3: it must be at least 1",
     "--contexts 16 32 64 --context-steps 0.5": "--context-steps",
     "--contexts 16 32 --context-steps": "--context-steps",
     "--contexts 16 32 64 --context-steps 0.6 0.3": "ascending",
-    "--contexts 16 32 --context-steps 1.5": "--context-steps 1.5",
+    "--contexts 16 32 --context-steps 1.5": "--context-steps is 1.5: it must be at most 1",
     "--tokens-per-step 10": "has no whole row",
     "--accumulate 4096": "has no whole row",
     "--prompt=": "--prompt is empty",
@@ -53,7 +53,7 @@ OF_DECODERS = {
     "--resume --data small.txt --steps 3 --prompt two+three": "is corrupt",
 }
 OF_ONE = [
-    ("zero_layer", "--ranks 0", "--ranks 0"),
+    ("zero_layer", "--ranks 0", "--ranks is 0"),
     ("zero_layer", "--data small.txt --token qqqzzz", "no token reads"),
     ("zero_layer", "--data small.txt --tokenizer broken.json", "is no tokenizer"),
     ("attn_only", "--data small.txt --tokenizer broken.json", "is no tokenizer"),
