@@ -381,7 +381,7 @@ class Config(TrainConfig):
     steps: Natural = 400
     # with learned positions short rows teach soonest: every position is trained at every step
     contexts: tuple[Count, ...] = (64,)
-    context_steps: tuple[float, ...] = ()
+    context_steps: tuple[Share, ...] = ()
     lr: NotNegative = 1e-2
     # share of training rows that repeat a snippet of themselves: two thirds natural, one third in shuffled order
     repeats: Share = 0.45
