@@ -752,7 +752,12 @@ if __name__ == "__main__":
         columns=3,
         value="score",
     )
-    show(fig, "attn_only/head_scores")
+    show(
+        fig,
+        "attn_only/head_scores",
+        "1 is a perfect head of its kind. A previous-token head looks one back; an induction head looks at what "
+        "followed the same token before.",
+    )
 
 #%% Training watched: prefix matching, previous-token attention and in-context learning against tokens seen
 if __name__ == "__main__" and histories:
@@ -781,7 +786,12 @@ if __name__ == "__main__" and histories:
     for share in cfg.context_steps[: len(cfg.contexts) - 1]:
         longer_from = share * cfg.steps * cfg.tokens_per_step
         fig.add_vline(longer_from, line_dash="dot", annotation_text="longer context")
-    show(fig, "attn_only/phase_change")
+    show(
+        fig,
+        "attn_only/phase_change",
+        "Scores of the best heads as training goes on: two layers learn induction within few steps, one layer "
+        "never does.",
+    )
 
     fig = line(
         smooth_loss,
@@ -790,7 +800,11 @@ if __name__ == "__main__" and histories:
         "loss (nats)",
         x=histories[n_layers]["tokens"][width - 1 :],
     )
-    show(fig, "attn_only/loss")
+    show(
+        fig,
+        "attn_only/loss",
+        "The drop that is steeper than the rest is the phase change of the figure before.",
+    )
 
 #%% Loss by position: repeated random tokens are cheap the second time; in natural text later tokens are cheaper (ICL)
 if __name__ == "__main__":
@@ -830,7 +844,11 @@ if __name__ == "__main__":
         "loss (nats)",
         x=list(range(1, 2 * half + 1)),
     )
-    show(fig, "attn_only/loss_repeated")
+    show(
+        fig,
+        "attn_only/loss_repeated",
+        "Left of the middle nothing can be known; right of it a model with induction reads off what it saw.",
+    )
 
     smooth = {}
     for depth, losses in natural_losses.items():
@@ -842,7 +860,11 @@ if __name__ == "__main__":
         "loss (nats)",
         x=list(range(5, n_ctx - 4)),
     )
-    show(fig, "attn_only/loss_natural")
+    show(
+        fig,
+        "attn_only/loss_natural",
+        "Later tokens are easier where the model uses its context; the slope is in-context learning.",
+    )
 
 #%% Ablation: induction needs the previous-token head, and no other head of layer 0
 if __name__ == "__main__" and n_layers == 2:
@@ -872,7 +894,12 @@ if __name__ == "__main__" and n_layers == 2:
         diverging=False,
         value="prefix matching",
     )
-    show(fig, "attn_only/ablation")
+    show(
+        fig,
+        "attn_only/ablation",
+        "A row is the layer-0 head that is taken away, a column the layer-1 head that is measured: where the row "
+        "is pale, induction is gone.",
+    )
 
 #%% The path: previous-token head -> key of the induction head, seen by patching one input at a time
 if __name__ == "__main__" and n_layers == 2:
@@ -905,7 +932,11 @@ if __name__ == "__main__" and n_layers == 2:
         panels=["query", "key", "value"],
         value="share lost",
     )
-    show(fig, "attn_only/path_patching")
+    show(
+        fig,
+        "attn_only/path_patching",
+        "Blue: the receiver needs what this sender writes into its query, key or value; all other paths stay clean.",
+    )
 
 #%% Composition: how much more than random matrices do the layers read from each other?
 if __name__ == "__main__" and n_layers == 2:
@@ -933,7 +964,12 @@ if __name__ == "__main__" and n_layers == 2:
         panels=[f"{name}-composition" for name in composed],
         value="above random",
     )
-    show(fig, "attn_only/composition")
+    show(
+        fig,
+        "attn_only/composition",
+        "How much of what one head writes lies where the other reads; compare with the number for random matrices "
+        "in the line above.",
+    )
 
 #%% The circuits: what a head attends to (QK), what it then writes (OV), and the skip-trigrams of the 1-layer model
 if __name__ == "__main__":
@@ -987,7 +1023,11 @@ if __name__ == "__main__":
         columns=2,
         value="score",
     )
-    show(fig, "attn_only/qk_layer_0")
+    show(
+        fig,
+        "attn_only/qk_layer_0",
+        "Which token attends to which, one place back: blue pairs attract, red ones repel.",
+    )
 
 #%% Attribution for a prompt: which token, through which head, made the model say this?
 if __name__ == "__main__":
@@ -1029,7 +1069,12 @@ if __name__ == "__main__":
         y=head_names,
         value="logit",
     )
-    show(fig, "attn_only/attribution")
+    show(
+        fig,
+        "attn_only/attribution",
+        "Where the logit comes from: a row for each head, a column for the token it read; together with the "
+        "direct path they are the logit.",
+    )
 
 #%% Attention on the prompt, raw and weighted by how far it moves the residual stream (norm-based analysis)
 if __name__ == "__main__":
@@ -1064,7 +1109,12 @@ if __name__ == "__main__":
         value="weight or norm",
         one_scale=False,
     )
-    show(fig, "attn_only/norm_based")
+    show(
+        fig,
+        "attn_only/norm_based",
+        "The first map is attention alone; the others show how far it moves the stream. A head may look hard at "
+        "what it hardly uses.",
+    )
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

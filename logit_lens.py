@@ -157,7 +157,12 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     what = "Logit lens" if cfg.lens == "raw" else f"{cfg.lens.capitalize()} lens"
     title = f"{what} of {plain(repr(cfg.prompt[-60:]))} ({name}, n = {len(row)} tokens, norm: {cfg.norm})"
-    show(grid_figure(found, texts, tokens, title), "logit_lens/grid")
+    show(
+        grid_figure(found, texts, tokens, title),
+        "logit_lens/grid",
+        "A row is a layer, a column a position; each cell the token that the layer would say next, darker where "
+        "it is surer. Hover for the runners-up.",
+    )
 
 #%% When does the answer settle, and what comes before it? The milestones of the prompt
 if __name__ == "__main__":
@@ -219,7 +224,12 @@ if __name__ == "__main__" and tuned_scores:
             markers=True,
         )
         fig.update_yaxes(type="log" if measure == "perplexity" else "linear")
-        show(fig, f"logit_lens/tuned_{measure}")
+        show(
+            fig,
+            f"logit_lens/tuned_{measure}",
+            "Left the embedding, right the last block, where every lens is the model. The lower a lens, the better it says "
+            "what the model will say" + (", or the next token of the text." if measure == "perplexity" else "."),
+        )
 
 #%% ... and the gate: the tuned lens is nearer to the model's own distribution at every layer (where not: the figure)
 if __name__ == "__main__" and "tuned" in maps:
@@ -255,7 +265,11 @@ if __name__ == "__main__":
         ylabel="logit",
         x=list(writes),
     )
-    show(fig, "logit_lens/layers")
+    show(
+        fig,
+        "logit_lens/layers",
+        "How much each layer wrote towards the answer; the bars sum to its logit.",
+    )
 
 #%% ... and each head's and MLP's, which with the bias after attention sum to their layer's
 if __name__ == "__main__":
@@ -287,7 +301,11 @@ if __name__ == "__main__" and by_head is not None:
         y=[f"L{layer}" for layer in range(n_layers)],
         value="logit",
     )
-    show(fig, "logit_lens/heads")
+    show(
+        fig,
+        "logit_lens/heads",
+        "The same by head, and the MLP beside them; together they are their layer's bar.",
+    )
 
 #%% The conclusion
 if __name__ == "__main__":

@@ -654,7 +654,11 @@ if __name__ == "__main__" and history:
         x=[seen["tokens"] for seen in history["watch"]],
         markers=True,
     )
-    show(fig, "mamba/training")
+    show(
+        fig,
+        "mamba/training",
+        "When the curves part, the model has learned to use what was said before.",
+    )
 
 #%% Gates: listening changes nothing; the hidden attention, times what the scan reads, is what the scan says
 if __name__ == "__main__":
@@ -714,7 +718,11 @@ if __name__ == "__main__":
         x=list(range(1, repeats.shape[1])),
         dashed=["the first half is other tokens"],
     )
-    show(fig, "mamba/loss_repeated")
+    show(
+        fig,
+        "mamba/loss_repeated",
+        "Right of the middle the tokens come again: a model that carries them along pays less there.",
+    )
 
 #%% What does it need for that? The convolution, and the state, are taken away one at a time
 if __name__ == "__main__":
@@ -763,7 +771,12 @@ if __name__ == "__main__":
         ylabel="gain (nats)",
         x=list(gains),
     )
-    show(fig, "mamba/knock_outs")
+    show(
+        fig,
+        "mamba/knock_outs",
+        "How much cheaper the second copy is because the first was said; near 0: looking up needs the part that "
+        "was taken away.",
+    )
 
 #%% Where do channels look? Hidden attention, scored as an attention head's, channel by channel
 if __name__ == "__main__":
@@ -847,7 +860,12 @@ if __name__ == "__main__":
         markers=True,
         dashed=[name for name in curves if "mean" in name],
     )
-    show(fig, "mamba/after_copy")
+    show(
+        fig,
+        "mamba/after_copy",
+        "Where the scan looks when a token comes again: at 0 at the earlier copy itself, at 1 at what followed "
+        "it, as an induction head does.",
+    )
 
 #%% Does the lookup run through these channels? They are silenced, and as many others of the same layers
 if __name__ == "__main__":
@@ -924,7 +942,12 @@ if __name__ == "__main__":
         value="share",
         one_scale=False,
     )
-    show(fig, "mamba/hidden_attention")
+    show(
+        fig,
+        "mamba/hidden_attention",
+        "Left the weights with which the scan reads earlier tokens, right an attention head's: rows look, columns "
+        "are looked at.",
+    )
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

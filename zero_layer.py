@@ -427,7 +427,12 @@ if __name__ == "__main__":
         dashed=("bigram entropy floor (train)", f"{table_name} (held out)"),
     )
     fig.update_yaxes(range=[floor - 0.1, max(watched["heldout"][-1], table_loss) + 0.6])
-    show(fig, "zero_layer/loss")
+    show(
+        fig,
+        "zero_layer/loss",
+        "The training loss reaches the floor that the counts set; the held-out loss turns up where the model "
+        "begins to learn pairs by heart.",
+    )
     fig = line(
         {"zero-layer model": watched["unseen"], table_name: [table_unseen] * n_points},
         f"What overfits: loss on the {unseen:.1%} of held-out pairs that never occur in training"
@@ -437,7 +442,11 @@ if __name__ == "__main__":
         x=watched["step"],
         dashed=(table_name,),
     )
-    show(fig, "zero_layer/unseen")
+    show(
+        fig,
+        "zero_layer/unseen",
+        "What it pays for pairs that training never showed: it grows as the model grows surer of those it saw.",
+    )
 
 #%% The rank limit: d_model dimensions hold only so much of the table, and the SVD of the log-table wastes them
 if __name__ == "__main__":
@@ -491,7 +500,12 @@ if __name__ == "__main__" and fitted:
         dashed=("frequencies alone",),
     )
     fig.update_yaxes(type="log").update_xaxes(tickvals=ranks)
-    show(fig, "zero_layer/rank")
+    show(
+        fig,
+        "zero_layer/rank",
+        "W_E W_U has at most the rank d_model: the fewer dimensions, the farther from the table. Fitting beats "
+        "cutting the table's own singular values.",
+    )
 
 #%% What follows a token, and what predicts it: the same table read by row and by column
 if __name__ == "__main__":
@@ -554,7 +568,11 @@ if __name__ == "__main__":
     for col, name in enumerate(("principal component", "t-SNE"), start=1):
         fig.update_xaxes(title=f"{name} 1 (no unit)", col=col)
         fig.update_yaxes(title=f"{name} 2 (no unit)", col=col)
-    show(fig, "zero_layer/embedding")
+    show(
+        fig,
+        "zero_layer/embedding",
+        "Each dot is a token, coloured by its kind: tokens that are followed alike lie together.",
+    )
 
 #%% The logit table of the most frequent tokens, each row less its mean over the tokens of the text
 if __name__ == "__main__":
@@ -584,7 +602,12 @@ if __name__ == "__main__":
         hover=hover,
     )
     fig.update_layout(height=950)
-    show(fig, "zero_layer/logits")
+    show(
+        fig,
+        "zero_layer/logits",
+        "A row is the token that was seen, a column the token that may follow. Blue: more likely after this token "
+        "than after others.",
+    )
 
 #%% Conclusion: the finding and the gate it passed
 if __name__ == "__main__":
