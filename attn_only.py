@@ -535,9 +535,11 @@ def path_patch(model: AttnOnly, clean: Tensor, corrupt: Tensor, half: int) -> tu
 @dataclass
 class Config(TrainConfig):
     n_layers: Count = 2  # 1 or 2; with 2, a 1-layer control is trained on the same rows
-    n_heads: Count = 4
-    d_model: Count = 128
-    positions: Literal["rotary", "learned", "shortformer", "relative"] = "relative"
+    n_heads: Count = 4  # attention heads of a block
+    d_model: Count = 128  # width of the residual stream
+    positions: Literal["rotary", "learned", "shortformer", "relative"] = (
+        "relative"  # how the model knows where a token stands
+    )
     rotary_share: Share = 0.5  # of each head's dimensions that rotate (rotary)
     steps: Natural = 400
     lr: NotNegative = 1e-2

@@ -530,8 +530,8 @@ class Config:
     memory_gb: Positive = 1.0  # cap on the activations of a patching sweep
     gigabytes: Positive = 2.0  # size of the random checkpoint that is streamed
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: Natural = 0
-    device: str = "auto"
+    seed: Natural = 0  # of every draw
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ class Config:
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
-    seed: Natural = 0
-    device: str = "auto"
+    seed: Natural = 0  # of every draw
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 if __name__ == "__main__":

@@ -92,11 +92,13 @@ from torch import Tensor
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
-    task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = "ioi"
+    task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = (
+        "ioi"  # which prompts, each with an answer that is known (README: the world model)
+    )
     clean: str | None = None  # a prompt of your own, with --corrupt, --answer and --wrong
-    corrupt: str | None = None
+    corrupt: str | None = None  # the same prompt with one thing changed, of as many tokens
     answer: str | None = None  # one token, with the space before it: " Paris"
-    wrong: str | None = None
+    wrong: str | None = None  # the token that the answer is held against
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
     # one path by name, as "L1H3 -> L2H0.k -> logits" or "L1H1 + L1H3 -> L2 MLP": what does it carry, edge by edge?
     path: str | None = None
@@ -115,8 +117,8 @@ class Config:
     export: str | None = None  # write all scores and the circuit here, as JSON that EAP-IG's and MIB's code reads
     memory_gb: Positive = 1.0  # cap on activations
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: Natural = 0
-    device: str = "auto"
+    seed: Natural = 0  # of every draw
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 cfg = flags(Config, __doc__, hpc=Config(model="gpt2", bos=True, n=256, held_out=500, memory_gb=24.0))

@@ -46,10 +46,10 @@ class Launch:
     # submit to Slurm instead of running here, a sweep as one job array; prints job id and log, and returns
     slurm: bool = False
     slurm_wait: bool = False  # submit, follow the log, and exit with the job's status
-    slurm_partition: str | None = None
-    slurm_account: str | None = None
-    slurm_constraint: str | None = None
-    slurm_nodes: int = 1
+    slurm_partition: str | None = None  # queue to submit to; default the cluster's own
+    slurm_account: str | None = None  # account that is charged
+    slurm_constraint: str | None = None  # feature that a node must have, as a100
+    slurm_nodes: int = 1  # nodes of a job
     slurm_gpus: int = 1  # per node, with a process for each; 0 is one process without
     slurm_cpus: int = 8  # per process
     slurm_mem: int | None = None  # GB per node

@@ -72,17 +72,17 @@ def says_layer(layer: float, n_layers: int) -> str:
 class Config(LensConfig):
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
-    prompt: str = "Everyone knows that the capital of Japan is"
+    prompt: str = "Everyone knows that the capital of Japan is"  # a text to look at
     answer: str | None = None  # the token to follow after the prompt; default what the model says
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
-    top: Count = 5
+    top: Count = 5  # likeliest tokens shown
     less_mean: bool = True  # writes to the logit less the mean logit of all tokens; --no-less-mean: to the raw logit
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: Natural = 0
-    device: str = "auto"
+    seed: Natural = 0  # of every draw
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 if __name__ == "__main__":

@@ -541,8 +541,8 @@ def loss_of_copies(model: Mamba, repeats: Tensor, half: int, fwd_hooks: list[tup
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: Count = 1
-    d_model: Count = 64
+    n_layers: Count = 1  # blocks
+    d_model: Count = 64  # width of the residual stream
     expand: Count = 2  # the scan has expand * d_model channels
     d_state: Count = 32  # numbers that each channel carries along
     d_conv: Count = 4  # places that the convolution sees

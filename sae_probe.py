@@ -70,7 +70,7 @@ class Config(SAEConfig):
     sentences: int = 150  # labelled sentences of each kind
     seeds: int = 3  # splits of the entities
     random_baseline: bool = True  # also an SAE of a model with random weights of the same shape
-    device: str = "auto"
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Config(SAEConfig):
     sentences: int = 150  # labelled sentences of each kind, by which features are chosen
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # of pushes, in mean distances of two continents; 1 is added
     prompt: str = "The capital of France is"  # whose answer is traced to features
-    device: str = "auto"
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Config(TrainConfig):
     # gpt2 or any: a hub name, a folder, a tokenizer.json; default: a BPE trained on the text
     tokenizer: str | None = None
     vocab: Count = 1024  # size of that BPE
-    d_model: Count = 128
+    d_model: Count = 128  # width of the residual stream
     fit: Literal["counts", "tokens"] = "counts"  # exact loss from the count matrix; or plain SGD on sampled tokens
     token: str | None = None  # what follows it, what predicts it; default: the most frequent word
     ranks: tuple[Count, ...] = (2, 8, 32, 128)  # values of d_model to compare, each fitted for half the steps
