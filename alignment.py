@@ -208,10 +208,10 @@ def as_tokens(model: nn.Module, cases: list[Case]) -> Cases:
 
 #%% The world's variables: what a causal model computes in the middle, and prompts that differ in all else too
 CAUSAL_MODELS = {
-    "country": "country = the one that the prompt names; answer = capital(country). Sources name a country and ask anything about it",
-    "subject_name": "subject = the name said twice; answer = the other of the two names. Sources say the same names in any order, in another sentence",
-    "subject_position": "position = that of the subject among the two names; answer = the name at the other one. Sources have other names",
-    "number": "number = the subject's; answer = the verb in that number. Sources have another subject, and another noun before the verb",
+    "country": "the country that the prompt names; answer = its capital. Sources name one and ask anything about it",
+    "subject_name": "the name said twice; answer = the other of the two. Sources say the two names in another sentence",
+    "subject_position": "whether the first or the second name is said again; answer = the other. Sources say other names",
+    "number": "the subject's; answer = the verb in it. Sources have another subject, and another noun before the verb",
 }
 
 
@@ -400,6 +400,7 @@ def cases_of_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> C
     for name, mask in pairs.places.items():
         if mask.any(1).all():
             places[name] = (mask * position).amax(1)
+    places["end"] = pairs.answer_pos
     number = [str(i) for i in range(len(pairs))]
     return Cases(
         base=pairs.clean,

@@ -24,7 +24,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     yellow,
 )
-from plots import imshow, line, show
+from plots import bar, imshow, line, show
 from hooks import act_name
 from weights import about_bos, model_key, open_model, token_text
 from launch import flags
@@ -65,12 +65,12 @@ class Config:
     pairs: str | None = None
     rank: Count = 1  # of the subspace at every layer and place
     ranks: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)  # at the best place
-    n: Count = 256  # cases to find subspaces on
-    held_out: Count = 256  # cases to judge them on, about other entities
-    steps: Count = 50  # of DAS
+    n: Count = 192  # cases to find subspaces on
+    held_out: Count = 192  # cases to judge them on, about other entities
+    steps: Count = 40  # of DAS
     batch: Count = 24  # cases of a step
     lr: Positive = 0.02
-    random: Count = 20  # subspaces at random, at the best place
+    random: Count = 10  # subspaces at random, at the best place
     memory_gb: Positive = 1.0  # cap on activations of one run
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
@@ -90,7 +90,7 @@ if max(cfg.rank, min(cfg.ranks)) > d_model:
     fail(f"--rank is at most the {d_model} dimensions of this model's stream")
 if cfg.pairs:
     variable = "own pairs"
-    words = "the wrong answer is due after the interchange"
+    words = "what differs; after the interchange the wrong answer is due"
     rows, held_out_rows = share_out(read_pairs(cfg.pairs, model), cfg.n, cfg.held_out)
     if not held_out_rows:
         print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
@@ -109,7 +109,7 @@ def text_of(ids: Tensor, end: int) -> str:
     return "".join(token_text(model, i) for i in ids[: end + 1].tolist())
 
 
-print(f"{purple}=== {variable}: {words} ==={endc}")
+print(f"{purple}=== The variable, {variable}: {words} ==={endc}")
 shown = int(cases.changes.int().argmax())
 where = []
 for place in places:
@@ -118,10 +118,10 @@ for place in places:
     where.append(f"{place} {in_base!r} / {in_source!r}")
 print(f"{gray}base    {text_of(cases.base[shown], int(cases.base_end[shown]))}")
 print(f"source  {text_of(cases.source[shown], int(cases.source_places['end'][shown]))}")
-print(
-    f"answer  {token_text(model, int(cases.answer[shown]))!r}, after the interchange "
-    f"{token_text(model, int(cases.predicted[shown]))!r}; places (base / source): {', '.join(where)}; {about_bos(model)}{endc}"
-)
+answer = token_text(model, int(cases.answer[shown]))
+predicted = token_text(model, int(cases.predicted[shown]))
+print(f"answer  {answer!r}, after the interchange {predicted!r}")
+print(f"places (base / source): {', '.join(where)}; {about_bos(model)}{endc}")
 
 #%% Does the model do what the causal model does, when the value is changed in the text itself? Only such cases are kept
 agreement = {}
@@ -133,8 +133,8 @@ for name, asked in (("find", cases), ("held out", test_cases)):
     kept = asked.take(both.nonzero()[:, 0])
     if not kept.changes.any():
         fail(
-            f"of {len(asked)} cases ({name}) the model answers none as the causal model does, before and after the value is "
-            "changed in the text: there is nothing to align"
+            f"of {len(asked)} cases ({name}) the model answers none as the causal model does, before and after the value "
+            "is changed in the text: there is nothing to align"
         )
     kept_cases.append(kept)
 cases, test_cases = kept_cases
@@ -143,9 +143,9 @@ changing = test_cases.changes.cpu()
 numbers = {"variable": variable, "agreement": agreement, "n": len(cases), "n_held_out": len(test_cases)}
 numbers["n_changing"] = int(changing.sum())
 print(
-    f"{cyan}the model answers {agreement['held out'][0]:.1%} of the base prompts and {agreement['held out'][1]:.1%} of those "
-    f"with the value changed in the text as the causal model does; kept are {len(cases)} cases to find on, "
-    f"{len(test_cases)} about other entities to test on, of which {changing.sum()} should change their answer{endc}"
+    f"{cyan}the model answers {agreement['held out'][0]:.1%} of the base prompts as the causal model does, and "
+    f"{agreement['held out'][1]:.1%} of those with the value changed in the text; kept are {len(cases)} cases to find "
+    f"on, {len(test_cases)} about other entities to test on, of which {changing.sum()} should change their answer{endc}"
 )
 
 #%% Gates: nothing interchanged is the base run, everything behind the last block the source run
@@ -213,9 +213,9 @@ fig = imshow(
         f"subspace of rank {cfg.rank} came from the source ({about})"
     ),
     xlabel="place",
-    ylabel="stream",
+    ylabel="stream before layer",
     x=places,
-    y=layer_names,
+    y=[f"L{layer}" for layer in range(n_layers)],
     panels=list(iia),
     columns=3,
     diverging=False,
@@ -274,6 +274,23 @@ table.append([f"at random, the best of {cfg.random}", cfg.rank, None, max(at_ran
 headers = ["what came from the source", "rank", "IIA where found", "held out", "95%, entities", "same value: kept"]
 print(tabulate(table, headers=headers, floatfmt=".2f"))
 
+#%% ... as bars
+shares = t.tensor([x["iia"] for x in at_best.values()])  # (method, (share, low, high))
+mean, low, high = shares.T
+fig = bar(
+    {"IIA": mean},
+    title=(
+        f"What a source's stream brings at {best}: whole, in subspaces of rank {cfg.rank}, and where sources are "
+        f"shuffled ({about}; intervals 95% over entities; the best of {cfg.random} random subspaces {max(at_random):.2f})"
+    ),
+    xlabel="what came from the source",
+    ylabel="interchange accuracy",
+    x=list(at_best),
+    errors={"IIA": (high - mean, mean - low)},
+)
+fig.update_yaxes(range=[0, 1.05])
+show(fig, "das/best")
+
 #%% How many dimensions does the variable take there?
 curves = {"DAS": [], "DAS where found": [], "DAS, sources shuffled": []}
 for rank in ranks:
@@ -292,8 +309,8 @@ numbers |= {"ranks": ranks, "by_rank": curves}
 fig = line(
     curves | {"the whole stream": [whole] * len(ranks)},
     title=(
-        f"Interchange accuracy by rank of the subspace, at {best} ({about}; the values' means span at most "
-        f"{n_values - 1} dimensions)"
+        f"Interchange accuracy by rank of the subspace, at {best} ({about}; the values' means have rank "
+        f"{n_values - 1} at most)"
     ),
     xlabel="rank",
     ylabel="IIA",
@@ -319,22 +336,24 @@ numbers["worst_gate"] = max(gates.values())
 save_results("das", cfg, **numbers)
 das_share, low, high = at_best["DAS"]["iia"]
 shuffled_share = at_best["DAS, sources shuffled"]["iia"][0]
-beside_whole = (iia["DAS"] - iia["the whole stream"]).max().item()
+ahead = iia["DAS"] - iia["the whole stream"]
+ahead_layer, ahead_column = divmod(int(ahead.argmax()), len(places))
+ahead_at = f"{places[ahead_column]}, {layer_names[ahead_layer]},"
 print(f"{gray}{len(named)} subspaces: {path}{endc}")
 print(
-    f"{green}At {best}, {cfg.rank} of {d_model} dimensions carry {variable} for {das_share:.0%} of the cases about entities "
-    f"not trained on ({low:.0%} to {high:.0%}; where it was found {at_best['DAS']['iia_find']:.0%}); the whole stream "
-    f"{whole:.0%}, the means of the values {at_best['means of the values']['iia'][0]:.0%}, the best of {cfg.random} random "
-    f"subspaces {max(at_random):.0%}, DAS with shuffled sources {shuffled_share:.0%}. Gates: the worst misses by "
-    f"{max(gates.values()):.0e}.{endc}"
+    f"{green}At {best}, {cfg.rank} of {d_model} dimensions carry {variable} for {das_share:.0%} of the cases about "
+    f"entities not trained on ({low:.0%} to {high:.0%}; where it was found {at_best['DAS']['iia_find']:.0%}); the whole "
+    f"stream {whole:.0%}, the means of the values {at_best['means of the values']['iia'][0]:.0%}, the best of "
+    f"{cfg.random} random subspaces {max(at_random):.0%}, DAS with shuffled sources {shuffled_share:.0%}. Gates: the "
+    f"worst misses by {max(gates.values()):.0e}.{endc}"
 )
 if low <= max(shuffled_share, *at_random):
     print(
         f"{yellow}That is no more than chance gives: of this rank there is no subspace that serves other entities too, "
         f"or too few cases to find it.{endc}"
     )
-elif beside_whole > 0.1:
+elif ahead.max() > 0.1:
     print(
-        f"{yellow}At some place DAS is ahead of the whole stream by {beside_whole:.0%}: the variable stands there beside what "
-        f"must not move, or the subspace opens a path that the model does not use (Makelov et al. 2023).{endc}"
+        f"{yellow}At {ahead_at} DAS is ahead of the whole stream by {ahead.max():.0%}: the variable stands there beside "
+        f"what must not move, or the subspace opens a path that the model does not use (Makelov et al. 2023).{endc}"
     )

@@ -102,7 +102,7 @@ class TwoVariables(nn.Module):
         self.plane_a, plane_b, rest = axes[:, :2], axes[:, 2:4], axes[:, 4:]
         points_a = circle(N_A).repeat_interleave(N_B, 0) @ self.plane_a.T
         points_b = circle(N_B).repeat(N_A, 1) @ plane_b.T
-        noise = t.randn(END, D - 4) @ rest.T
+        noise = 0.3 * t.randn(END, D - 4) @ rest.T
         self.W_E = t.cat([points_a + points_b + noise, t.zeros(1, D)])
         self.blocks = nn.ModuleList([Block(1.0), Block(0.0)])
         self.ln_final = nn.Identity()
@@ -313,7 +313,7 @@ def test_a_file_of_subspaces_says_where_they_come_from(tmp_path):
 def test_own_pairs_go_through_the_story(run, workdir, tmp_path):
     rows = ["clean,corrupt,answer,wrong"]
     for noun in ("key", "book", "car", "dog", "tree", "house"):
-        rows.append(f"The {noun} near the door,The {noun}s near the door, is, are")
+        rows.append(f"The {noun} near the lamp,The {noun}s near the lamp, is, are")
     path = tmp_path / "pairs.csv"
     path.write_text("\n".join(rows) + "\n")
     few = ("--steps", "4", "--ranks", "1", "--random", "2", "--device", "cpu")
