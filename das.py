@@ -292,13 +292,17 @@ fig.update_yaxes(range=[0, 1.05])
 show(fig, "das/best")
 
 #%% How many dimensions does the variable take there?
+by_rank = {cfg.rank: (subspaces[best_layer, best_place], on_shuffled)}
+for rank in ranks:
+    if rank not in by_rank:
+        searched = (runs, shuffled_runs)
+        by_rank[rank] = tuple(found_by_das(of_runs, best_layer, best_place, rank) for of_runs in searched)
 curves = {"DAS": [], "DAS where found": [], "DAS, sources shuffled": []}
 for rank in ranks:
-    das = found_by_das(runs, best_layer, best_place, rank)
+    das, on_shuffled = by_rank[rank]
     subspaces[best_layer, best_place, rank] = das
     curves["DAS"].append(share_right(test_runs, das))
     curves["DAS where found"].append(share_right(runs, das))
-    on_shuffled = found_by_das(shuffled_runs, best_layer, best_place, rank)
     curves["DAS, sources shuffled"].append(share_right(shuffled_test_runs, on_shuffled))
     for method, subspace in cheap_subspaces(best_layer, best_place, rank).items():
         curves.setdefault(method, []).append(share_right(test_runs, subspace))
