@@ -391,17 +391,22 @@ def drawn_from(variable: str) -> tuple[list[str], Callable[[Random], Case]]:
 
 def cases_of_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Cases:
     """
-    Rows (clean, corrupt, answer, wrong) as cases: clean is the base, corrupt the source, and after the interchange
-    `wrong` is due rather than `answer`. A place is the last position of those that interventions.find_places names.
+    Rows (clean, corrupt, answer, wrong) as two cases each: clean is the base, corrupt the source, and after the
+    interchange `wrong` is due rather than `answer`; and the other way round, or any push from the one to the other
+    would do. A place is the last position of those that interventions.find_places names.
     """
-    pairs = make_pairs(model, rows)
+    both_ways = []
+    for clean, corrupt, answer, wrong in rows:
+        both_ways.append((clean, corrupt, answer, wrong))
+        both_ways.append((corrupt, clean, wrong, answer))
+    pairs = make_pairs(model, both_ways)
     position = t.arange(pairs.clean.shape[1], device=pairs.clean.device)
     places = {}
     for name, mask in pairs.places.items():
         if mask.any(1).all():
             places[name] = (mask * position).amax(1)
     places["end"] = pairs.answer_pos
-    number = [str(i) for i in range(len(pairs))]
+    number = [str(i // 2) for i in range(len(pairs))]  # make_pairs keeps those of one length in order
     return Cases(
         base=pairs.clean,
         source=pairs.corrupt,

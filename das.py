@@ -60,8 +60,8 @@ class Config:
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     # what a causal model computes in the middle; each is written out in alignment.CAUSAL_MODELS
     variable: Literal["number", "country", "subject_name", "subject_position"] = "number"
-    # or your own: a CSV or JSON file with the columns clean (base), corrupt (source), answer, wrong (the answer due
-    # after the interchange)
+    # or your own: a CSV or JSON file with the columns clean, corrupt, answer, wrong (the answer to corrupt); each is
+    # the base once and the source once
     pairs: str | None = None
     rank: Count = 1  # of the subspace at every layer and place
     ranks: tuple[Count, ...] = (1, 2, 4, 8, 16, 32)  # at the best place
@@ -89,8 +89,8 @@ ranks = [k for k in sorted(set(cfg.ranks)) if k <= d_model]
 if max(cfg.rank, min(cfg.ranks)) > d_model:
     fail(f"--rank is at most the {d_model} dimensions of this model's stream")
 if cfg.pairs:
-    variable = "own pairs"
-    words = "what differs; after the interchange the wrong answer is due"
+    variable = "what differs in own pairs"
+    words = "after the interchange the other answer is due, both ways"
     rows, held_out_rows = share_out(read_pairs(cfg.pairs, model), cfg.n, cfg.held_out)
     if not held_out_rows:
         print(f"{yellow}one pair: what is found is tested on the same pair{endc}")

@@ -320,8 +320,9 @@ def test_own_pairs_go_through_the_story(run, workdir, tmp_path):
     done = run("das.py", "--pairs", str(path), *few)
     assert done.returncode == 0, done.stderr[-2000:]
     numbers = json.loads((workdir / "results/das.json").read_text())
-    assert numbers["variable"] == "own pairs"
-    assert numbers["n"] == numbers["n_held_out"] == 3
+    assert numbers["variable"] == "what differs in own pairs"
+    assert numbers["n"] == numbers["n_held_out"] == 6  # three pairs, both ways
+    assert numbers["best"]["means of the values"]["rank"] == 1  # of two values
     assert numbers["iia"]["the whole stream"][0][numbers["places"].index("changed")] == 1
 
 
