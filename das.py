@@ -356,7 +356,14 @@ if low <= max(shuffled_share, *at_random):
         f"{yellow}That is no more than chance gives: of this rank there is no subspace that serves other entities too, "
         f"or too few cases to find it.{endc}"
     )
-elif ahead.max() > 0.1:
+cheap_shares = {method: at_best[method]["iia"][0] for method in ("means of the values", "principal components")}
+best_cheap = max(cheap_shares, key=cheap_shares.get)
+if cheap_shares[best_cheap] > das_share + 0.05:
+    print(
+        f"{yellow}The {best_cheap} serve other entities better ({cheap_shares[best_cheap]:.0%}): DAS has fitted those that "
+        f"it was found on.{endc}"
+    )
+if ahead.max() > 0.1:
     print(
         f"{yellow}At {ahead_at} DAS is ahead of the whole stream by {ahead.max():.0%}: the variable stands there beside "
         f"what must not move, or the subspace opens a path that the model does not use (Makelov et al. 2023).{endc}"
