@@ -66,6 +66,7 @@ ORDER = (
     "reversal",
     "patching",
     "circuits",
+    "das",
     "sae_probe",
     "steering",
     "bench",

@@ -208,6 +208,12 @@ ROWS = [
         "no number to compare: these are features of the stream in the middle of four layers, Bricken et al.'s (2023) of the MLP of a one-layer model",
         "uv run sae_probe.py",
     ),
+    (
+        "number of the subject in one dimension: interchange accuracy on other nouns (95% over nouns); sources shuffled",
+        "{das[best][DAS][iia][0]:.0%} ({das[best][DAS][iia][1]:.0%} to {das[best][DAS][iia][2]:.0%}); {das[best][DAS, sources shuffled][iia][0]:.0%}",
+        "the whole stream of {das[best][the whole stream][rank]} dimensions {das[best][the whole stream][iia][0]:.0%}; difference of means {das[best][means of the values][iia][0]:.0%}, the best of {das[random][draws]} random directions {das[random][largest]:.0%}",
+        "uv run das.py",
+    ),
 ]
 PICTURES = {
     "zero_layer": "zero_layer/loss",
@@ -221,6 +227,7 @@ PICTURES = {
     "patching": "patching/places",
     "circuits": "circuits/circuit",
     "sae_probe": "sae_probe/probes",
+    "das": "das/accuracy",
 }
 START, END = "<!-- measured -->\n", "<!-- measured ends -->\n"
 

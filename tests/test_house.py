@@ -26,6 +26,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "graph",
     "sae",
     "probes",
+    "alignment",
 )
 ARCHITECTURES = (
     "attn_only",

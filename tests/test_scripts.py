@@ -29,6 +29,7 @@ FLAGS = {
     "readers": "--tasks forward language --forms 1 --draws 50 --tuned-steps 12 --jacobian-rows 2",
     "patching": "--n 8 --held-out 16 --site resid_pre z",
     "circuits": "--n 8 --held-out 16 --ig-steps 3",
+    "das": "--n 48 --held-out 48 --steps 16 --ranks 1 --random 2",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants "
     "--no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
     "steering": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 "
@@ -55,6 +56,7 @@ FIGURES = {
     "patching": "attention direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
     "readers": "auroc percentile kl causal_forward",
     "circuits": "paths roles attribution faithfulness circuit",
+    "das": "accuracy best rank",
     "sae_probe": "density decoder_cosine probes layers features",
     "steering": "steering attribution",
 }
@@ -188,6 +190,20 @@ def check_circuits(n: dict, said: str, folder: Path) -> None:
     assert effects["path_patch"].keys() == effects["edge_patch"].keys() and len(effects["path_patch"]) == 6
 
 
+def check_das(n: dict, said: str, folder: Path) -> None:
+    """One dimension carries number for nouns not trained on; before the subject nothing does."""
+    assert max(n["gates"].values()) < 1e-4 and n["not_orthogonal"] < 1e-5
+    das, whole = n["best"]["DAS"], n["best"]["the whole stream"]
+    assert das["rank"] == 1 and das["iia"][0] > 0.8 and das["answer_kept"] > 0.8 and whole["iia"][0] > 0.9
+    assert das["iia"][1] <= das["iia"][0] <= das["iia"][2] and n["random"]["largest"] < 0.2
+    assert n["iia"]["DAS"][n["best_layer"]][n["places"].index(n["best_place"])] == das["iia"][0]
+    before = n["places"].index("before")
+    assert max(row[before] for row in n["iia"]["DAS"]) < 0.3
+    assert f"carry number for {das['iia'][0]:.0%}" in said
+    [file] = (folder / "checkpoints/das").glob("models-world-number-*.safetensors")
+    assert f"subspaces: {file.relative_to(folder)}" in said
+
+
 def check_sae_probe(n: dict, said: str, folder: Path) -> None:
     assert abs(n["l0"] - 16) < 0.01
     assert n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95
@@ -209,6 +225,7 @@ CHECKS = {
     "readers": check_readers,
     "patching": check_patching,
     "circuits": check_circuits,
+    "das": check_das,
     "sae_probe": check_sae_probe,
     "steering": check_steering,
 }
