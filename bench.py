@@ -3,9 +3,13 @@ How fast is all this beside what people use?
 Training, patching and the lens, each side by side with its peer, in one run.
 """
 
+import contextlib
 import itertools
+import json
 import math
 import re
+import runpy
+import sys
 import tempfile
 import threading
 import time
@@ -19,17 +23,23 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
+    ROOT,
     WORLD,
     Natural,
     Positive,
     cyan,
     endc,
+    fail,
+    finite,
+    gray,
     green,
     load_model,
     pick_device,
     purple,
     save_results,
     set_seed,
+    versions,
+    write_aside,
 )
 from anatomy import layer_streams
 from data import Corpus, load_corpus
@@ -56,17 +66,21 @@ from tqdm import tqdm
 PARTS = ("training", "scratch", "patching", "lens", "streaming")
 
 
+def now() -> float:
+    """Seconds of a clock, once the card has done what it was given."""
+    if t.cuda.is_available():
+        t.cuda.synchronize()
+    return time.perf_counter()
+
+
 #%% Training: hooks cost nothing when nobody listens
 def training_seconds(forward: Callable[[Tensor], Tensor], model: nn.Module, tokens: Tensor) -> float:
     """Of one forward pass, loss and backward pass."""
-    if tokens.is_cuda:
-        t.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     next_token_loss(forward(tokens), tokens).backward()
-    if tokens.is_cuda:
-        t.cuda.synchronize()
+    seconds = now() - start
     model.zero_grad()
-    return time.perf_counter() - start
+    return seconds
 
 
 def bench_against_hf(ours: nn.Module, theirs: nn.Module, tokens: Tensor, pairs: int = 7) -> float:
@@ -95,8 +109,8 @@ def bench_against_hf(ours: nn.Module, theirs: nn.Module, tokens: Tensor, pairs: 
     return sorted(ratios)[pairs // 2]
 
 
-def bench_training_gpt2(shape: TinyConfig, rows: int, device: str) -> float:
-    """tiny_transformer.py against GPT2LMHeadModel, rows of shape.n_ctx tokens."""
+def bench_training_gpt2(shape: TinyConfig, rows: int, device: str, compiled: bool = False) -> float:
+    """tiny_transformer.py against GPT2LMHeadModel, rows of shape.n_ctx tokens; both compiled, or neither."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     theirs = GPT2Config(
@@ -114,10 +128,16 @@ def bench_training_gpt2(shape: TinyConfig, rows: int, device: str) -> float:
         attn_pdrop=0.0,
     )
     tokens = t.randint(shape.d_vocab, (rows, shape.n_ctx), device=device)
-    return bench_against_hf(TinyTransformer(shape).to(device), GPT2LMHeadModel(theirs).to(device), tokens)
+    models = [TinyTransformer(shape).to(device), GPT2LMHeadModel(theirs).to(device)]
+    if compiled:
+        for model in models:
+            model.compile()
+    return bench_against_hf(*models, tokens)
 
 
-def bench_training_llama(sizes: dict[str, int], d_vocab: int, rows: int, n_pos: int, device: str) -> float:
+def bench_training_llama(
+    sizes: dict[str, int], d_vocab: int, rows: int, n_pos: int, device: str, compiled: bool = False
+) -> float:
     """llama_block.py against LlamaForCausalLM with its default attention, from the same weights."""
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
@@ -126,7 +146,11 @@ def bench_training_llama(sizes: dict[str, int], d_vocab: int, rows: int, n_pos: 
     source = LlamaForCausalLM(config).to(device)
     theirs = LlamaForCausalLM(config).to(device)
     tokens = t.randint(d_vocab, (rows, n_pos), device=device)
-    return bench_against_hf(Llama.from_hf(source).to(device), theirs, tokens)
+    models = [Llama.from_hf(source).to(device), theirs]
+    if compiled:
+        for model in models:
+            model.compile()
+    return bench_against_hf(*models, tokens)
 
 
 #%% Training from scratch: nanoGPT's model and loop, written down plainly, on the rows that ours trains on
@@ -297,13 +321,13 @@ def race_patching(
     seconds = []
     gaps = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = now()
         with t.no_grad():
             _, clean_cache = bridge.run_with_cache(pairs.clean)
             reference = their_sweep(bridge, pairs.corrupt, clean_cache, their_metric)
-        middle = time.perf_counter()
+        middle = now()
         mine = sweep(ours, pairs, site, by, memory_gb=memory_gb).mean(-1)
-        seconds.append((middle - start, time.perf_counter() - middle))
+        seconds.append((middle - start, now() - middle))
         gaps.append((mine - reference).abs().max().item())
     theirs_median, ours_median = np.median(seconds, axis=0)
     speedup = float(np.median([slow / fast for slow, fast in seconds]))
@@ -523,9 +547,134 @@ def bench_streaming(gigabytes: float) -> dict[str, float]:
     }
 
 
+#%% On a GPU: what no CPU can say. Presets, half precision, compiled training, a model larger than the card's memory
+PRESETS = {  # gigabytes that train.expected_memory says of a step of --hpc, as the README's table has them
+    "attn_only": 10.5,
+    "tiny_transformer": 20,
+    "llama_block": 26,
+    "moe": 19,
+    "mamba": 8.4,
+}
+STORIES = (
+    "zero_layer attn_only tiny_transformer llama_block moe mamba logit_lens reversal patching circuits readers das"
+).split()
+
+
+def peak_gigabytes() -> float:
+    return t.cuda.max_memory_allocated() / 1e9 if t.cuda.is_available() else 0.0
+
+
+def run_story(script: str, args: list[str]) -> tuple[float, float]:
+    """(seconds, peak gigabytes on the card) of a script, in a process and a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        sys.argv = [str(ROOT / f"{script}.py"), *args]
+        start = now()
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"{script}.py ended with: {end.code}") from None
+        return now() - start, peak_gigabytes()
+
+
+def in_own_process(script: str, args: list[str]) -> tuple[float, float]:
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        return pool.submit(run_story, script, args).result()
+
+
+def gpu_patching(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16"), seed: int = 0) -> dict[str, float]:
+    """{sweep, dtype, pairs: times as fast as transformer_lens.patching}, GPT-2-small's shape with random weights."""
+    from transformer_lens import patching as theirs
+
+    bridge, _ = open_racers(device)["gpt2"]
+    pool = draw_pairs(load_model(str(WORLD), (Llama,), device), "ioi", 1000, seed)
+    same_length = pool.take((pool.answer_pos == 14).nonzero()[:, 0])
+    sweeps = (
+        ("resid_pre", "resid_pre", "pos", theirs.get_act_patch_resid_pre),
+        ("heads", "z", "head", theirs.get_act_patch_attn_head_out_all_pos),
+    )
+    speedups = {}
+    for dtype, n_pairs, (title, site, by, their_sweep) in itertools.product(dtypes, (1, 32), sweeps):
+        model = bridge.to(getattr(t, dtype))
+        pairs = same_length.take(slice(0, n_pairs))
+        race = race_patching(
+            model, model, pairs=pairs, site=site, by=by, their_sweep=their_sweep, rounds=2, memory_gb=8.0
+        )
+        speedups[f"{title}, {dtype}, {n_pairs} pairs"] = race.speedup
+    return speedups
+
+
+def gpu_lens(device: str, rows: int = 32, n_pos: int = 256, rounds: int = 5) -> float:
+    """Time of the lens at every layer and position / that of a forward pass, GPT-2-small's shape with random weights."""
+    shape = TinyConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, d_vocab=50257, n_ctx=n_pos)
+    model = TinyTransformer(shape).to(device).eval()
+    lens = Lens(model)
+    tokens = t.randint(50257, (rows, n_pos), device=device)
+    places = list(itertools.product(range(rows), range(n_pos)))
+    answers = tokens.roll(-1, 1).flatten().tolist()
+    ratios = []
+    for _ in range(rounds):
+        start = now()
+        with t.no_grad():
+            model(tokens)
+        middle = now()
+        read(model, lens, tokens.tolist(), places, answers, against_final=False)
+        ratios.append((now() - middle) / (middle - start))
+    return float(np.median(ratios))
+
+
+def gpu_streaming(device: str, gigabytes: float, card_gigabytes: float) -> dict[str, float]:
+    """A random Llama of that size on disk through the lens, on a card that may use only so much memory."""
+    if t.cuda.is_available():
+        whole = t.cuda.get_device_properties(0).total_memory / 1e9
+        t.cuda.set_per_process_memory_fraction(min(1.0, card_gigabytes / whole))
+        t.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_random_llama(Path(folder), gigabytes) / 1e9
+        start = now()
+        model = Streamed(folder, device, t.bfloat16, resident=0.5 * card_gigabytes / size)
+        row = list(range(32))
+        read(model, Lens(model), [row], [(0, i) for i in row], row)
+        return {"checkpoint_gigabytes": size, "peak_gigabytes": peak_gigabytes(), "seconds": now() - start}
+
+
+def bench_gpu() -> dict:
+    """All of it, in under ten minutes on a card of a cluster; each part is printed as it is measured."""
+    device = "cuda"
+    numbers: dict = {"card": t.cuda.get_device_name(0), "versions": versions()}
+    gpt2 = TinyConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, n_ctx=512, d_vocab=50257)
+    llama = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    numbers["training_vs_hf"] = {}
+    for compiled in (False, True):
+        kind = "compiled" if compiled else "eager"
+        numbers["training_vs_hf"][f"GPT-2, {kind}"] = bench_training_gpt2(gpt2, 8, device, compiled)
+        numbers["training_vs_hf"][f"Llama, {kind}"] = bench_training_llama(llama, 32000, 8, 512, device, compiled)
+    print(f"{cyan}training / Hugging Face's: {numbers['training_vs_hf']}{endc}")
+    numbers["patching_vs_transformer_lens"] = gpu_patching(device)
+    print(f"{cyan}patching / TransformerLens's: {numbers['patching_vs_transformer_lens']}{endc}")
+    numbers["lens_vs_forward"] = gpu_lens(device)
+    print(f"{cyan}the lens at all positions / a forward pass: {numbers['lens_vs_forward']:.2f}{endc}")
+    numbers["stories"] = {}
+    for script in STORIES:
+        seconds, peak = in_own_process(script, [])
+        numbers["stories"][script] = {"seconds": seconds, "peak_gigabytes": peak}
+        print(f"{cyan}{script}.py: {seconds:.0f} s, {peak:.2f} GB{endc}")
+    numbers["presets"] = {}
+    for script, expected in PRESETS.items():
+        _, peak = in_own_process(script, ["--hpc", "--steps", "3", "--data", "stdlib", "--save-every", "0"])
+        numbers["presets"][script] = {"peak_gigabytes": peak, "expected_gigabytes": expected}
+        print(f"{cyan}{script}.py --hpc: {peak:.1f} GB, expected {expected} GB{endc}")
+    numbers["streaming"] = gpu_streaming(device, gigabytes=16.0, card_gigabytes=12.0)
+    print(f"{cyan}a model of 16 GB on a card that may use 12: {numbers['streaming']}{endc}")
+    return numbers
+
+
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config:
+    # measure on a CUDA card instead, in under ten minutes: training, patching, the lens, the default stories, the presets'
+    # memory, a model larger than 12 GB; written to docs/results/gpu.json
+    gpu: bool = False
     only: tuple[Literal["training", "scratch", "patching", "lens", "streaming"], ...] = PARTS  # what to measure
     memory_gb: Positive = 1.0  # cap on the activations of a patching sweep
     gigabytes: Positive = 2.0  # size of the random checkpoint that is streamed
@@ -539,6 +688,17 @@ if __name__ == "__main__":
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
     numbers: dict = {}
+
+#%% On a card, if asked for: and that is all
+if __name__ == "__main__" and cfg.gpu:
+    if not t.cuda.is_available():
+        fail("--gpu: torch sees no CUDA card here, so nothing was measured; without --gpu all runs on the CPU")
+    path = ROOT / "docs/results/gpu.json"
+    text = json.dumps(finite(bench_gpu()), indent=1)
+    write_aside(path, lambda aside: aside.write_text(text + "\n"))
+    print(f"{gray}numbers: {path.relative_to(ROOT)}{endc}")
+    print(f"{green}What a card says is in {path.name}; the README's tables have what CPUs say.{endc}")
+    raise SystemExit
 
 #%% Training against Hugging Face's GPT-2 and Llama: 6 layers of width 512, and the scripts' own shapes
 if __name__ == "__main__" and "training" in cfg.only:
