@@ -18,6 +18,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "train",
     "launch",
     "anatomy",
+    "parts",
     "world",
     "lens",
     "interventions",
