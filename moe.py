@@ -634,7 +634,7 @@ if __name__ == "__main__" and not cfg.model:
         d_model=cfg.d_model,
         d_head=cfg.d_model // cfg.n_heads,
         d_vocab=corpus.d_vocab,
-        n_ctx=max(cfg.contexts),
+        n_ctx=max(256, *cfg.contexts),
         rope_base=1000.0,
         n_experts=cfg.n_experts,
         top_k=cfg.top_k,
@@ -724,7 +724,8 @@ if __name__ == "__main__" and isinstance(model, MoE):
 #%% Of a model that is not built here, or whose weights do not fit into memory, that is all
 if __name__ == "__main__" and not is_whole(model, MoE):
     save_results("moe", cfg, **numbers)
-    print(f"{gray}{why_not_whole(model, MoE)}: the cells below, on a mixture in memory, are left out{endc}")
+    routers = "" if isinstance(model, MoE) else "its routers are not open here, and "
+    print(f"{gray}{why_not_whole(model, MoE)}: {routers}the cells below, on a mixture in memory, are left out{endc}")
     print(f"{green}{conclude_prompt(story)}{endc}")
     raise SystemExit
 

@@ -23,7 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import bar, imshow, label_tokens, plain, show, visible
 from hooks import device_of, has_heads
-from weights import about_bos, encode, read_tensors, token_text
+from weights import about_bos, encode, norm_of, read_tensors, token_text
 from anatomy import StreamParts, stream_parts
 
 import torch as t
@@ -256,7 +256,7 @@ class Kind:
     here: str  # shape, as the field writes it
     dtype: str
     norms: list[float] = field(default_factory=list)  # Frobenius, one for each tensor
-    head_norms: list[list[float]] = field(default_factory=list)  # (layer, head), of attention's weights
+    head_norms: dict[int, list[float]] = field(default_factory=dict)  # {layer: of each head}, of attention's weights
 
 
 @dataclass
@@ -272,16 +272,12 @@ class Legend:
 
     def head_norms(self, part: str) -> list[list[float]]:
         """(layer, head) of W_Q, W_K, W_V or W_O; empty where the files do not hold them head by head."""
-        return next((kind.head_norms for kind in self.kinds if kind.part == part), [])
+        by_layer = next((kind.head_norms for kind in self.kinds if kind.part == part), {})
+        return [by_layer[layer] for layer in sorted(by_layer)]
 
     @property
     def unnamed(self) -> list[str]:
         return [tensor[0] for tensor in self.tensors if not tensor[4]]
-
-
-def norm_of(x: Tensor) -> float:
-    """Frobenius, in double precision, a piece at a time."""
-    return math.sqrt(sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24)))
 
 
 def place_in_order(kind: Kind) -> tuple[int, str, bool]:
@@ -327,7 +323,7 @@ def read_legend(name: str) -> Legend:
             kind = kinds.setdefault(key, Kind(*key, shape_of(piece), dtype))
             if part in (*QKV, "W_O") and piece.ndim == 3:
                 by_head = [norm_of(head) for head in piece]
-                kind.head_norms.append(by_head)
+                kind.head_norms[int(BLOCK.match(theirs)["layer"])] = by_head
                 norm = math.hypot(*by_head)
             else:
                 norm = norm_of(piece)
@@ -531,7 +527,7 @@ def legend_table(legend: Legend) -> list[list]:
     rows = []
     for kind in legend.kinds:
         part = f"{kind.part}, {kind.owner}" if kind.owner else kind.part
-        by_head = span([norm for layer in kind.head_norms for norm in layer]) if kind.head_norms else ""
+        by_head = span([norm for heads in kind.head_norms.values() for norm in heads]) if kind.head_norms else ""
         rows.append(
             [part, kind.tensor, kind.in_file, kind.here, kind.dtype, len(kind.norms), span(kind.norms), by_head]
         )

@@ -101,6 +101,17 @@ def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensors.get_tensor(key)
 
 
+def norm_of(x: Tensor) -> float:
+    """Frobenius, in double precision, a piece at a time."""
+    return math.sqrt(sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24)))
+
+
+def tensor_table(name: str) -> Iterator[tuple[str, tuple[int, ...], str, float]]:
+    """(tensor name, shape, dtype, Frobenius norm), one tensor in memory at a time."""
+    for key, x in read_tensors(name):
+        yield key, tuple(x.shape), str(x.dtype).removeprefix("torch."), norm_of(x)
+
+
 #%% Models larger than memory: in memory where they fit, else their blocks come from the file when they are called
 class Entered(Exception):
     """Carries what enters the first block."""

@@ -75,6 +75,16 @@ def test_the_legend_is_our_own_class_s_weights(mixtral):
     assert "heads 0 to 1 of queries read head 0 of keys" in said
 
 
+def test_layers_stand_in_their_order(tmp_path):
+    """A file names layer 10 before layer 2."""
+    hf = tiny_hf("Llama", **MIXTRAL | {"num_hidden_layers": 11})
+    legend = read_legend(str(save_folder(hf, tmp_path)))
+    ours = Llama.from_hf(hf)
+    t.testing.assert_close(t.tensor(legend.head_norms("W_K")), ours.W_K.norm(dim=(2, 3)).detach())
+    first_of_layers = [row[0] for row in legend.tensors if row[0].endswith("input_layernorm.weight")]
+    assert first_of_layers == [f"model.layers.{layer}.input_layernorm.weight" for layer in range(11)]
+
+
 @pytest.mark.parametrize("rope", [{}, {"rope_type": "llama3", "factor": 8.0}])
 def test_rope_in_words_is_the_rope_that_is_computed(rope, tmp_path):
     more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64} if rope else {}
@@ -177,6 +187,7 @@ def test_an_encoder_is_refused_in_one_line(run, tmp_path):
     one_line_error(run("llama_block.py", "--model", "model", cwd=tmp_path), "BertForMaskedLM")
 
 
+# With memory that is limited, after a small model has imported everything
 LARGER_THAN_MEMORY = """
 import json, resource, sys
 import utils, psutil, torch as t
