@@ -523,20 +523,18 @@ def routing_numbers(routed: Routed) -> dict:
 
 
 def show_routing(routed: Routed, tokens: list[str], about: str) -> None:
-    """figs/moe/prompt (probabilities), prompt_logits and prompt_load."""
-    panels = evenly(len(routed.layers), 8)
-    by_expert = routed.router_logits.transpose(1, 2)  # (layer, expert, pos)
-    hover = np.full(by_expert[panels].shape, "", dtype=object)
-    for panel, i in enumerate(panels):
-        for position in range(len(tokens)):
-            hover[panel, routed.chosen[i, position].tolist(), position] = "chosen"
-    for z, what, name, value in (
-        (routed.probs.transpose(1, 2), "Router probabilities", "prompt", "probability"),
-        (by_expert, "Router logits", "prompt_logits", "logit"),
-    ):
+    """figs/moe/prompt (probabilities), prompt_logits, prompt_weights (0 where an expert is not chosen) and prompt_load."""
+    panels = evenly(len(routed.layers), 32)
+    chosen_weights = t.zeros_like(routed.probs).scatter(-1, routed.chosen, routed.weights)  # (layer, pos, expert)
+    maps = {
+        "prompt": (routed.probs, "Router probabilities", "probability"),
+        "prompt_logits": (routed.router_logits, "Router logits", "logit"),
+        "prompt_weights": (chosen_weights, "Weights of the chosen experts, 0 where one is not chosen,", "weight"),
+    }
+    for name, (by_token, what, value) in maps.items():
         fig = imshow(
-            z[panels],
-            f"{what} on {about}; hover says what is chosen",
+            by_token[panels].transpose(1, 2),
+            f"{what} on {about}",
             xlabel="token",
             ylabel="expert",
             x=label_tokens(tokens),
@@ -544,7 +542,6 @@ def show_routing(routed: Routed, tokens: list[str], about: str) -> None:
             panels=[routed.layers[i] for i in panels],
             diverging=value == "logit",
             value=value,
-            hover=hover,
             columns=1,
         )
         show(fig, f"moe/{name}")

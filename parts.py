@@ -6,6 +6,7 @@ weights, where positions enter, and where the output of each part lies in the re
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -593,8 +594,8 @@ def show_head_norms(legend: Legend, script: str) -> None:
         norms[i, :, : by_head.shape[1]] = by_head
     fig = imshow(
         norms,
-        f"Frobenius norm of each head's weights ({plain(legend.name)}; {legend.heads.n_kv_heads} heads of keys and values, "
-        f"each panel's scale its own)",
+        f"Frobenius norm of each head's weights ({plain(Path(legend.name).name)}; {legend.heads.n_kv_heads} heads of keys "
+        f"and values; each panel's scale its own)",
         xlabel="head",
         ylabel="layer",
         x=[f"H{head}" for head in range(legend.heads.n_heads)],
@@ -734,6 +735,7 @@ def show_prompt(story: PromptStory, about: str, script: str) -> None:
         y=parts.names,
         value="cosine",
     )
+    fig.update_layout(height=max(450, 150 + 18 * len(parts.names)))
     show(fig, f"{script}/stream_cosines")
 
 

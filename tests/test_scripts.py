@@ -50,7 +50,7 @@ FIGURES = {
     "stream stream_effects stream_cosines",
     "llama_block": "attention attention_text phases rope rope_heads distance sink norms gates "
     "stream stream_effects stream_cosines",
-    "moe": "load_over_training specialisation who_goes_where prompt prompt_logits prompt_load knock_out "
+    "moe": "load_over_training specialisation who_goes_where prompt prompt_logits prompt_weights prompt_load knock_out "
     "stream stream_effects stream_cosines",
     "mamba": "training loss_repeated knock_outs after_copy hidden_attention",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
