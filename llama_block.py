@@ -588,6 +588,7 @@ if __name__ == "__main__" and cfg.model:
     print_legend(legend)
     show_head_norms(legend, "llama_block")
     numbers |= legend_numbers(legend)
+    save_results("llama_block", cfg, **numbers)  # they stand, whether the model opens or not
     model = open_with_all_hooks(cfg.model, Llama, cfg.device, offload=cfg.offload, bos=cfg.bos)
 
 #%% Or a model trained before your eyes, saved for transformers and opened again

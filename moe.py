@@ -615,6 +615,7 @@ if __name__ == "__main__" and cfg.model:
     print_legend(legend)
     show_head_norms(legend, "moe")
     numbers |= legend_numbers(legend)
+    save_results("moe", cfg, **numbers)  # they stand, whether the model opens or not
     model = open_with_all_hooks(cfg.model, MoE, cfg.device, offload=cfg.offload, bos=cfg.bos)
 
 #%% Or a model to be trained before your eyes

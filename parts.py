@@ -23,7 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import bar, imshow, label_tokens, plain, show, visible
-from hooks import device_of, has_heads
+from hooks import device_of, has_heads, logit_multiplier
 from weights import about_bos, encode, norm_of, read_tensors, token_text
 from anatomy import StreamParts, stream_parts
 
@@ -497,7 +497,8 @@ def about_experts(legend: Legend) -> str:
     if not n_experts:
         return ""
     n_layers = sum(len(kind.norms) for kind in legend.kinds if kind.part == "W_router")
-    said = f"mixture of {n_experts} experts in {n_layers} layers: a token goes to the top {top_k} by W_router"
+    of_layers = f"{n_layers} of {legend.config.num_hidden_layers} layers"
+    said = f"mixture of {n_experts} experts in {of_layers}: a token goes to the top {top_k} by W_router"
     if any(kind.owner == "shared expert" for kind in legend.kinds):
         said += ", and to a shared expert"
     return said
@@ -683,6 +684,12 @@ def print_prompt(story: PromptStory, model: nn.Module) -> None:
         f"{cyan}gates: the writes sum to the final stream to {parts.missed:.0e}, their effects to the logit (less the mean "
         f"logit of all tokens) to {parts.effects_missed:.0e}{endc}"
     )
+    scale = logit_multiplier(model)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    if scale != 1 or (cap and cap > 0):
+        print(
+            f"{gray}that logit is taken before the model's own scale ({scale:g}) and soft cap ({cap or 'none'}){endc}"
+        )
 
 
 def prompt_numbers(story: PromptStory) -> dict:

@@ -440,6 +440,7 @@ if __name__ == "__main__" and cfg.model:
     print_legend(legend)
     show_head_norms(legend, "tiny_transformer")
     numbers |= legend_numbers(legend)
+    save_results("tiny_transformer", cfg, **numbers)  # they stand, whether the model opens or not
     model = open_with_all_hooks(cfg.model, TinyTransformer, cfg.device, "float32", cfg.offload, cfg.bos)
     if is_whole(model, TinyTransformer):
         corpus = load_corpus(cfg.data, tokenizer=str(model.folder), bos=cfg.bos)

@@ -71,7 +71,7 @@ def test_the_legend_is_our_own_class_s_weights(mixtral):
     ours = [expert.W_out.norm().item() for block in model.blocks for expert in block.mlp.experts]
     assert sorted(of_outputs.norms) == pytest.approx(sorted(ours), rel=1e-5)
     said = "\n".join(about_model(legend))
-    assert "mixture of 5 experts in 3 layers: a token goes to the top 2" in said
+    assert "mixture of 5 experts in 3 of 3 layers: a token goes to the top 2" in said
     assert "heads 0 to 1 of queries read head 0 of keys" in said
 
 
