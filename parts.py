@@ -685,11 +685,11 @@ def print_prompt(story: PromptStory, model: nn.Module) -> None:
         f"logit of all tokens) to {parts.effects_missed:.0e}{endc}"
     )
     scale = logit_multiplier(model)
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    if scale != 1 or (cap and cap > 0):
-        print(
-            f"{gray}that logit is taken before the model's own scale ({scale:g}) and soft cap ({cap or 'none'}){endc}"
-        )
+    if scale != 1:
+        print(f"{gray}that logit is taken before the model multiplies it by {scale:g}{endc}")
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0
+    if cap > 0:
+        print(f"{gray}that logit is taken before the model caps it softly at {cap:g}{endc}")
 
 
 def prompt_numbers(story: PromptStory) -> dict:
