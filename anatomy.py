@@ -7,9 +7,11 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from utils import fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import (
+    Cache,
     NormShape,
     act_name,
     ask_norm,
@@ -363,6 +365,23 @@ def layer_streams(model: nn.Module) -> list[str]:
     return ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers))]
 
 
+def direction_at_end(model: nn.Module, end: Tensor, token: int, less_mean: bool = False) -> tuple[Tensor, Tensor]:
+    """
+    (d_model) and (): a write to the stream that ends as `end` (d_model), times the first, summed, is its part of the
+    token's logit, the final norm's scale frozen there; all writes' parts, found at once. For any final norm.
+    """
+    norm = final_norm(model)
+    column = unembed_column(model, token, less_mean)
+    normed = model.ln_final(end[None, None])[0, 0].float() - norm.bias
+    direction = norm.weight * column
+    end = end.float()
+    if norm.centres:
+        direction = direction - direction.mean()
+        end = end - end.mean()
+    scale = normed.norm() / (norm.weight * end).norm()
+    return direction * scale, normed @ column
+
+
 @t.no_grad()
 def layer_writes(
     model: nn.Module, row: list[int], token: int, less_mean: bool = False
@@ -375,21 +394,112 @@ def layer_writes(
     """
     _, cache = run_with_cache(model, t.tensor([row], device=device_of(model)), layer_streams(model))
     stream = t.stack([cache[name][0, -1] for name in layer_streams(model)])  # point d_model
-    norm = final_norm(model)
-    column = unembed_column(model, token, less_mean)
-    at_end = model.ln_final(stream[-1:][None])[0, 0].float()
-    stream = stream.float()
-    if norm.centres:
-        stream = stream - stream.mean(-1, keepdim=True)
-    scale = (at_end - norm.bias).norm() / (norm.weight * stream[-1]).norm()
-    along = stream @ (norm.weight * column) * scale
+    direction, logit = direction_at_end(model, stream[-1], token, less_mean)
+    along = stream.float() @ direction
 
     constant = constant_logit(model, token, less_mean).item()
     writes = {"embed": along[0].item()}
     for layer, write in enumerate(along.diff().tolist()):
         writes[f"L{layer}"] = write
     writes["constant"] = constant
-    return writes, ((at_end - norm.bias) @ column).item() + constant
+    return writes, logit.item() + constant
+
+
+#%% Where each part's output lies in the stream: how long its write is, how much of the final stream, how much of a logit
+@dataclass
+class StreamParts:
+    """The writes of one run at one position, which sum to the final stream, and the logit of a token by them."""
+
+    names: list[str]  # embed, pos_embed, L0 attn, L0 mlp, ...; or embed, L0, L1 ... where layers are seen as a whole
+    writes: Tensor  # (part, d_model)
+    stream: Tensor  # (d_model) behind the last block
+    effects: Tensor  # (part) on the logit of the token less the mean logit of all, by the direct path
+    constant: float  # what biases give that logit, whatever the stream holds
+    logit: float  # the model's own, less the mean; before a soft cap or a scale
+    logits: Tensor  # (d_vocab) of the run at the position
+    cache: Cache  # of the run: the writes, and what else was asked for
+
+    @property
+    def norms(self) -> Tensor:
+        return self.writes.norm(dim=-1)
+
+    @property
+    def shares(self) -> Tensor:
+        """(part) how much of the final stream the write is, along it: they sum to 1, and a write against it is negative."""
+        return self.writes @ self.stream / self.stream.norm() ** 2
+
+    @property
+    def cosines(self) -> Tensor:
+        """(part, part + 1) of every two writes, in the last column of each write and the final stream."""
+        others = t.cat([self.writes, self.stream[None]])
+        return F.cosine_similarity(self.writes[:, None], others[None], dim=-1)
+
+    @property
+    def missed(self) -> float:
+        """How far the writes miss the final stream, relative to its largest entry."""
+        return ((self.writes.sum(0) - self.stream).abs().max() / self.stream.abs().max()).item()
+
+    @property
+    def effects_missed(self) -> float:
+        """How far their effects miss the logit, relative to the largest effect."""
+        return abs(self.effects.sum().item() + self.constant - self.logit) / self.effects.abs().max().item()
+
+
+def write_names(model: nn.Module, whole_layers: bool) -> dict[str, str]:
+    """{part: the hook that holds what it writes}; of whole layers, the stream behind each."""
+    if whole_layers:
+        parts = ["embed", *(f"L{layer}" for layer in range(model.cfg.n_layers))]
+        return dict(zip(parts, layer_streams(model)))
+    names = {"embed": act_name("resid_pre", 0)}
+    if hasattr(model, "W_pos") or hasattr(model, "pos_embed"):
+        names["pos_embed"] = "hook_pos_embed"
+    for layer in range(model.cfg.n_layers):
+        names[f"L{layer} attn"] = act_name("attn_out", layer)
+        names[f"L{layer} mlp"] = act_name("mlp_out", layer)
+    return names
+
+
+@t.no_grad()
+def stream_parts(
+    model: nn.Module,
+    tokens: Tensor,
+    token: int | None = None,
+    position: int = -1,
+    whole_layers: bool = False,
+    also: list[str] | tuple[str, ...] = (),
+) -> StreamParts:
+    """
+    The writes to the stream at one position of tokens (1, pos), and their effects on the logit of `token`; None is the
+    likeliest. One run of the model, which `also` caches these hooks.
+    whole_layers: each layer's write, attention and MLP together, for models whose stream alone is hooked (streamed,
+    Mamba) or goes through norms (OPT-350m).
+    """
+    names = write_names(model, whole_layers)
+    last = layer_streams(model)[-1]
+    logits, cache = run_with_cache(model, tokens, [*names.values(), last, *also])
+    logits = logits[0, position].float()
+    if token is None:
+        token = int(logits.argmax())
+    found = t.cat([cache[name][:1, position] for name in names.values()]).float()
+    end = cache[last][0, position]
+    if whole_layers:
+        writes = t.cat([found[:1], found.diff(dim=0)])
+    else:
+        writes = found
+        if "pos_embed" in names:  # embed is then the rest of what enters the first block
+            writes[0] = writes[0] - writes[1]
+    direction, logit = direction_at_end(model, end, token, less_mean=True)
+    constant = constant_logit(model, token, less_mean=True).item()
+    return StreamParts(
+        names=list(names),
+        writes=writes.cpu(),
+        stream=end.float().cpu(),
+        effects=(writes @ direction).cpu(),
+        constant=constant,
+        logit=logit.item() + constant,
+        logits=logits.cpu(),
+        cache=cache,
+    )
 
 
 #%% What a head would take from one place, whatever it looks at

@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 # The model, the first half of this file, uses utils, hooks, layers and weights alone; the experiment uses the rest.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -16,7 +17,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     fail,
     gray,
     green,
-    load_model,
     pick_device,
     purple,
     read_config,
@@ -32,11 +32,24 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from hooks import HookPoint, run_with_cache
 from hooked import Hooked
 from layers import HeadWeights, attend
-from weights import read_tensors, take_tensors, tensor_table
+from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
 from anatomy import listening_gap
 from data import bos_id, load_corpus, load_tokenizer, refuse_empty, str_tokens, text_of, to_tokens, write_folder
 from launch import flags
+from parts import (
+    conclude_prompt,
+    is_whole,
+    legend_numbers,
+    print_legend,
+    print_prompt,
+    prompt_numbers,
+    read_legend,
+    show_head_norms,
+    show_prompt,
+    tell_prompt,
+    why_not_whole,
+)
 from plots import imshow, line, show, show_attention, visible
 from train import TrainConfig, context_at, first_goes_on, train
 from world import evaluate_world, load_world, write_metrics
@@ -315,14 +328,19 @@ class Llama(nn.Module, Hooked):
         return take_tensors(model, ((name, x.clone()) for name, x in hf_model.state_dict().items())).eval()
 
     @classmethod
-    def from_folder(cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32) -> "Llama":
+    def from_folder(
+        cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32, resident: float = 1.0
+    ) -> "Llama":
         """
         A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json. Read tensor by tensor onto the
-        device.
+        device; with resident below 1, only this share of the blocks (read_when_called).
         """
         with t.device("meta"):
             model = cls(cls.read_config(read_config(folder)), load_tokenizer(folder))
-        take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder)))
+        if resident < 1:
+            read_when_called(model, folder, device, dtype, resident)
+        else:
+            take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder)))
         cos, sin = rope_tables(model.cfg, min(model.cfg.n_ctx, TABLE_LENGTH))
         model.cos = cos.to(device)
         model.sin = sin.to(device)
@@ -534,6 +552,7 @@ class Config(TrainConfig):
     )
     others: tuple[str, ...] = ()  # folders written by this command with other seeds: metrics.json then holds the spread
     model: str | None = None  # look into this model instead of training: a hub name or a folder
+    offload: Literal["auto", "on", "off"] = "auto"  # its weights come from disk: where they do not fit, always, never
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = "The capital of Japan is"
 
@@ -568,15 +587,14 @@ if __name__ == "__main__":
     numbers: dict = {}
     history: dict = {}
 
-#%% Someone's model: where each of its tensors stands here
+#%% Someone's model, whatever its kind and size: which of its tensors is which part, then every one of them
 if __name__ == "__main__" and cfg.model:
-    Llama.read_config(read_config(cfg.model))  # refuse before anything is fetched
-    table = []
-    for name, shape, dtype, norm in tensor_table(cfg.model):
-        table.append([name, "x".join(map(str, shape)), dtype, norm, our_name(name)])
-    print(tabulate(table, headers=["tensor", "shape", "dtype", "norm", "here"], floatfmt=".2f"))
-    model = load_model(cfg.model, (Llama,), cfg.device)
-    model.tokenizer = load_tokenizer(model.folder, cfg.bos)
+    legend = read_legend(cfg.model)
+    print_legend(legend)
+    show_head_norms(legend, "llama_block")
+    numbers |= legend_numbers(legend)
+    save_results("llama_block", cfg, **numbers)  # they stand, whether the model opens or not
+    model = open_with_all_hooks(cfg.model, Llama, cfg.device, offload=cfg.offload, bos=cfg.bos)
 
 #%% Or a model trained before your eyes, saved for transformers and opened again
 if __name__ == "__main__" and not cfg.model:
@@ -628,6 +646,23 @@ if __name__ == "__main__" and not cfg.model:
         f"{history['tokens_per_second']:,.0f} tokens/s; saved to {cfg.out} for transformers{endc}"
     )
     model = Llama.from_folder(cfg.out, device)  # what follows is measured on the file
+
+#%% The prompt: its tokens, what comes next, and where the output of each part lies in the stream
+if __name__ == "__main__":
+    story = tell_prompt(model, cfg.prompt)
+    print_prompt(story, model)
+    numbers |= prompt_numbers(story)
+
+#%% ... as bars, and as a map of every two parts
+if __name__ == "__main__":
+    show_prompt(story, "the model trained here" if not cfg.model else Path(cfg.model).name, "llama_block")
+
+#%% Of a model that is not built here, or whose weights do not fit into memory, that is all
+if __name__ == "__main__" and not is_whole(model, Llama):
+    save_results("llama_block", cfg, **numbers)
+    print(f"{gray}{why_not_whole(model, Llama)}: the cells below, on a Llama in memory, are left out{endc}")
+    print(f"{green}{conclude_prompt(story)}{endc}")
+    raise SystemExit
 
 #%% What it learned of the world: facts, their reverse, indirect objects and the rest
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ The method is SparseMoE.route and .forward, its plain form dense_moe; the story 
 """
 
 import dataclasses
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +17,35 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     fail,
     gray,
     green,
-    model_folder,
     pick_device,
-    pick_dtype,
     purple,
-    read_config,
     save_results,
     set_seed,
-    yellow,
     Count,
     Natural,
     NotNegative,
 )
-from hooks import HookPoint, run_with_cache, run_with_hooks
+from hooks import Cache, HookPoint, run_with_cache, run_with_hooks
 from layers import next_token_loss
-from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, rope_frequencies, write_llama_config
-from weights import tensor_table
+from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, write_llama_config
+from weights import open_with_all_hooks
 
 from anatomy import mutual_information
-from data import bos_id, kind_of, load_corpus, refuse_empty, str_tokens, to_tokens
+from data import bos_id, kind_of, load_corpus, refuse_empty, str_tokens
 from launch import flags
+from parts import (
+    conclude_prompt,
+    is_whole,
+    legend_numbers,
+    print_legend,
+    print_prompt,
+    prompt_numbers,
+    read_legend,
+    show_head_norms,
+    show_prompt,
+    tell_prompt,
+    why_not_whole,
+)
 from plots import COLORS, imshow, label_tokens, line, plain, show, visible
 from train import TrainConfig, context_at, first_goes_on, train
 
@@ -371,6 +378,11 @@ def specialisation(
     }
 
 
+def about_shape(model: MoE) -> str:
+    shape = model.cfg
+    return f"{shape.n_layers}-layer {shape.family}, {shape.n_experts} experts, top {shape.top_k}"
+
+
 @t.no_grad()
 def routing(model: MoE, rows: Tensor) -> np.ndarray:
     """Chosen experts (layer, row, pos, k) of the sparse layers, best first."""
@@ -428,6 +440,127 @@ def scatter(layer: int, n_experts: int, seed: int = 0) -> tuple[str, Callable]:
     return f"blocks.{layer}.mlp.hook_expert_indices", at_random
 
 
+#%% One prompt through the routers
+@dataclass
+class Routed:
+    """What the routers of the sparse layers say of a prompt's tokens, on the CPU."""
+
+    layers: list[str]
+    experts: list[str]
+    router_logits: Tensor  # (layer, pos, expert)
+    probs: Tensor  # (layer, pos, expert)
+    chosen: Tensor  # (layer, pos, k), best first
+    weights: Tensor  # (layer, pos, k)
+
+    @property
+    def load(self) -> np.ndarray:
+        """(layer, expert) how many of the tokens' choices fall on each expert."""
+        n_experts = len(self.experts)
+        return np.stack([np.bincount(layer.flatten().numpy(), minlength=n_experts) for layer in self.chosen])
+
+
+ROUTERS = ("*.hook_router_logits", "*.hook_expert_indices", "*.hook_expert_weights")
+
+
+def route_prompt(model: MoE, cache: Cache) -> Routed:
+    """From the cache of a run on a prompt (1, pos). Gate: the experts chosen are those of the largest router logits."""
+
+    def of_layers(part: str) -> Tensor:
+        return t.stack([cache[f"blocks.{layer}.mlp.hook_{part}"][0] for layer in model.sparse]).cpu()
+
+    router_logits = of_layers("router_logits").float()
+    chosen = of_layers("expert_indices")
+    least_chosen = router_logits.gather(-1, chosen).amin(-1)
+    passed_over = router_logits.scatter(-1, chosen, -t.inf).amax(-1)
+    assert (least_chosen >= passed_over).all(), "an expert was chosen over one with a larger router logit"
+    return Routed(
+        layers=[f"L{layer}" for layer in model.sparse],
+        experts=[f"E{expert}" for expert in range(model.cfg.n_experts)],
+        router_logits=router_logits,
+        probs=router_probs(router_logits),
+        chosen=chosen,
+        weights=of_layers("expert_weights").float(),
+    )
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most so many of n layers, from the first to the last."""
+    return sorted({int(i) for i in np.linspace(0, n - 1, most)})
+
+
+def routing_headers(routed: Routed) -> list[str]:
+    return ["token", *(f"{routed.layers[i]}: weight (logit, p)" for i in evenly(len(routed.layers), 4))]
+
+
+def routing_table(routed: Routed, tokens: list[str], most: int = 24) -> list[list[str]]:
+    """A row for each of the first tokens, a column for at most four layers: its experts, best first."""
+    rows = []
+    for position, token in enumerate(tokens[:most]):
+        row = [f"{position} {visible(token)}"]
+        for i in evenly(len(routed.layers), 4):
+            said = []
+            for expert, weight in zip(routed.chosen[i, position].tolist(), routed.weights[i, position].tolist()):
+                logit = routed.router_logits[i, position, expert]
+                p = routed.probs[i, position, expert]
+                said.append(f"E{expert} {weight:.2f} ({logit:.2f}, {p:.2f})")
+            row.append("  ".join(said))
+        rows.append(row)
+    return rows
+
+
+def load_table(routed: Routed) -> list[list]:
+    """A row for each layer: how many of the prompt's choices fall on each expert."""
+    return [[layer, *counts] for layer, counts in zip(routed.layers, routed.load.tolist())]
+
+
+def routing_numbers(routed: Routed) -> dict:
+    """For results/moe.json, of all layers and tokens."""
+    return {
+        "layers": routed.layers,
+        "router_logits": routed.router_logits,
+        "probabilities": routed.probs,
+        "experts": routed.chosen,
+        "weights": routed.weights,
+        "load": routed.load,
+    }
+
+
+def show_routing(routed: Routed, tokens: list[str], about: str) -> None:
+    """figs/moe/prompt (probabilities), prompt_logits, prompt_weights (0 where an expert is not chosen) and prompt_load."""
+    panels = evenly(len(routed.layers), 32)
+    chosen_weights = t.zeros_like(routed.probs).scatter(-1, routed.chosen, routed.weights)  # (layer, pos, expert)
+    maps = {
+        "prompt": (routed.probs, "Router probabilities", "probability"),
+        "prompt_logits": (routed.router_logits, "Router logits", "logit"),
+        "prompt_weights": (chosen_weights, "Weights of the chosen experts, 0 where one is not chosen,", "weight"),
+    }
+    for name, (by_token, what, value) in maps.items():
+        fig = imshow(
+            by_token[panels].transpose(1, 2),
+            f"{what} on {about}",
+            xlabel="token",
+            ylabel="expert",
+            x=label_tokens(tokens),
+            y=routed.experts,
+            panels=[routed.layers[i] for i in panels],
+            diverging=value == "logit",
+            value=value,
+            columns=1,
+        )
+        show(fig, f"moe/{name}")
+    fig = imshow(
+        routed.load,
+        f"Load by expert: choices of {len(tokens)} tokens, {routed.chosen.shape[-1]} each, on {about}",
+        xlabel="expert",
+        ylabel="layer",
+        x=routed.experts,
+        y=routed.layers,
+        diverging=False,
+        value="choices",
+    )
+    show(fig, "moe/prompt_load")
+
+
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
@@ -448,6 +581,7 @@ class Config(TrainConfig):
     vocab: Count = 1024  # size of the byte-level BPE trained on the text
     rows: Count = 48  # held-out rows of each source to measure on
     model: str | None = None  # look into this model instead of training: a hub name or a folder
+    offload: Literal["auto", "on", "off"] = "auto"  # its weights come from disk: where they do not fit, always, never
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = 'def read(self, size):\n        """Return the next 10 bytes."""\n        return self.data[0]'
 
@@ -478,61 +612,14 @@ if __name__ == "__main__":
     history: dict = {}
 
 
-#%% Someone's model: the names of its tensors, and the model itself where memory suffices
-def starred(name: str) -> str:
-    """blocks.0.mlp.experts.3.gate.weight -> blocks.*.mlp.experts.*.gate.weight"""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def name_table(model: MoE, name: str) -> list[list]:
-    """
-    A row for each kind of tensor: [its name, ours (both with * for numbers), shape, dtype, how many, least norm,
-    greatest norm]. Every tensor must have its place.
-    """
-    norms_by_kind: dict[tuple, list[float]] = {}
-    found = {"unembed.weight"} if model.cfg.tied else set()
-    for theirs, shape, dtype, norm in tensor_table(name):
-        places = model.place(theirs, t.zeros(shape, device="meta"))
-        ours = ", ".join(dict.fromkeys(starred(place) for place in places))
-        kind = (starred(theirs), ours, "x".join(map(str, shape)), dtype)
-        norms_by_kind.setdefault(kind, []).append(norm)
-        found |= set(places)
-    wrong = found ^ set(model.state_dict())
-    if wrong:
-        fail(f"{name}: {len(wrong)} tensors are missing or have no place, first {sorted(wrong)[0]}")
-    return [[*kind, len(norms), min(norms), max(norms)] for kind, norms in norms_by_kind.items()]
-
-
-def total_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return t.cuda.mem_get_info()[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
+#%% Someone's model, whatever its kind and size: which of its tensors is which part, then every one of them
 if __name__ == "__main__" and cfg.model:
-    print(f"{purple}=== Opening {cfg.model} ==={endc}")
-    with t.device("meta"):
-        model = MoE(MoE.read_config(read_config(cfg.model)))  # refuse before anything is fetched
-    folder = str(model_folder(cfg.model))
-    numbers["names"] = name_table(model, folder)
-    print(tabulate(numbers["names"], ["tensor", "here", "shape", "dtype", "n", "norm from", "to"], floatfmt=".2f"))
-    tokens_per_turn = 2 * np.pi / rope_frequencies(model.cfg)
-    print(
-        f"{gray}W_E is embed, W_U unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_router "
-        "mlp.router, W_gate W_in W_out of an expert mlp.experts.*.gate inp out; RoPE has no tensor: base "
-        f"{model.cfg.rope_base:g}, a turn takes {tokens_per_turn[0]:.1f} to {tokens_per_turn[-1]:.0f} tokens{endc}"
-    )
-    need = sum(p.numel() for p in model.parameters()) * pick_dtype(device).itemsize
-    memory = total_memory(device)
-    if need > 0.8 * memory:
-        save_results("moe", cfg, **numbers)
-        print(
-            f"{yellow}{need / 1e9:.0f} GB of weights do not fit into {memory / 1e9:.0f} GB of memory: "
-            f"names, shapes and norms only{endc}"
-        )
-        raise SystemExit
-    corpus = load_corpus(cfg.data, tokenizer=folder, bos=cfg.bos)
-    model = MoE.from_folder(folder, device, pick_dtype(device))
+    legend = read_legend(cfg.model)
+    print_legend(legend)
+    show_head_norms(legend, "moe")
+    numbers |= legend_numbers(legend)
+    save_results("moe", cfg, **numbers)  # they stand, whether the model opens or not
+    model = open_with_all_hooks(cfg.model, MoE, cfg.device, offload=cfg.offload, bos=cfg.bos)
 
 #%% Or a model to be trained before your eyes
 if __name__ == "__main__" and not cfg.model:
@@ -548,7 +635,7 @@ if __name__ == "__main__" and not cfg.model:
         d_model=cfg.d_model,
         d_head=cfg.d_model // cfg.n_heads,
         d_vocab=corpus.d_vocab,
-        n_ctx=max(cfg.contexts),
+        n_ctx=max(256, *cfg.contexts),
         rope_base=1000.0,
         n_experts=cfg.n_experts,
         top_k=cfg.top_k,
@@ -560,8 +647,10 @@ if __name__ == "__main__" and not cfg.model:
     model = MoE(sizes, corpus.tokenizer).to(device)
 
 #%% Held-out rows of each source, and how the untrained router spreads them
-if __name__ == "__main__":
+if __name__ == "__main__" and (not cfg.model or is_whole(model, MoE)):
     shape = model.cfg
+    if cfg.model:
+        corpus = load_corpus(cfg.data, tokenizer=str(model.folder), bos=cfg.bos)
     context = min(shape.n_ctx, max(cfg.contexts))
     sources = list(corpus.heldout)
     rng = np.random.default_rng(10**6)
@@ -574,11 +663,8 @@ if __name__ == "__main__":
     untrained = routing(model, rows)
     experts = [f"E{expert}" for expert in range(shape.n_experts)]
     layers = [f"L{layer}" for layer in model.sparse]
-    about = f"{shape.n_layers}-layer {shape.family}, {shape.n_experts} experts, top {shape.top_k}"
-    # Of the sparse layers, as indices into model.sparse and layers: the 8 at most that figures show, and the 4 at most
-    # of them that tables show and whose experts are changed
-    panels = sorted({int(i) for i in np.linspace(0, len(layers) - 1, 8)})
-    few_layers = panels[:: math.ceil(len(panels) / 4)]
+    about = about_shape(model)
+    few_layers = evenly(len(layers), 4)  # of the sparse layers, whose experts are changed
 
 #%% Training, its load watched
 if __name__ == "__main__" and not cfg.model:
@@ -614,6 +700,35 @@ if __name__ == "__main__" and not cfg.model:
         f"{green}trained on {history['tokens'][-1] / 1e6:.2f}M tokens in {history['seconds']:.1f} s "
         f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}), saved to {folder} for transformers{endc}"
     )
+
+#%% The prompt: its tokens, what comes next, and where the output of each part lies in the stream
+if __name__ == "__main__":
+    story = tell_prompt(model, cfg.prompt, also=ROUTERS if isinstance(model, MoE) else ())
+    print_prompt(story, model)
+    numbers |= prompt_numbers(story)
+
+#%% ... as bars, and as a map of every two parts
+if __name__ == "__main__":
+    show_prompt(story, "the model trained here" if not cfg.model else Path(cfg.model).name, "moe")
+
+#%% ... and through the routers: logits, probabilities and chosen experts of every token, by layer; load by expert
+if __name__ == "__main__" and isinstance(model, MoE):
+    routed = route_prompt(model, story.parts.cache)
+    print(tabulate(routing_table(routed, story.texts), headers=routing_headers(routed)))
+    print(tabulate(load_table(routed), headers=["layer", *routed.experts]))
+    numbers["prompt_routing"] = routing_numbers(routed)
+
+#%% ... as maps of experts and tokens
+if __name__ == "__main__" and isinstance(model, MoE):
+    show_routing(routed, story.texts, f"{plain(repr(cfg.prompt[:60]))} ({about_shape(model)})")
+
+#%% Of a model that is not built here, or whose weights do not fit into memory, that is all
+if __name__ == "__main__" and not is_whole(model, MoE):
+    save_results("moe", cfg, **numbers)
+    routers = "" if isinstance(model, MoE) else "its routers are not open here, and "
+    print(f"{gray}{why_not_whole(model, MoE)}: {routers}the cells below, on a mixture in memory, are left out{endc}")
+    print(f"{green}{conclude_prompt(story)}{endc}")
+    raise SystemExit
 
 #%% Gates: the output is the weighted sum of all experts, zero for those not chosen, whatever the rule that chose them
 if __name__ == "__main__":
@@ -795,56 +910,6 @@ if __name__ == "__main__":
         value="share - load",
     )
     show(fig, "moe/who_goes_where")
-
-#%% One prompt: the router's probabilities and the chosen experts, token by token
-if __name__ == "__main__":
-    prompt = to_tokens(corpus.tokenizer, cfg.prompt).to(device)
-    if prompt.shape[1] > shape.n_ctx:
-        print(
-            f"{yellow}--prompt has {prompt.shape[1]} tokens, more than the {shape.n_ctx} the model was made for{endc}"
-        )
-    routers = ["*.hook_router_logits", "*.hook_expert_indices", "*.hook_expert_weights"]
-    with t.no_grad():
-        _, cache = run_with_cache(model, prompt, routers)
-
-    def of_prompt(part: str) -> Tensor:
-        """(layer, pos, expert or k)"""
-        by_layer = [cache[f"blocks.{layer}.mlp.hook_{part}"][0] for layer in model.sparse]
-        return t.stack(by_layer).float().cpu()
-
-    prompt_probs = router_probs(of_prompt("router_logits"))
-    prompt_experts = of_prompt("expert_indices")
-    prompt_weights = of_prompt("expert_weights")
-    said = str_tokens(corpus.tokenizer, prompt[0])
-    table = []
-    for position, token in enumerate(said[:24]):
-        row = [f"{position} {visible(token)}"]
-        for i in few_layers:
-            choices = zip(prompt_experts[i, position].tolist(), prompt_weights[i, position].tolist())
-            row.append(" ".join(f"E{expert:.0f}:{weight:.2f}" for expert, weight in choices))
-        table.append(row)
-    print(tabulate(table, headers=["token", *(f"{layers[i]}: experts and weights" for i in few_layers)]))
-
-#%% ... as maps of experts and tokens
-if __name__ == "__main__":
-    hover = np.full((len(panels), shape.n_experts, len(said)), "", dtype=object)
-    for panel, i in enumerate(panels):
-        for position in range(len(said)):
-            hover[panel, prompt_experts[i, position].int().tolist(), position] = "chosen"
-    fig = imshow(
-        prompt_probs[panels].transpose(1, 2),
-        f"Router probabilities on {plain(repr(cfg.prompt[:60]))} ({about})",
-        xlabel="token",
-        ylabel="expert",
-        x=label_tokens(said),
-        y=experts,
-        panels=[layers[i] for i in panels],
-        diverging=False,
-        value="probability",
-        hover=hover,
-        columns=1,
-    )
-    show(fig, "moe/prompt")
 
 #%% Knock an expert out, silence it, or force every token through it: what the loss does, by source
 CHANGES = {"knock_out": knock_out, "silence": silence, "force": force}

@@ -15,10 +15,8 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     cyan,
     endc,
     fail,
-    full_name,
     gray,
     green,
-    model_folder,
     pick_device,
     purple,
     read_config,
@@ -33,7 +31,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from hooks import HookPoint, run_with_cache
 from hooked import Hooked
 from layers import Attention
-from weights import read_tensors, take_tensors, tensor_table
+from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
 from anatomy import (
     catalogue,
@@ -48,6 +46,19 @@ from anatomy import (
 )
 from data import bos_id, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens, write_folder
 from launch import flags
+from parts import (
+    conclude_prompt,
+    is_whole,
+    legend_numbers,
+    print_legend,
+    print_prompt,
+    prompt_numbers,
+    read_legend,
+    show_head_norms,
+    show_prompt,
+    tell_prompt,
+    why_not_whole,
+)
 from plots import bar, imshow, label_tokens, plain, show, show_attention, show_page, visible
 from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
 
@@ -253,10 +264,17 @@ class TinyTransformer(nn.Module, Hooked):
         return take_tensors(model, ((name, x.clone()) for name, x in hf_model.state_dict().items())).eval()
 
     @classmethod
-    def from_folder(cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32) -> "TinyTransformer":
-        """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json."""
+    def from_folder(
+        cls, folder: str, device: str = "cpu", dtype: t.dtype = t.float32, resident: float = 1.0
+    ) -> "TinyTransformer":
+        """
+        A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json; with resident below 1, only
+        this share of the blocks is read (read_when_called).
+        """
         with t.device("meta"):
             model = cls(cls.read_config(read_config(folder)), load_tokenizer(folder))
+        if resident < 1:
+            return read_when_called(model, folder, device, dtype, resident).eval()
         return take_tensors(model, ((name, x.to(device, dtype)) for name, x in read_tensors(folder))).eval()
 
     def to_hf(self, folder: Path, dtype: t.dtype | None = None) -> None:
@@ -389,8 +407,9 @@ class Config(TrainConfig):
     data: str = "stdlib"  # stdlib, a text file or folder, or a hub dataset
     vocab: Count = 512  # size of the byte-level BPE trained on the text
     tokenizer: str | None = None  # use this one instead: a folder, a tokenizer.json or a hub name
-    # open a GPT-2 (a Hugging Face folder, ours in checkpoints/tiny_transformer, or a hub name) instead of training
+    # look into this model instead of training: a hub name or a folder; the whole story where it is a GPT-2
     model: str | None = None
+    offload: Literal["auto", "on", "off"] = "auto"  # its weights come from disk: where they do not fit, always, never
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."
     answer: str | None = None  # token whose logit is taken apart; default the model's own prediction
@@ -419,28 +438,16 @@ if __name__ == "__main__":
     refuse_empty(cfg.prompt)
     numbers: dict = {}
 
-#%% Someone's model: where each of its tensors stands here
+#%% Someone's model, whatever its kind and size: which of its tensors is which part, then every one of them
 if __name__ == "__main__" and cfg.model:
-    print(f"{purple}=== Opening {cfg.model}, {device} ==={endc}")
-    TinyTransformer.read_config(read_config(full_name(cfg.model)))  # refuse before anything is fetched
-    folder = str(model_folder(cfg.model))
-    model = TinyTransformer.from_folder(folder, device)
-    n_tensors = 0
-    table = []
-    for name, shape, _, norm in tensor_table(folder):
-        n_tensors += 1
-        if "h." in name and ".0." not in name and "h.0." not in name:
-            continue  # the first block stands for the others
-        our_names = model.place(name, t.zeros(shape, device="meta"))
-        table.append([name, shape, norm, ", ".join(our_names) or "(the causal mask)"])
-    print(tabulate(table, headers=["tensor", "shape", "norm", "here"], floatfmt=".2f"))
-    print(
-        f"{gray}{n_tensors} tensors, blocks after the first not shown; W_E is embed, W_U "
-        f"unembed{' (tied: W_E)' * model.cfg.tied}, W_Q W_K W_V W_O attn.q k v o, W_in W_out mlp.inp out{endc}"
-    )
-    corpus = load_corpus(cfg.data, tokenizer=folder, bos=cfg.bos)
-    model.tokenizer = corpus.tokenizer
-    numbers["tensors"] = n_tensors
+    legend = read_legend(cfg.model)
+    print_legend(legend)
+    show_head_norms(legend, "tiny_transformer")
+    numbers |= legend_numbers(legend)
+    save_results("tiny_transformer", cfg, **numbers)  # they stand, whether the model opens or not
+    model = open_with_all_hooks(cfg.model, TinyTransformer, cfg.device, "float32", cfg.offload, cfg.bos)
+    if is_whole(model, TinyTransformer):
+        corpus = load_corpus(cfg.data, tokenizer=str(model.folder), bos=cfg.bos)
 
 #%% Or a model trained before your eyes, saved for transformers
 if __name__ == "__main__" and not cfg.model:
@@ -489,6 +496,23 @@ if __name__ == "__main__" and not cfg.model:
         f"({cyan}{history['tokens_per_second']:,.0f} tokens/s{green}) to {cyan}{numbers['loss']:.2f}{green} nats, "
         f"saved to {folder} as a Hugging Face folder{endc}"
     )
+
+#%% The prompt: its tokens, what comes next, and where the output of each part lies in the stream
+if __name__ == "__main__":
+    story = tell_prompt(model, cfg.prompt)
+    print_prompt(story, model)
+    numbers |= prompt_numbers(story)
+
+#%% ... as bars, and as a map of every two parts
+if __name__ == "__main__":
+    show_prompt(story, "the model trained here" if not cfg.model else Path(cfg.model).name, "tiny_transformer")
+
+#%% Of a model that is not built here, or whose weights do not fit into memory, that is all
+if __name__ == "__main__" and not is_whole(model, TinyTransformer):
+    save_results("tiny_transformer", cfg, **numbers)
+    print(f"{gray}{why_not_whole(model, TinyTransformer)}: the cells below, on a GPT-2 in memory, are left out{endc}")
+    print(f"{green}{conclude_prompt(story)}{endc}")
+    raise SystemExit
 
 #%% What flows through: shapes forward, gradient norms backward
 if __name__ == "__main__":

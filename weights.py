@@ -5,13 +5,15 @@ Weights and tokens of any model: safetensors tensor by tensor, models larger tha
 import hashlib
 import json
 import math
+import resource
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     HARMLESS,
+    builds,
     context_length,
     endc,
     fail,
@@ -81,6 +83,10 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, "pt")
     except Exception as error:
+        if "allocate memory" in str(error):
+            fail(
+                f"{path} does not fit into the memory that is allowed: save the model in smaller files (max_shard_size)"
+            )
         fail(f"{path} is corrupt: {error}")
 
 
@@ -95,12 +101,15 @@ def read_tensors(name: str | Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensors.get_tensor(key)
 
 
+def norm_of(x: Tensor) -> float:
+    """Frobenius, in double precision, a piece at a time."""
+    return math.sqrt(sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24)))
+
+
 def tensor_table(name: str) -> Iterator[tuple[str, tuple[int, ...], str, float]]:
     """(tensor name, shape, dtype, Frobenius norm), one tensor in memory at a time."""
     for key, x in read_tensors(name):
-        dtype = str(x.dtype).removeprefix("torch.")
-        squares = sum(part.double().pow(2).sum().item() for part in x.flatten().split(2**24))
-        yield key, tuple(x.shape), dtype, math.sqrt(squares)
+        yield key, tuple(x.shape), str(x.dtype).removeprefix("torch."), norm_of(x)
 
 
 #%% Models larger than memory: in memory where they fit, else their blocks come from the file when they are called
@@ -220,6 +229,112 @@ def listen_to_stream(ours: nn.Module, theirs: nn.Module) -> None:
     theirs.register_forward_hook(after)
 
 
+#%% Our own models larger than memory: a part of a block reads its weights when it is called; every hook stays
+def where_tensors_lie(model: nn.Module, folder: Path) -> dict[str, tuple[Path, str]]:
+    """
+    {our name: (file, Hugging Face's name)} of every tensor of a model of ours, by the files' headers; nothing is read.
+    A tensor without a place, of the wrong shape or missing ends the program.
+    """
+    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    found: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(folder):
+        with open_safetensors(folder / file) as tensors:
+            for theirs in tensors.keys():  # noqa: SIM118  it is no dict
+                if HARMLESS.search(theirs):
+                    continue
+                empty = t.empty(tensors.get_slice(theirs).get_shape(), device="meta")
+                for ours, part in model.place(theirs, empty).items():
+                    if wanted.get(ours) != tuple(part.shape):
+                        fail(f"tensor {theirs} gives {ours} the shape {tuple(part.shape)}, not {wanted.get(ours)}")
+                    found[ours] = (folder / file, theirs)
+    optional = {"unembed.weight"} if model.cfg.tied else set()
+    missing = [name for name in wanted if name not in found and name not in optional]
+    if missing:
+        fail(f"{len(missing)} tensors are missing from the file, first {missing[0]}")
+    return found
+
+
+def parts_of_block(block: nn.Module) -> Iterator[nn.Module]:
+    """What of a block is in memory together: a norm, attention, an MLP; of a mixture of experts the router, an expert."""
+    for child in block.children():
+        if not hasattr(child, "experts"):
+            yield child
+            continue
+        yield from child.experts
+        for part in child.children():
+            if part is not child.experts:
+                yield part
+
+
+class WhenCalled:
+    """
+    Forward hooks of a part of a block: its weights come from the files when it is called, and leave again. What is
+    called on no rows at all, as an expert is that no token chose, gets zeros that take no memory.
+    """
+
+    def __init__(self, read: Callable[[str], nn.Parameter], names: dict[nn.Module, dict[str, str]]):
+        self.read = read
+        self.names = names  # {module: {"weight": its name in the whole model}}
+        self.empty = {module: dict(module.named_parameters(recurse=False)) for module in names}
+
+    def enter(self, _: nn.Module, args: tuple) -> None:
+        nothing_enters = bool(args) and args[0].numel() == 0
+        for module, by_attribute in self.names.items():
+            for attribute, name in by_attribute.items():
+                if nothing_enters:
+                    zero = args[0].new_zeros(())
+                    weight = nn.Parameter(zero.expand(self.empty[module][attribute].shape), requires_grad=False)
+                else:
+                    weight = self.read(name)
+                module._parameters[attribute] = weight
+
+    def leave(self, _: nn.Module, args: tuple, out: Tensor) -> None:
+        for module, empty in self.empty.items():
+            module._parameters.update(empty)
+
+
+@t.no_grad()
+def read_when_called[Model: nn.Module](
+    model: Model, folder: str | Path, device: str, dtype: t.dtype, resident: float = 0.0
+) -> Model:
+    """
+    A model of ours without weights (on meta) that runs from its files, with every hook that it has in memory: all but
+    the blocks and the first `resident` share of these are read now, a part of the others (parts_of_block) when it is
+    called, so that an expert that no token chose is not read at all. Each file is open only while it is read.
+    """
+    lies = where_tensors_lie(model, Path(folder))
+
+    def read(name: str) -> nn.Parameter:
+        file, theirs = lies[name]
+        with open_safetensors(file) as tensors:
+            part = model.place(theirs, tensors.get_tensor(theirs))[name]
+            return nn.Parameter(part.to(device, dtype, copy=True), requires_grad=False)
+
+    names: dict[nn.Module, dict[str, str]] = {}
+    for path, module in model.named_modules():
+        by_attribute = {}
+        for attribute, _ in module.named_parameters(recurse=False):
+            by_attribute[attribute] = f"{path}.{attribute}".lstrip(".")
+        if by_attribute:
+            names[module] = by_attribute
+
+    for block in model.blocks[int(resident * len(model.blocks)) :]:
+        for part in parts_of_block(block):
+            within = {module: names.pop(module) for module in part.modules() if module in names}
+            when_called = WhenCalled(read, within)
+            part.register_forward_pre_hook(when_called.enter)
+            part.register_forward_hook(when_called.leave)
+    if model.cfg.tied:
+        del names[model.unembed]
+    WhenCalled(read, names).enter(model, ())
+    if model.cfg.tied:
+        if "unembed.weight" in lies and not t.equal(read("unembed.weight"), model.embed.weight):
+            fail("the config ties embedding and unembedding, the file holds two different ones")
+        model.unembed.weight = model.embed.weight
+    model.reads_when_called = True
+    return model
+
+
 #%% What names a result: everything that its numbers come from
 CONFIG_FILES = (
     "config.json",
@@ -269,9 +384,33 @@ def count_parameters(name: str) -> int:
 
 
 def free_bytes(device: str) -> int:
+    """Of a card, or of this machine's memory, within what `ulimit -v` allows this process."""
     if device.startswith("cuda"):
         return t.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY:
+        free = min(free, max(0, allowed - psutil.Process().memory_info().vms))
+    return free
+
+
+def share_in_memory(name: str, device: str, dtype: t.dtype, offload: str, keeps: str) -> float:
+    """
+    The share of a model's blocks that memory holds: 1 where all weights fit (offload auto) or must (off), 0 with on.
+    Less than 1 is said, with what hooks it keeps.
+    """
+    need = count_parameters(name) * dtype.itemsize
+    free = free_bytes(device)
+    if offload == "off" or (offload == "auto" and need < 0.85 * free):
+        return 1.0
+    resident = 0.0
+    if offload == "auto":  # embeddings stay too; the margin is for activations
+        resident = min(1.0, max(0.0, 0.8 * free / need - 0.15))
+    print(
+        f"{yellow}{name}: {need / 1e9:.2f} GB of weights, {free / 1e9:.1f} GB free on {device}: {resident:.0%} of the "
+        f"blocks stay, the others come from disk at every pass; {keeps}{endc}"
+    )
+    return resident
 
 
 def open_model(
@@ -302,20 +441,44 @@ def open_in_memory_or_streamed(
     device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
     refuse_foreign(model_folder(name), read_config(name))
-    need = count_parameters(name) * torch_dtype.itemsize
-    free = free_bytes(device)
-    if offload == "off" or (offload == "auto" and need < 0.85 * free):
+    resident = share_in_memory(name, device, torch_dtype, offload, "hooks on the residual stream only")
+    if resident == 1:
         return load_model(name, ours, device, dtype)
-    resident = 0.0
-    if offload == "auto":  # embeddings stay too; the margin is for activations
-        resident = min(1.0, max(0.0, 0.8 * free / need - 0.15))
-    print(
-        f"{yellow}{name}: {need / 1e9:.2f} GB of weights, {free / 1e9:.1f} GB free on {device}: {resident:.0%} of the "
-        f"blocks stay, the others come from disk at every pass; hooks on the residual stream only{endc}"
-    )
     model = Streamed(name, device, torch_dtype, resident)
     model.register_forward_pre_hook(refuse_unreadable)
     model.folder = model_folder(name)
+    return model
+
+
+def open_with_all_hooks(
+    name: str,
+    own: type,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: str = "auto",
+    bos: bool | None = None,
+) -> nn.Module:
+    """
+    open_model for a class of ours, which keeps all its hooks where the weights do not fit (read_when_called): for runs,
+    not for what reads or changes weights. What the class does not take is opened as open_model opens it.
+    """
+    name = find_model(name)
+    config = read_config(name)
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    if architecture not in own.architectures or not builds(own, config):
+        return open_model(name, (), device, dtype, offload, bos)
+    folder = model_folder(name)
+    refuse_foreign(folder, config)
+    device = pick_device(device)
+    torch_dtype = pick_dtype(device, dtype)
+    resident = share_in_memory(name, device, torch_dtype, offload, "all hooks stay")
+    if resident == 1:
+        model = load_model(name, (own,), device, dtype)
+    else:
+        model = own.from_folder(str(folder), device=device, dtype=torch_dtype, resident=resident)
+        model.register_forward_pre_hook(refuse_unreadable)
+        model.folder = folder
+    choose_bos(model, bos)
     return model
 
 

@@ -10,12 +10,13 @@ import torch.nn as nn
 from architectures import ARCHITECTURES, make_architecture
 from conftest import ROOT, relative_error
 
-from anatomy import logit_parts, parts_error
+from anatomy import final_norm, logit_parts, parts_error
 from graph import Graph, edge_patch, write_differences
 from hooks import act_name, has_heads, has_qkv, hook_points
 from interventions import Pairs, activation_patch, baselines, draw_pairs, missed_gates, sweep, sweep_gates
 from lens import Lens, logit_lens, require_exact_lens
 from llama_block import Llama
+from parts import norm_kind, read_legend
 from weights import open_model
 
 COLUMNS = ("lens", "stream", "heads", "logit by head", "circuits", "streamed")
@@ -75,6 +76,30 @@ def has_circuits(model: nn.Module, pairs: Pairs) -> bool:
     return max((none - clean).abs().max() / scale, (every - corrupt).abs().max() / scale, miss) < 1e-3
 
 
+def names_its_parts(model: nn.Module, folder: Path) -> bool:
+    """Every tensor has a name of the field's, and the legend's norms by head and of neurons are the opened model's."""
+    legend = read_legend(str(folder))
+    has_final_norm = not isinstance(model.ln_final, nn.Identity)
+    is_rms = norm_kind(legend.config) == "RMSNorm"
+    if legend.unnamed or (has_final_norm and is_rms == final_norm(model).centres):
+        return False
+    for part in ("W_Q", "W_K", "W_V", "W_O"):
+        theirs = t.stack([getattr(block.attn, part).float().norm(dim=(1, 2)) for block in model.blocks])
+        found = t.tensor(legend.head_norms(part))
+        if len(theirs[0]) != len(found[0]):  # the bridge repeats keys and values for the heads that share them
+            found = found.repeat_interleave(len(theirs[0]) // len(found[0]), 1)
+        if not t.allclose(found, theirs, rtol=1e-4):
+            return False
+    for part in ("W_in", "W_gate", "W_out"):
+        norms = [norm for kind in legend.kinds if kind.part == part and not kind.owner for norm in kind.norms]
+        weights = [getattr(block.mlp, part, None) for block in model.blocks]
+        if all(weight is not None for weight in weights):
+            theirs = [weight.float().norm().item() for weight in weights]
+            if norms and sorted(norms) != pytest.approx(sorted(theirs), rel=1e-4):
+                return False
+    return True
+
+
 def is_streamed_right(folder: Path, theirs: t.Tensor, pairs: Pairs) -> bool:
     with refused():
         model = open_model(str(folder), (), "cpu", offload="on")
@@ -100,6 +125,7 @@ def measure(name: str, folder: Path) -> list[str]:
         return [*["no"] * (len(COLUMNS) - 1), "yes" if streamed else "no"]
     theirs = hf(ROW).logits
     assert relative_error(model(ROW), theirs) < 1e-5
+    assert not has_qkv(model) or names_its_parts(model, folder)
     pairs = draw_pairs(model, "ioi", 3, 0)
     by_lens = reads_by_the_lens(model)
     found = (

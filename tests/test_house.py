@@ -20,6 +20,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "train",
     "launch",
     "anatomy",
+    "parts",
     "world",
     "lens",
     "interventions",

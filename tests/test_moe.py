@@ -19,7 +19,6 @@ from moe import (
     knock_out,
     load_balancing_loss,
     moe_loss,
-    name_table,
     routing,
     scatter,
     silence,
@@ -27,6 +26,7 @@ from moe import (
     token_losses,
 )
 from hooks import hook_points, hooks, run_with_cache, run_with_hooks
+from parts import read_legend
 from utils import load_model
 
 SHAPE = dict(
@@ -437,26 +437,23 @@ def test_routing_and_losses_are_read_by_layer():
 
 
 @pytest.mark.parametrize("variant", [*FOUR, "Qwen2Moe mixed"])
-def test_the_table_names_every_tensor(variant, tmp_path):
+def test_the_legend_names_every_tensor(variant, tmp_path):
     hf = make_hf(variant)
     folder = save_folder(hf, tmp_path)
     ours = MoE.from_hf(hf)
-    table = name_table(ours, str(folder))
-    tensors = load_file(folder / "model.safetensors")
-    assert sum(row[4] for row in table) == len(tensors)  # column 4: how many of a kind
+    legend = read_legend(str(folder))
+    assert len(legend.tensors) == len(load_file(folder / "model.safetensors"))
+    assert not legend.unnamed
 
-    (of_outputs,) = [row for row in table if row[0].endswith(("experts.*.w2.weight", "experts.*.down_proj.weight"))]
-    _, our_name, _, dtype, how_many, least_norm, _ = of_outputs
-    experts = [expert for layer in ours.sparse for expert in ours.blocks[layer].mlp.experts]
-    assert our_name == "blocks.*.mlp.experts.*.out.weight"
-    assert dtype == "float32"
-    assert how_many == 6 * len(ours.sparse)
-    assert least_norm == pytest.approx(min(expert.out.weight.norm().item() for expert in experts), rel=1e-5)
-
-    tensors["model.layers.0.extra"] = t.zeros(2)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(SystemExit):
-        name_table(ours, str(folder))
+    (of_outputs,) = [kind for kind in legend.kinds if (kind.part, kind.owner) == ("W_out", "expert")]
+    norms = [expert.W_out.norm().item() for layer in ours.sparse for expert in ours.blocks[layer].mlp.experts]
+    assert sorted(of_outputs.norms) == pytest.approx(sorted(norms), rel=1e-5)
+    (of_routers,) = [kind for kind in legend.kinds if kind.part == "W_router"]
+    assert of_routers.norms == pytest.approx(
+        [ours.blocks[layer].mlp.router.weight.norm().item() for layer in ours.sparse], rel=1e-5
+    )
+    dense = [kind for kind in legend.kinds if kind.part == "W_out" and not kind.owner]
+    assert sum(len(kind.norms) for kind in dense) == len(ours.cfg.dense)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,11 @@ FIGURES = {
     "zero_layer": "loss unseen rank embedding logits",
     "attn_only": "attention attribution head_scores phase_change loss_natural path_patching composition "
     "norm_based ablation qk_layer_0",
-    "tiny_transformer": "attention attribution heads next_token neurons feed_forward_maps norm_based",
-    "llama_block": "attention phases rope rope_heads distance sink norms gates",
-    "moe": "load_over_training specialisation who_goes_where prompt knock_out",
+    "tiny_transformer": "attention attribution heads next_token neurons feed_forward_maps norm_based "
+    "stream stream_effects stream_cosines",
+    "llama_block": "attention phases rope rope_heads distance sink norms gates stream stream_effects stream_cosines",
+    "moe": "load_over_training specialisation who_goes_where prompt prompt_logits prompt_weights prompt_load knock_out "
+    "stream stream_effects stream_cosines",
     "mamba": "training loss_repeated knock_outs after_copy hidden_attention",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
     "reversal": "probability rank kl entropy reversal",
