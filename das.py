@@ -73,8 +73,8 @@ class Config:
     random: Count = 10  # subspaces at random, at the best place
     memory_gb: Positive = 1.0  # cap on activations of one run
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: Natural = 0
-    device: str = "auto"
+    seed: Natural = 0  # of every draw
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 cfg = flags(Config, __doc__, hpc=Config(model="gpt2", bos=True, n=1024, held_out=512, steps=300, memory_gb=24.0))

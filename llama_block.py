@@ -531,13 +531,13 @@ def write_llama_config(cfg: LlamaConfig) -> dict:
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: Count = 4
-    n_heads: Count = 4
-    n_kv_heads: Count = 4
-    d_model: Count = 128
-    d_mlp: Count = 384
+    n_layers: Count = 4  # blocks
+    n_heads: Count = 4  # attention heads of a block
+    n_kv_heads: Count = 4  # heads of keys and values, which n_heads share
+    d_model: Count = 128  # width of the residual stream
+    d_mlp: Count = 384  # neurons of an MLP
     vocab: Count = 3072  # size of the byte-level BPE trained on the text
-    rope_base: Positive = 10000.0
+    rope_base: Positive = 10000.0  # of the rotary positions: the longest wave is about 2 pi times this, in tokens
     bias: bool = (
         True  # on q, k, v and o: Llama's attention_bias (transformers reads a Qwen2 folder's tokenizer as Qwen's)
     )
@@ -554,7 +554,7 @@ class Config(TrainConfig):
     model: str | None = None  # look into this model instead of training: a hub name or a folder
     offload: Literal["auto", "on", "off"] = "auto"  # its weights come from disk: where they do not fit, always, never
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
-    prompt: str = "The capital of Japan is"
+    prompt: str = "The capital of Japan is"  # a text to look at
 
 
 # --hpc: an A100 with 40 GB

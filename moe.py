@@ -564,13 +564,13 @@ def show_routing(routed: Routed, tokens: list[str], about: str) -> None:
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    family: Literal["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"] = "mixtral"
-    n_layers: Count = 3
-    n_heads: Count = 4
-    n_kv_heads: Count = 2
-    d_model: Count = 128
-    n_experts: Count = 4
-    top_k: Count = 2
+    family: Literal["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"] = "mixtral"  # whose routing, norms and shared experts
+    n_layers: Count = 3  # blocks
+    n_heads: Count = 4  # attention heads of a block
+    n_kv_heads: Count = 2  # heads of keys and values, which n_heads share
+    d_model: Count = 128  # width of the residual stream
+    n_experts: Count = 4  # experts of a block
+    top_k: Count = 2  # experts that a token goes to
     d_expert: Count = 192  # neurons of one expert
     shared: Natural = 192  # neurons of the shared expert (qwen2_moe)
     aux_coef: NotNegative = 0.01  # of the load-balancing loss
@@ -583,6 +583,7 @@ class Config(TrainConfig):
     model: str | None = None  # look into this model instead of training: a hub name or a folder
     offload: Literal["auto", "on", "off"] = "auto"  # its weights come from disk: where they do not fit, always, never
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
+    # a text to look at
     prompt: str = 'def read(self, size):\n        """Return the next 10 bytes."""\n        return self.data[0]'
 
 

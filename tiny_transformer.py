@@ -390,11 +390,11 @@ BUILT = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(TrainConfig):
-    n_layers: Count = 2
-    n_heads: Count = 4
-    d_model: Count = 128
-    d_mlp: Count = 512
-    positions: Literal["learned", "sinusoidal"] = "learned"
+    n_layers: Count = 2  # blocks
+    n_heads: Count = 4  # attention heads of a block
+    d_model: Count = 128  # width of the residual stream
+    d_mlp: Count = 512  # neurons of an MLP
+    positions: Literal["learned", "sinusoidal"] = "learned"  # how the model knows where a token stands
     tied: bool = True  # the unembedding is the embedding
     steps: Natural = 400
     # with learned positions short rows teach soonest: every position is trained at every step
@@ -411,7 +411,7 @@ class Config(TrainConfig):
     model: str | None = None
     offload: Literal["auto", "on", "off"] = "auto"  # its weights come from disk: where they do not fit, always, never
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
-    prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."
+    prompt: str = "def __init__(self, name, value):\n        self.name = name\n        self."  # a text to look at
     answer: str | None = None  # token whose logit is taken apart; default the model's own prediction
 
 

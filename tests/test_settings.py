@@ -1,10 +1,13 @@
 """Settings: meaning, range and group of each, read from where it is declared."""
 
+import ast
 import dataclasses
+import re
 from typing import Literal
 
 import pytest
-from settings import GROUPS, check_ranges, gathered, group_of, grouped, in_range, meanings
+from conftest import ROOT
+from settings import GROUPS, check_ranges, comments_of, gathered, group_of, grouped, in_range, meanings
 from utils import Count, Positive, Share
 
 
@@ -54,3 +57,28 @@ def test_no_setting_stands_in_two_groups():
     names = " ".join(GROUPS.values()).split()
     assert group_of("model") == "model" and group_of("unheard_of") == "method"
     assert {name for name in names if names.count(name) > 1} == set()
+
+
+def fields_and_comments(name: str, kind: str) -> tuple[set[str], dict[str, str]]:
+    """The settings that a class of a script declares, and those that say what they mean."""
+    source = (ROOT / f"{name}.py").read_text()
+    (declared,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == kind)
+    lines = source.splitlines()[declared.lineno - 1 : declared.end_lineno]
+    fields = {
+        field.target.id
+        for field in declared.body
+        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation)
+    }
+    return fields, comments_of("\n".join(lines))
+
+
+def test_every_setting_of_every_script_says_what_it_means():
+    shared = fields_and_comments("train", "TrainConfig")[1] | fields_and_comments("sae", "SAEConfig")[1]
+    scripts = [path.stem for path in ROOT.glob("*.py") if re.search(r"^class Config\b", path.read_text(), re.M)]
+    assert len(scripts) > 14
+    for name in scripts:
+        fields, said = fields_and_comments(name, "Config")
+        assert not fields - said.keys() - shared.keys(), name
+    for name, kind in (("train", "TrainConfig"), ("launch", "Launch")):
+        fields, said = fields_and_comments(name, kind)
+        assert not fields - said.keys(), name
