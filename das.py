@@ -221,7 +221,12 @@ fig = imshow(
     diverging=False,
     value="IIA",
 )
-show(fig, "das/accuracy")
+show(
+    fig,
+    "das/accuracy",
+    "1: after the interchange the model always answers as the causal model predicts. A place where the whole "
+    "stream stays at 0 does not hold the variable.",
+)
 
 #%% At the place where DAS does best on the cases that it was found on: intervals, and what chance gives
 best_layer, best_column = divmod(int(on_find.argmax()), len(places))
@@ -289,7 +294,12 @@ fig = bar(
     errors={"IIA": (high - mean, mean - low)},
 )
 fig.update_yaxes(range=[0, 1.05])
-show(fig, "das/best")
+show(
+    fig,
+    "das/best",
+    "DAS must stand above the cheap subspaces, the shuffled sources and the random ones, or it has found "
+    "nothing of its own.",
+)
 
 #%% How many dimensions does the variable take there?
 by_rank = {cfg.rank: (subspaces[best_layer, best_place], on_shuffled)}
@@ -324,7 +334,12 @@ fig = line(
     dashed=["the whole stream", "DAS where found"],
 )
 fig.update_xaxes(tickvals=ranks)
-show(fig, "das/rank")
+show(
+    fig,
+    "das/rank",
+    "Where the line levels off, the variable has the dimensions that it needs; the dashed line where it was "
+    "found shows what is learned by heart.",
+)
 
 #%% The subspaces in a file, the numbers for machines, and the conclusion
 key = model_key(cfg.model, [variable, cfg.pairs, cfg.n, cfg.steps, cfg.batch, cfg.lr, cfg.seed])

@@ -715,7 +715,12 @@ if __name__ == "__main__" and learned_the_world:
         x=[seen["tokens"] for seen in history["watch"]],
         markers=True,
     )
-    show(fig, "llama_block/phases")
+    show(
+        fig,
+        "llama_block/phases",
+        "What is learned first: each line is a kind of question, asked of the model as it trains. Facts and pairs "
+        "of names that were held out are asked too.",
+    )
 
 #%% Gates: listening changes nothing, positions enter by their differences only
 if __name__ == "__main__":
@@ -757,7 +762,12 @@ if __name__ == "__main__":
         xlabel="offset",
         ylabel="score / score at 0",
     )
-    show(fig, "llama_block/rope")
+    show(
+        fig,
+        "llama_block/rope",
+        "How well a key that lies exactly along the query is seen at a distance: the fast waves are the first "
+        "dimensions, the slow ones the last.",
+    )
 
 #%% ... and for the mean q and k of each head of layer 0
 if __name__ == "__main__":
@@ -767,7 +777,12 @@ if __name__ == "__main__":
         xlabel="offset",
         ylabel="attention score",
     )
-    show(fig, "llama_block/rope_heads")
+    show(
+        fig,
+        "llama_block/rope_heads",
+        "Where each head looks by position alone, before any content: the higher, the more it prefers keys that "
+        "far back.",
+    )
 
 
 #%% How far each head looks: the mean distance of its attention, and the share it keeps on the first token
@@ -803,7 +818,11 @@ if __name__ == "__main__":
         diverging=False,
         value="tokens",
     )
-    show(fig, "llama_block/distance")
+    show(
+        fig,
+        "llama_block/distance",
+        "Pale heads look near, dark ones far back.",
+    )
     fig = imshow(
         sink,
         f"Attention on the first token (n = {len(rows)} rows)",
@@ -814,7 +833,11 @@ if __name__ == "__main__":
         diverging=False,
         value="attention",
     )
-    show(fig, "llama_block/sink")
+    show(
+        fig,
+        "llama_block/sink",
+        "Dark heads rest on the first token when they have nothing to look at.",
+    )
 
 #%% Attention of every head on the prompt: maps, and a page to hover
 if __name__ == "__main__":
@@ -850,7 +873,11 @@ if __name__ == "__main__":
         ylabel="cosine, share",
         markers=True,
     )
-    show(fig, "llama_block/norms")
+    show(
+        fig,
+        "llama_block/norms",
+        "Near 1: subtracting the mean, which LayerNorm does and RMSNorm leaves out, would hardly turn the stream.",
+    )
 
 #%% SwiGLU's gates: how many are open, and how few neurons carry the write
 if __name__ == "__main__":
@@ -888,7 +915,11 @@ if __name__ == "__main__":
         ylabel="density",
         x=bins[:-1] + 0.05,
     )
-    show(fig, "llama_block/gates")
+    show(
+        fig,
+        "llama_block/gates",
+        "Left of 0 a gate is shut, right of it open: how much of the MLP a token uses.",
+    )
 
 
 #%% What it says next, and the conclusion

@@ -547,7 +547,11 @@ def show_routing(routed: Routed, tokens: list[str], about: str) -> None:
             value=value,
             columns=1,
         )
-        show(fig, f"moe/{name}")
+        show(
+            fig,
+            f"moe/{name}",
+            "A row for each expert, a column for each token, a panel for each layer.",
+        )
     fig = imshow(
         routed.load,
         f"Load by expert: choices of {len(tokens)} tokens, {routed.chosen.shape[-1]} each, on {about}",
@@ -558,7 +562,11 @@ def show_routing(routed: Routed, tokens: list[str], about: str) -> None:
         diverging=False,
         value="choices",
     )
-    show(fig, "moe/prompt_load")
+    show(
+        fig,
+        "moe/prompt_load",
+        "How often each expert was chosen in this prompt; even would be the same everywhere.",
+    )
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
@@ -783,7 +791,11 @@ if __name__ == "__main__" and history:
         panels=layers,
         value="share - even",
     )
-    show(fig, "moe/load_over_training")
+    show(
+        fig,
+        "moe/load_over_training",
+        "Blue experts are chosen more than their even share, red ones less; the balancing loss pulls both to white.",
+    )
 
 #%% ... or of a model that was trained elsewhere
 if __name__ == "__main__" and not history:
@@ -796,7 +808,11 @@ if __name__ == "__main__" and not history:
         y=layers,
         value="share - even",
     )
-    show(fig, "moe/load")
+    show(
+        fig,
+        "moe/load",
+        "Blue experts are chosen more than their even share, red ones less.",
+    )
 
 
 #%% What does the choice of expert tell? The token, its kind, its source, and the source beyond the token
@@ -866,7 +882,11 @@ if __name__ == "__main__":
     for i, trace in enumerate(fig.data):
         trace.line = {"color": COLORS[i % len(found)], "dash": ("solid", "dot", "dash")[i // len(found)]}
     fig.update_xaxes(dtick=1)
-    show(fig, "moe/specialisation")
+    show(
+        fig,
+        "moe/specialisation",
+        "How much a token's kind says about its expert, beyond what shuffled labels give.",
+    )
 
 
 #%% Who goes where: each expert's share of a source or kind of token, and the tokens that prefer it
@@ -910,7 +930,11 @@ if __name__ == "__main__":
         y=[layers[i] + expert for i in few_layers for expert in experts],
         value="share - load",
     )
-    show(fig, "moe/who_goes_where")
+    show(
+        fig,
+        "moe/who_goes_where",
+        "Blue: the expert takes more of this kind of token than of all tokens; red: less.",
+    )
 
 #%% Knock an expert out, silence it, or force every token through it: what the loss does, by source
 CHANGES = {"knock_out": knock_out, "silence": silence, "force": force}
@@ -966,7 +990,12 @@ if __name__ == "__main__":
         value="nats",
         columns=3,
     )
-    show(fig, "moe/knock_out")
+    show(
+        fig,
+        "moe/knock_out",
+        "What text loses when one expert is changed; tokens that it would have taken lose most if it had learned "
+        "what no other did.",
+    )
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

@@ -607,7 +607,11 @@ def show_head_norms(legend: Legend, script: str) -> None:
         columns=2,
         one_scale=False,
     )
-    show(fig, f"{script}/weight_norms")
+    show(
+        fig,
+        f"{script}/weight_norms",
+        "A row for each layer, a column for each head. Small norms are heads that read or write little.",
+    )
 
 
 #%% How much of a story a model allows: all of it in our own class and in memory, else the legend and the prompt
@@ -723,7 +727,11 @@ def show_prompt(story: PromptStory, about: str, script: str) -> None:
         ylabel="of the final stream's norm",
         x=parts.names,
     )
-    show(fig, f"{script}/stream")
+    show(
+        fig,
+        f"{script}/stream",
+        "A part can be long and yet lie across the final stream; what lies along it sums to the whole.",
+    )
     fig = bar(
         {"direct effect": [*parts.effects.tolist(), parts.constant]},
         f"Direct effect of each part's write on the logit of '{said}' less the mean logit ({parts.logit:.2f} in all), "
@@ -732,7 +740,11 @@ def show_prompt(story: PromptStory, about: str, script: str) -> None:
         ylabel="logit",
         x=[*parts.names, "biases"],
     )
-    show(fig, f"{script}/stream_effects")
+    show(
+        fig,
+        f"{script}/stream_effects",
+        "What each part adds to the logit of the token that the model says; together they are the logit.",
+    )
     fig = imshow(
         parts.cosines,
         f"Cosine of every two writes to the stream, and of each with the final stream, {where}",
@@ -743,7 +755,11 @@ def show_prompt(story: PromptStory, about: str, script: str) -> None:
         value="cosine",
     )
     fig.update_layout(height=max(450, 150 + 18 * len(parts.names)))
-    show(fig, f"{script}/stream_cosines")
+    show(
+        fig,
+        f"{script}/stream_cosines",
+        "Blue: two parts write in one direction; red: one takes back what the other wrote.",
+    )
 
 
 def conclude_prompt(story: PromptStory) -> str:

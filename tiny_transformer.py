@@ -602,7 +602,11 @@ if __name__ == "__main__":
         x=[f"{name} ({i})" for name, i in zip(top_names, top.indices.tolist())],
         hover="%{x}<br>probability %{y:.4f}<extra></extra>",
     )
-    show(fig, "tiny_transformer/next_token")
+    show(
+        fig,
+        "tiny_transformer/next_token",
+        "What the model says after the prompt.",
+    )
     show_attention(patterns, prompt_tokens, head_names, f"a {about}", "tiny_transformer/attention")
 
 #%% Which parts made that logit? Embedding, positions, every head x source token, every neuron, every bias
@@ -649,7 +653,12 @@ if __name__ == "__main__":
         layer_names,
         value="logit",
     )
-    show(fig, "tiny_transformer/attribution")
+    show(
+        fig,
+        "tiny_transformer/attribution",
+        "A row for each layer, a column for each of its parts; with the embedding and the biases they sum to the "
+        "logit. Blue raises it.",
+    )
 
 #%% Head catalogue on random tokens said twice: who does what, above what shuffling gives
 if __name__ == "__main__":
@@ -685,7 +694,11 @@ if __name__ == "__main__":
         diverging=False,
         value="score",
     )
-    show(fig, "tiny_transformer/heads")
+    show(
+        fig,
+        "tiny_transformer/heads",
+        "1 is a perfect head of the kind; what lies under the bar of a panel is what chance gives.",
+    )
 
 
 #%% Neuron catalogue: the contexts that fire the strongest neurons, and the tokens these raise and lower
@@ -738,7 +751,11 @@ if __name__ == "__main__":
         f"<h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>"
     )
     page += "".join(neuron_entry(neuron) for neuron in neurons)
-    show_page(page, "tiny_transformer/neurons")
+    show_page(
+        page,
+        "tiny_transformer/neurons",
+        "The texts that fire a neuron most, and the tokens that it raises and lowers when it does.",
+    )
 
 #%% The feed-forward block through attention maps: how much of a stream comes from other positions, before it and after
 if __name__ == "__main__":
@@ -773,7 +790,12 @@ if __name__ == "__main__":
         value="norm",
         one_scale=False,
     )
-    show(fig, "tiny_transformer/feed_forward_maps")
+    show(
+        fig,
+        "tiny_transformer/feed_forward_maps",
+        "How far each key moves the query's stream, before and behind the MLP: off the diagonal is what came from "
+        "other tokens.",
+    )
     fig = imshow(
         t.cat([x["weighted"] for x in maps]),
         f"Norm-based attention of every head: ||alpha f(x)||, layer norm and values included ({about})",
@@ -785,7 +807,11 @@ if __name__ == "__main__":
         diverging=False,
         value="norm",
     )
-    show(fig, "tiny_transformer/norm_based")
+    show(
+        fig,
+        "tiny_transformer/norm_based",
+        "A map for each head: how far each key moves the query's stream, which attention alone does not say.",
+    )
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
