@@ -310,6 +310,15 @@ def feature_page(entries: list[dict], title: str) -> str:
     return fill_page("features", title, entries)
 
 
+def catalogue_page(entries: list[dict], title: str) -> str:
+    """
+    Self-contained HTML to look heads and neurons up in: search, sort, and link to one as page.html#L3N117. Each entry is
+    {id, kind ('head' or 'neuron'), layer, number, named, size, lines: [[label, text]], contexts: [[label, words, shades
+    in percent, negative ones below zero]], links: [[label, [[id, text]]]]}.
+    """
+    return fill_page("catalogue", title, entries)
+
+
 def attention_page(tokens: list[str], patterns: Tensor, names: list[str], title: str, start: int = 0) -> str:
     """Self-contained HTML for patterns (head, query, key), one button per head name."""
     n, title = first_tokens(tokens, title)
