@@ -21,6 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from plots import catalogue_page, imshow, show, show_page, visible
 from hooks import block_norms, has_qkv
@@ -58,6 +59,7 @@ from tqdm import tqdm
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     neurons: Natural = 12  # of each layer, those with the largest peak activation x output norm
     neuron: tuple[str, ...] = ()  # and these, as layer.number: 3.117
@@ -91,6 +93,7 @@ def read_neurons(asked: tuple[str, ...], d_mlps: list[int]) -> list[list[int]]:
     return by_layer
 
 
+cfg.model = on_base(cfg.model, cfg.base)
 model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
 if not has_qkv(model) or len(model.W_U) != model.cfg.d_model:
     fail(
@@ -273,8 +276,8 @@ if found:
         panels.append(grid)
     fig = imshow(
         t.stack(panels),
-        f"Who writes what neurons read, towards the sign it has there: mean over the {cfg.neurons} strongest of each layer at "
-        f"their {cfg.traced} strongest places, the norm's scale frozen ({about})",
+        f"Who writes what neurons read, towards the sign it has there: mean over each layer's of the page ({len(found)} in "
+        f"all) at their {cfg.traced} strongest places, the norm's scale frozen ({about})",
         "writes",
         "neurons of",
         components,

@@ -27,6 +27,7 @@ from utils import (
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from plots import imshow, line, show
 from hooks import has_qkv
@@ -91,6 +92,7 @@ from torch import Tensor
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = "ioi"
     clean: str | None = None  # a prompt of your own, with --corrupt, --answer and --wrong
@@ -124,6 +126,7 @@ device = pick_device(cfg.device)
 set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
+cfg.model = on_base(cfg.model, cfg.base)
 model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
 if not has_qkv(model):
     fail(

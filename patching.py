@@ -23,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from plots import bar, imshow, label_tokens, line, show, show_attention
 from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed, run_with_cache
@@ -66,6 +67,7 @@ from tabulate import tabulate
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = "ioi"
     clean: str | None = None  # a prompt of your own, with --corrupt, --answer and --wrong
@@ -99,6 +101,7 @@ def texts(ids: t.Tensor) -> list[str]:
     return [token_text(model, int(i)) for i in ids]
 
 
+cfg.model = on_base(cfg.model, cfg.base)
 model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
 if not is_streamed(model):
