@@ -98,7 +98,7 @@ model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(Fals
 if not has_qkv(model) or len(model.W_U) != model.cfg.d_model:
     fail(
         "the catalogue needs queries, keys and values by head and an unembedding of the stream, and this model (streamed, "
-        "without attention, with DeepSeek's compressed one, or OPT-350m) has none: logit_lens.py takes it"
+        "without attention, with DeepSeek's compressed one, or OPT-350m) has none: patching.py reads its residual stream"
     )
 with_neurons = has_neurons(model)
 if cfg.neuron and not with_neurons:

@@ -33,6 +33,7 @@ FLAGS = {
     "--no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
     "steering": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 "
     "--architecture topk --min-recovered 0.1 --max-fvu 0.9",
+    "catalogue": "--neurons 2 --neuron 3.117 --rows 24 --shuffles 100",
 }
 # what was trained, opened by the same script, and the number that must come out again
 AGAIN = {
@@ -57,6 +58,7 @@ FIGURES = {
     "circuits": "paths roles attribution faithfulness circuit",
     "sae_probe": "density decoder_cosine probes layers features",
     "steering": "steering attribution",
+    "catalogue": "heads written_by catalogue",
 }
 
 
@@ -197,6 +199,14 @@ def check_steering(n: dict, said: str, folder: Path) -> None:
     assert n["steering_effect"] > n["steering_effect_random"]
 
 
+def check_catalogue(n: dict, said: str, folder: Path) -> None:
+    """The parts of what neurons read sum to it; the induction head is named; the neuron that was asked for is there."""
+    assert n["pre_activation_error"] < 1e-4 and n["neurons"] == 2 * 4 + 1
+    assert "induction" in n["roles"]["L3H0"] and 0 <= n["neurons_above_null"] <= 9
+    page = (folder / "figs/catalogue/catalogue.html").read_text()
+    assert page.count('"kind":"head"') == 16 and '"id":"L3N117"' in page and "=== L3N117 ===" in said
+
+
 CHECKS = {
     "zero_layer": check_zero_layer,
     "attn_only": check_attn_only,
@@ -211,6 +221,7 @@ CHECKS = {
     "circuits": check_circuits,
     "sae_probe": check_sae_probe,
     "steering": check_steering,
+    "catalogue": check_catalogue,
 }
 
 
