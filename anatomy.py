@@ -354,6 +354,16 @@ def stream_parts(
     return parts
 
 
+def about_norms(model: nn.Module) -> str:
+    """What is frozen where heads are told apart behind a norm that they share; nothing to say where there is none."""
+    if block_norms(model, 0).after_attn is None:
+        return ""
+    return (
+        "norms stand behind attention and MLPs: a head's write passes its norm with the scale that all heads together "
+        "give it in that run, which is frozen, so that the writes of heads add up"
+    )
+
+
 def attn_gain(model: nn.Module, layer: int, z: Tensor) -> Tensor | float:
     """
     (..., d_model) by which a norm behind attention multiplies what the heads z (..., head, d_head) write; without one a

@@ -34,6 +34,7 @@ from hooks import has_qkv
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
+from anatomy import about_norms
 from interventions import (
     UNITS,
     Pairs,
@@ -134,6 +135,8 @@ if not has_qkv(model):
         "compressed one) has none: patching.py takes it"
     )
 keep_freed_memory()
+if about_norms(model):
+    print(f"{gray}{about_norms(model)}{endc}")
 task, pairs, test_pairs = read_task(model, cfg)
 few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches paths one by one
 graph = Graph(model)

@@ -587,6 +587,7 @@ def write_llama_config(cfg: LlamaConfig) -> dict:
         del hf["hidden_act"]
         hf |= {"hidden_activation": "silu", "query_pre_attn_scalar": cfg.d_head}
         hf |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        hf["sliding_window"] = window or cfg.n_ctx  # it must be a number, also where no layer uses it
     if cfg.architecture.startswith(("Qwen", "Gemma2")):
         windows = cfg.windows or [None] * cfg.n_layers
         hf["use_sliding_window"] = window is not None

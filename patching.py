@@ -30,6 +30,7 @@ from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed, run_wi
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
+from anatomy import about_norms
 from world import corpus_for, judging_rows
 from interventions import (
     HEADS,
@@ -164,6 +165,8 @@ if attributed:
             f"are left out{endc}"
         )
 if attributed:
+    if about_norms(model):
+        print(f"{gray}{about_norms(model)}{endc}")
     by_part = {"embed": parts["embed"]}
     for layer in range(n_layers):
         for head, written in zip(head_names(model, "z"), parts["heads"][:, layer].T):
