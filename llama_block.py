@@ -673,6 +673,8 @@ if __name__ == "__main__" and cfg.model:
 if __name__ == "__main__" and not cfg.model:
     print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
     corpus = load_world(cfg.vocab) if cfg.data == "world" else load_corpus(cfg.data, cfg.vocab)
+    # OLMo 2 and Gemma 2 have no biases; behind a norm they would write something else in every run, which no edge carries
+    with_bias = cfg.bias and cfg.norms == "before"
     shape = LlamaConfig(
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
@@ -683,8 +685,8 @@ if __name__ == "__main__" and not cfg.model:
         d_vocab=corpus.d_vocab,
         n_ctx=max(256, *cfg.contexts),
         rope_base=cfg.rope_base,
-        qkv_bias=cfg.bias,
-        o_bias=cfg.bias,
+        qkv_bias=with_bias,
+        o_bias=with_bias,
         norms=cfg.norms,
         qk_norm="full" if cfg.norms == "behind" else "none",
         architecture=ARCHITECTURES[cfg.norms],
