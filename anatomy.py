@@ -18,6 +18,7 @@ from hooks import (
     block_norms,
     device_of,
     frozen_gain,
+    hook_points,
     hooks,
     residual_multiplier,
     run_with_cache,
@@ -265,19 +266,10 @@ def logit_parts(
     there. The weights are the model's own; its final norm alone is folded (folded_W_U). Ours or a TransformerBridge,
     grouped queries too.
     """
-    blocks = model.blocks
-    layers = range(model.cfg.n_layers)
-    has_pos = hasattr(model, "W_pos") or hasattr(model, "pos_embed")
-    has_neurons = all(hasattr(block.mlp, "W_out") for block in blocks)
-    sites = ["v", "pattern", "z", "mlp_out"]
-    if has_neurons:
-        sites.append("post")
-    names = [act_name(site, layer) for layer in layers for site in sites]
-    names += [act_name("resid_pre", 0), layer_streams(model)[-1], "ln_final.hook_scale"]
-    if has_pos:
-        names.append("hook_pos_embed")
-    _, cache = run_with_cache(model, tokens, names)
-    end = cache[layer_streams(model)[-1]][:, position][:, None]
+    n_layers = model.cfg.n_layers
+    last = layer_streams(model)[-1]
+    _, cache = run_with_cache(model, tokens, [*write_sites(model, n_layers, n_layers), last, "ln_final.hook_scale"])
+    end = cache[last][:, position][:, None]
     logits = model.unembed(model.ln_final(end))[0, 0].float()
     logit = logits[token] - logits.mean() if less_mean else logits[token]
     constant = constant_logit(model, token, less_mean)
@@ -286,44 +278,92 @@ def logit_parts(
         logit = logit - logits[versus]
         constant = constant - constant_logit(model, versus)
     direction = logit_direction(model, token, cache["ln_final.hook_scale"][0, position], less_mean, versus)
-    # what attention and the MLP write is multiplied by this, behind a norm of their own
-    of_attn = [direction * attn_gain(model, layer, cache["z", layer][0, position]) for layer in layers]
+    parts = parts_along(model, cache, position, direction, n_layers, n_layers)
+    return parts | {"constant": constant, "logit": logit}
 
+
+def has_neurons(model: nn.Module) -> bool:
+    """All MLPs have neurons of their own; a mixture of experts has each expert's."""
+    return all(hasattr(block.mlp, "W_out") for block in model.blocks)
+
+
+def adds_positions(model: nn.Module) -> bool:
+    """Positions enter the stream by an embedding of their own (GPT-2)."""
+    return hasattr(model, "W_pos") or hasattr(model, "pos_embed")
+
+
+def write_sites(model: nn.Module, n_attn: int, n_mlps: int) -> list[str]:
+    """The hooks that parts_along reads."""
+    names = [act_name("resid_pre", 0)]
+    if adds_positions(model):
+        names.append("hook_pos_embed")
+    names += [act_name(site, layer) for layer in range(n_attn) for site in ("v", "pattern", "z")]
+    names += [act_name("mlp_out", layer) for layer in range(n_mlps)]
+    if has_neurons(model):
+        names += [act_name("post", layer) for layer in range(n_mlps)]
+    return names
+
+
+def parts_along(
+    model: nn.Module, cache: dict[str, Tensor], position: int, direction: Tensor, n_attn: int, n_mlps: int
+) -> dict[str, Tensor]:
+    """
+    What each write gives the stream's product with direction (d_model), at one position, where the first n_attn layers'
+    attention and the first n_mlps layers' MLPs have written: the parts of logit_parts but for 'constant' and 'logit'.
+    cache: write_sites of a run of one row.
+    """
+    blocks = model.blocks
+    none = direction.new_zeros(0)
     start = cache["resid_pre", 0][0, position].float() @ direction
     positional = direction.new_zeros(())
-    if has_pos:
+    if adds_positions(model):
         positional = cache["hook_pos_embed"][0, position].float() @ direction
-    heads = [
-        einsum(
+
+    heads = []
+    attn_biases = []
+    for layer in range(n_attn):
+        # what attention and the MLP write is multiplied by this, behind a norm of their own
+        of_attn = direction * attn_gain(model, layer, cache["z", layer][0, position])
+        by_head = einsum(
             cache["pattern", layer][0, :, position].float(),
             per_head(cache["v", layer], model.cfg.n_heads)[0].float(),
-            blocks[layer].attn.W_O.float() @ of_attn[layer],
+            blocks[layer].attn.W_O.float() @ of_attn,
             "head source, source head d_head, head d_head -> head source",
         )
-        for layer in layers
-    ]
-    mlps = [cache["mlp_out", layer][0, position].float() @ direction for layer in layers]
+        heads.append(by_head)
+        attn_biases.append(linear_bias_logit(blocks[layer].attn.o, of_attn))
+
+    mlps = [cache["mlp_out", layer][0, position].float() @ direction for layer in range(n_mlps)]
     parts = {
         "embed": start - positional,
         "pos_embed": positional,
-        "heads": t.stack(heads),
-        "attn_bias": t.stack([linear_bias_logit(blocks[layer].attn.o, of_attn[layer]) for layer in layers]),
-        "mlp": t.stack(mlps),
-        "constant": constant,
-        "logit": logit,
+        "heads": t.stack(heads) if heads else none.view(0, model.cfg.n_heads, 0),
+        "attn_bias": t.stack(attn_biases) if heads else none,
+        "mlp": t.stack(mlps) if mlps else none,
     }
-    if has_neurons:
-        neurons = []
-        biases = []
-        for layer in layers:
-            activations = cache["post", layer][0, position]
-            of_mlp = direction * mlp_gain(model, layer, activations)
-            written_by_one = blocks[layer].mlp.W_out.float() @ of_mlp  # by a neuron whose activation is 1
-            neurons.append(activations.float() * written_by_one)
-            biases.append(linear_bias_logit(blocks[layer].mlp.out, of_mlp))
-        parts["neurons"] = t.stack(neurons)
-        parts["mlp_bias"] = t.stack(biases)
+    if not has_neurons(model):
+        return parts
+    neurons = []
+    mlp_biases = []
+    for layer in range(n_mlps):
+        activations = cache["post", layer][0, position]
+        of_mlp = direction * mlp_gain(model, layer, activations)
+        written_by_one = blocks[layer].mlp.W_out.float() @ of_mlp  # by a neuron whose activation is 1
+        neurons.append(activations.float() * written_by_one)
+        mlp_biases.append(linear_bias_logit(blocks[layer].mlp.out, of_mlp))
+    parts["neurons"] = t.stack(neurons) if neurons else none.view(0, 0)
+    parts["mlp_bias"] = t.stack(mlp_biases) if neurons else none
     return parts
+
+
+def about_norms(model: nn.Module) -> str:
+    """What is frozen where heads are told apart behind a norm that they share; nothing to say where there is none."""
+    if block_norms(model, 0).after_attn is None:
+        return ""
+    return (
+        "norms stand behind attention and MLPs: a head's write passes its norm with the scale that all heads together "
+        "give it in that run, which is frozen, so that the writes of heads add up"
+    )
 
 
 def attn_gain(model: nn.Module, layer: int, z: Tensor) -> Tensor | float:
@@ -349,14 +389,14 @@ def mlp_gain(model: nn.Module, layer: int, activations: Tensor) -> Tensor | floa
     return frozen_gain(norm, written if getattr(mlp.out, "bias", None) is None else written + mlp.out.bias)
 
 
-def parts_error(parts: dict[str, Tensor]) -> float:
-    """How far the parts miss the logit, and the neurons the MLPs, relative to max(1, |logit|)."""
+def parts_error(parts: dict[str, Tensor], whole: str = "logit") -> float:
+    """How far the parts miss the whole ('logit', 'pre'), and the neurons the MLPs, relative to max(1, |whole|)."""
     summed = sum(parts[name].sum() for name in ("embed", "pos_embed", "heads", "attn_bias", "mlp", "constant"))
-    miss = abs((summed - parts["logit"]).item())
-    if "neurons" in parts:
+    miss = abs((summed - parts[whole]).item())
+    if "neurons" in parts and len(parts["mlp"]):
         by_neuron = parts["neurons"].sum(1) + parts["mlp_bias"]
         miss = max(miss, (by_neuron - parts["mlp"]).abs().max().item())
-    return miss / max(1.0, abs(parts["logit"].item()))
+    return miss / max(1.0, abs(parts[whole].item()))
 
 
 #%% Logit attribution by layer alone, for any model whose stream can be read: each layer's write towards the answer
@@ -792,28 +832,246 @@ def roles_above(scores: dict[str, Tensor], bars: dict[str, float]) -> dict[str, 
     return roles
 
 
-#%% Neuron catalogue: where the strongest neurons fire, and which tokens they raise
+#%% Neuron catalogue: where neurons fire, and which tokens they raise
 @t.no_grad()
-def neuron_catalogue(model: nn.Module, rows: Tensor, layer: int, n: int = 4, contexts: int = 5) -> list[dict]:
+def neuron_catalogue(
+    model: nn.Module, rows: Tensor, layer: int, n: int = 4, contexts: int = 5, also: list[int] = ()
+) -> list[dict]:
     """
-    The n neurons of a layer with the largest peak activation x ||W_out||, each as
+    The n neurons of a layer with the largest peak |activation| x ||W_out||, and those asked for, each as
     'neuron': its index;
-    'peaks': [(activation, row, position)] in the `contexts` rows where it is strongest;
-    'effect' (d_vocab): on the logits, by the direct path (folded_W_U's weights, scale of the final norm left out).
+    'peaks': [(activation, row, position)] in the `contexts` rows where it is strongest, largest first;
+    'dips': the same where it is below zero by more than a tenth of its largest size (a gated neuron can be);
+    'activation' (row, pos), 'largest' of it in size, 'density': the share of tokens with more than a tenth of that;
+    'effect' (d_vocab): on the logits of an activation of 1, by the direct path (neuron_effect).
     """
-    _, cache = run_with_cache(model, rows, act_name("post", layer))
-    W_out = model.blocks[layer].mlp.W_out.float()
+    _, cache = run_with_cache(model, rows, act_name("post", layer), stop_at_layer=layer + 1)
+    post = cache["post", layer].float()  # row pos neuron
+    largest = post.abs().amax((0, 1))
+    strength = largest * model.blocks[layer].mlp.W_out.float().norm(dim=-1)
+    strongest = strength.topk(min(n, len(strength))).indices.tolist()
     unembedding = folded_W_U(model)
-    peak, position = cache["post", layer].float().max(1)  # row neuron
-    strength = peak.amax(0) * W_out.norm(dim=-1)
     found = []
-    for neuron in strength.topk(min(n, len(strength))).indices.tolist():
-        best_rows = peak[:, neuron].topk(min(contexts, len(rows))).indices.tolist()
-        peaks = [(peak[row, neuron].item(), row, position[row, neuron].item()) for row in best_rows]
-        effect = W_out[neuron] @ unembedding
-        effect = effect - effect.mean()  # softmax does not see the mean
-        found.append({"neuron": neuron, "peaks": peaks, "effect": effect.cpu()})
+    for neuron in dict.fromkeys([*also, *strongest]):
+        activation = post[:, :, neuron]  # row pos
+        threshold = largest[neuron] / 10
+        dips = [(-x, row, pos) for x, row, pos in peaks_by_row(-activation, contexts) if x > threshold]
+        found.append(
+            {
+                "neuron": neuron,
+                "peaks": peaks_by_row(activation, contexts),
+                "dips": dips,
+                "activation": activation.cpu(),
+                "largest": largest[neuron].item(),
+                "density": (activation.abs() > threshold).float().mean().item(),
+                "effect": neuron_effect(model, layer, neuron, unembedding).cpu(),
+            }
+        )
     return found
+
+
+def peaks_by_row(activation: Tensor, n: int) -> list[tuple[float, int, int]]:
+    """[(activation, row, position)] of activation (row, pos): the n rows with the largest, largest first."""
+    peak, position = activation.max(1)
+    rows = peak.topk(min(n, len(peak))).indices.tolist()
+    return [(peak[row].item(), row, position[row].item()) for row in rows]
+
+
+def write_weight(norm: nn.Module | None, like: Tensor) -> Tensor | float:
+    """(d_model): the weight of a norm behind attention or the MLP (Gemma 2), whose scale is left out; 1 without one."""
+    if norm is None:
+        return 1.0
+    return ask_norm(norm, like.shape[-1], like).weight
+
+
+def neuron_effect(model: nn.Module, layer: int, neuron: int, unembedding: Tensor) -> Tensor:
+    """
+    (d_vocab): what a neuron's W_out gives each logit, less the mean of all tokens, which softmax does not see.
+    unembedding: folded_W_U(model); the scales of the norms are left out.
+    """
+    mlp = model.blocks[layer].mlp
+    write = mlp.W_out[neuron].float() * write_weight(block_norms(model, layer).after_mlp, mlp.W_out)
+    effect = write @ unembedding
+    return effect - effect.mean()
+
+
+def sharpness(effect: Tensor) -> Tensor:
+    """(...): by how many standard deviations over tokens (..., d_vocab) the strongest, up or down, stands out."""
+    centred = effect - effect.mean(-1, keepdim=True)
+    return centred.abs().amax(-1) / centred.std(-1)
+
+
+def sharpness_null(matrix: Tensor, n: int = 200, seed: int = 0) -> float:
+    """95th percentile of the sharpness of n random directions through matrix (d_model, d_vocab): any has its top tokens."""
+    generator = t.Generator().manual_seed(seed)
+    directions = t.randn((n, len(matrix)), generator=generator).to(matrix.device)
+    return sharpness(directions @ matrix).quantile(0.95).item()
+
+
+#%% Neuron catalogue: what a neuron reads, by tokens and by what has written to the stream
+def neuron_readers(model: nn.Module, layer: int) -> dict[str, tuple[nn.Module, Tensor, str]]:
+    """
+    {'in': ...} or, where the MLP is gated, {'gate': ..., 'in': ...}: the linear map that neurons read by, its weights
+    (d_model, d_mlp), and the hook of what it gives. A gated neuron's activation is act(gate) x in.
+    """
+    mlp = model.blocks[layer].mlp
+    into = getattr(mlp, "inp", None) or getattr(mlp, "in")
+    if getattr(mlp, "W_gate", None) is None:
+        return {"in": (into, mlp.W_in, act_name("pre", layer))}
+    linear = f"blocks.{layer}.mlp.hook_pre_linear"
+    return {"gate": (mlp.gate, mlp.W_gate, act_name("pre", layer)), "in": (into, mlp.W_in, linear)}
+
+
+def embeddings_as_read(model: nn.Module, norm: nn.Module | None) -> Tensor:
+    """(d_model, token) in float32: each token's embedding by itself, through a block's norm."""
+    W_E = model.W_E
+    normed = W_E if norm is None else norm(W_E[None])[0]
+    return normed.float().T
+
+
+def tokens_read(model: nn.Module, layer: int, neuron: int, as_read: Tensor) -> dict[str, Tensor]:
+    """
+    {reader: (d_vocab)}: each token's embedding against the neuron's W_in (and W_gate), less the mean of all tokens.
+    as_read: embeddings_as_read of the norm before the layer's MLP.
+    """
+    found = {}
+    for reader, (_, W, _) in neuron_readers(model, layer).items():
+        read = W[:, neuron].float() @ as_read
+        found[reader] = (read - read.mean()).cpu()
+    return found
+
+
+def read_direction(norm: nn.Module | None, column: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    (direction (d_model), constant ()): what a column (d_model) of weights reads of norm(x) is x . direction + constant,
+    with the norm's scale frozen as it is at x (d_model).
+    """
+    column = column.float()
+    if norm is None:
+        return column, column.new_zeros(())
+    shape = ask_norm(norm, len(x), x)
+    direction = shape.weight * column
+    centred = x.float()
+    if shape.centres:
+        centred = centred - centred.mean()
+        direction = direction - direction.mean()
+    normed = norm(x[None, None])[0, 0].float() - shape.bias
+    scale = (shape.weight * centred).norm() / normed.norm()
+    return direction / scale, shape.bias @ column
+
+
+@t.no_grad()
+def neuron_parts(
+    model: nn.Module, tokens: Tensor, layer: int, neuron: int, position: int, reader: str = "in"
+) -> dict[str, Tensor]:
+    """
+    What a neuron reads ('in' or, of a gated one, 'gate') at one position of tokens (1, pos), and the parts that sum to
+    it: as logit_parts, of the layers that have written before, the scale of the norm before the MLP frozen;
+    'constant': what the biases of that norm and of the map give;
+    'pre' (): the model's own pre-activation.
+    Ours or a TransformerBridge; attention and MLP one after the other or side by side.
+    """
+    linear, W, hook = neuron_readers(model, layer)[reader]
+    serial = act_name("resid_mid", layer) in hook_points(model)
+    n_attn = layer + 1 if serial else layer
+    enters = act_name("resid_mid" if serial else "resid_pre", layer)
+    names = dict.fromkeys([*write_sites(model, n_attn, layer), enters, hook])
+    _, cache = run_with_cache(model, tokens, list(names), stop_at_layer=layer + 1)
+
+    norm = block_norms(model, layer).before_mlp
+    direction, constant = read_direction(norm, W[:, neuron], cache[enters][0, position])
+    bias = getattr(linear, "bias", None)
+    if bias is not None:
+        constant = constant + bias[neuron].float()
+    parts = parts_along(model, cache, position, direction, n_attn, layer)
+    return parts | {"constant": constant, "pre": cache[hook][0, position, neuron].float()}
+
+
+def without_sources(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """
+    The parts of neuron_parts or logit_parts with each head's sources and all biases together: 'embed', 'pos_embed',
+    'biases' and 'constant' (), 'heads' (layer, head), 'neurons' (layer, d_mlp) or, where there are none, 'mlp' (layer).
+    """
+    written = "neurons" if "neurons" in parts else "mlp"
+    biases = parts["attn_bias"].sum()
+    if "mlp_bias" in parts:
+        biases = biases + parts["mlp_bias"].sum()
+    return {
+        "embed": parts["embed"],
+        "pos_embed": parts["pos_embed"],
+        "heads": parts["heads"].sum(-1),
+        written: parts[written],
+        "biases": biases,
+        "constant": parts["constant"],
+    }
+
+
+def strongest_parts(parts: dict[str, Tensor], n: int) -> list[tuple[str, float]]:
+    """[(name, what it gives)] of the n largest in size: 'embed', 'L0H1', 'L0N17', 'L0 MLP' ...; parts: without_sources."""
+    letters = {"heads": "H", "neurons": "N"}
+    found = []
+    for kind, values in parts.items():
+        flat = values.flatten()
+        for i in flat.abs().topk(min(n, len(flat))).indices.tolist():
+            name = kind
+            if kind in letters:
+                layer, number = divmod(i, values.shape[1])
+                name = f"L{layer}{letters[kind]}{number}"
+            if kind == "mlp":
+                name = f"L{i} MLP"
+            found.append((name, flat[i].item()))
+    found.sort(key=lambda part: -abs(part[1]))
+    return found[:n]
+
+
+#%% What a head does in texts, and what its value-output map carries most of
+@t.no_grad()
+def head_looks(model: nn.Module, rows: Tensor, layer: int, n: int = 3) -> list[list[tuple[float, int, int, Tensor]]]:
+    """
+    Per head of a layer the n rows (row, pos) where it brings most from one earlier place, neither the first token's nor
+    the query's own, by norm (Kobayashi et al. 2020): [(||attention x value x W_O||, row, query, attention (query's keys))].
+    """
+    names = [act_name(site, layer) for site in ("v", "pattern")]
+    _, cache = run_with_cache(model, rows, names, stop_at_layer=layer + 1)
+    values = per_head(cache["v", layer], model.cfg.n_heads).float()
+    W_O = model.blocks[layer].attn.W_O.float()
+    size = einsum(values, W_O, "row key head d_head, head d_head d_model -> row head key d_model").norm(dim=-1)
+    pattern = cache["pattern", layer].float()
+    brought = pattern * size[:, :, None]
+    brought[..., 0] = 0
+    brought.diagonal(dim1=-2, dim2=-1).zero_()
+    n_keys = brought.shape[-1]
+    found = []
+    for head in range(model.cfg.n_heads):
+        looks = []
+        for x, row, place in peaks_by_row(brought[:, head].flatten(1), n):
+            query = place // n_keys
+            looks.append((x, row, query, pattern[row, head, query, : query + 1].cpu()))
+        found.append(looks)
+    return found
+
+
+@t.no_grad()
+def head_map(model: nn.Module, layer: int, head: int) -> tuple[Tensor, Tensor, float]:
+    """
+    (read (d_model), write (d_model), share): the first pair of singular directions of W_V W_O (Millidge & Black 2022)
+    and their share of its squared norm. What lies along read is written along write. The weights of the norm before are
+    folded in, of one behind too; scales are left out.
+    """
+    attn = model.blocks[layer].attn
+    norms = block_norms(model, layer)
+    W_V = attn.W_V[head // (model.cfg.n_heads // len(attn.W_V))].float()  # d_model d_head
+    W_O = attn.W_O[head].float()  # d_head d_model
+    if norms.before_attn is not None:
+        shape = ask_norm(norms.before_attn, len(W_V), attn.W_V)
+        W_V = shape.weight[:, None] * W_V
+        W_V = W_V - W_V.mean(0) if shape.centres else W_V
+    W_O = W_O * write_weight(norms.after_attn, attn.W_O)
+    q_read, r_read = t.linalg.qr(W_V)  # of d_head columns, so that no (d_model, d_model) is taken apart
+    q_write, r_write = t.linalg.qr(W_O.T)
+    u, s, vh = t.linalg.svd(r_read @ r_write.T)
+    share = (s[0] ** 2 / s.pow(2).sum()).item()
+    return q_read @ u[:, 0], q_write @ vh[0], share
 
 
 #%% Folding: norm weights go into the matrices that read, and what the norm removes is taken out of those that write

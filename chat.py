@@ -21,6 +21,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from plots import show
 from data import end_ids, text_of
@@ -148,6 +149,7 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     chat_tokens: Count = 200  # the longest answer
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
@@ -164,6 +166,7 @@ if __name__ == "__main__":
 
 #%% The model, and the gate: the last layer's lens is its own output
 if __name__ == "__main__":
+    cfg.model = on_base(cfg.model, cfg.base)
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
     print(f"{purple}=== {name}: {model.cfg.n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")

@@ -27,6 +27,7 @@ from utils import (
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from report import fill_page
 from plots import imshow, line, show, show_page, signed_log, signed_log_ticks
@@ -34,6 +35,7 @@ from hooks import has_qkv
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
+from anatomy import about_norms
 from interventions import (
     UNITS,
     Pairs,
@@ -91,6 +93,7 @@ from torch import Tensor
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = (
         "ioi"  # which prompts, each with an answer that is known (README: the world model)
@@ -126,6 +129,7 @@ device = pick_device(cfg.device)
 set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
+cfg.model = on_base(cfg.model, cfg.base)
 model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
 if not has_qkv(model):
     fail(
@@ -133,6 +137,8 @@ if not has_qkv(model):
         "compressed one) has none: patching.py takes it"
     )
 keep_freed_memory()
+if about_norms(model):
+    print(f"{gray}{about_norms(model)}{endc}")
 task, pairs, test_pairs = read_task(model, cfg)
 few = pairs.take(slice(0, None, max(1, len(pairs) // 16)))  # for what patches paths one by one
 graph = Graph(model)

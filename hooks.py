@@ -384,7 +384,7 @@ def block_norms(model: nn.Module, layer: int) -> BlockNorms:
 def norms_come_after(model: nn.Module) -> bool:
     """OLMo 2 has a norm behind attention and behind the MLP alone, by the names of those before. Asked once."""
     if not is_foreign(model):
-        return False
+        return getattr(model.cfg, "norms", "before") == "behind"
     if not hasattr(model, "has_norms_after"):
         called = []
         block = model.blocks[0]

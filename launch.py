@@ -229,7 +229,8 @@ def settings_key(cfg: object, axes: dict[str, list[str]], script: Path) -> str:
     return short_hash([fixed, sorted(axes), read, code])
 
 
-READS = ("data", "model", "models", "tokenizer", "others", "pairs", "sae")  # settings that may name files to read
+# settings that may name files to read
+READS = ("data", "model", "models", "base", "tokenizer", "others", "pairs", "sae")
 WRITES = ("out",)  # and files to write
 OWN_WORDS = ("stdlib", "world")  # texts that are not files, even where a file has this name
 WHOLE = 2**26  # bytes up to which a file is known by its content, above by size and time

@@ -1,6 +1,6 @@
 """
-The modern decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Llama, Mistral, Qwen2 and Qwen3 by
-switches, equal to Hugging Face's.
+The modern decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Llama, Mistral, Qwen2, Qwen3, OLMo 2 and
+Gemma 2 without its soft caps by switches, equal to Hugging Face's.
 """
 
 import dataclasses
@@ -82,6 +82,8 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False  # Qwen2
     o_bias: bool = False  # Llama with attention_bias
+    # of attention and MLP: before them (Llama), behind (OLMo 2, which writes what its norms let through), or both (Gemma 2)
+    norms: str = "before"
     qk_norm: str = "none"  # none, head (Qwen3: RMSNorm of each head's q and k) or full (OLMoE: over all heads at once)
     windows: tuple[int | None, ...] = ()  # by layer, the number of keys a query sees (Mistral); empty is all of them
     tied: bool = False  # the unembedding is the embedding
@@ -92,6 +94,8 @@ class LlamaConfig:
             fail(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.d_head % 2:
             fail(f"d_head {self.d_head} is odd: rotary positions turn pairs of dimensions")
+        if self.norms not in NORM_PARTS:
+            fail(f"norms {self.norms!r}: use one of {', '.join(NORM_PARTS)}")
         if self.windows and len(self.windows) != self.n_layers:
             fail(f"windows has {len(self.windows)} entries for {self.n_layers} layers")
 
@@ -233,8 +237,12 @@ class SwiGLU(nn.Module):
 class LlamaBlock(nn.Module):
     def __init__(self, cfg: LlamaConfig, layer: int, mlp: nn.Module):
         super().__init__()
+        self.norms = cfg.norms
         self.ln1 = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.ln2 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        if cfg.norms == "both":
+            self.ln1_post = RMSNorm(cfg.d_model, cfg.norm_eps)
+            self.ln2_post = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attn = GroupedQueryAttention(cfg, layer)
         self.mlp = mlp
         for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
@@ -242,12 +250,31 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = self.hook_resid_pre(x)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), cos, sin)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attention_write(x, cos, sin)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp_write(x)))
+
+    def attention_write(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.norms == "behind":
+            return self.ln1(self.attn(x, cos, sin))
+        written = self.attn(self.ln1(x), cos, sin)
+        return self.ln1_post(written) if self.norms == "both" else written
+
+    def mlp_write(self, x: Tensor) -> Tensor:
+        if self.norms == "behind":
+            return self.ln2(self.mlp(x))
+        written = self.mlp(self.ln2(x))
+        return self.ln2_post(written) if self.norms == "both" else written
 
 
 class Llama(nn.Module, Hooked):
-    architectures = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    architectures = (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Olmo2ForCausalLM",
+        "Gemma2ForCausalLM",
+    )
 
     def __init__(self, cfg: LlamaConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
@@ -362,11 +389,16 @@ class Llama(nn.Module, Hooked):
         tensors = self.state_dict()
         if self.cfg.tied:
             del tensors["unembed.weight"]
-        return {hf_name(name): x for name, x in tensors.items()}
+        if self.cfg.architecture.startswith("Gemma2"):
+            tensors = {name: unfold_gemma(name, x) for name, x in tensors.items()}
+        return {hf_name(name, self.cfg.norms): x for name, x in tensors.items()}
 
     def place(self, name: str, x: Tensor) -> dict[str, Tensor]:
         """Where a tensor of Hugging Face's files goes: {our name: tensor}."""
-        return {our_name(name): x}
+        ours = our_name(name, self.cfg.norms)
+        if self.cfg.architecture.startswith("Gemma2"):
+            x = fold_gemma(ours, x)
+        return {ours: x}
 
 
 #%% Hugging Face's words: the names of the tensors (each part of a name has one of ours), and config.json
@@ -386,20 +418,50 @@ PARTS = {
     "up_proj": "inp",
     "down_proj": "out",
 }
-THEIRS = {ours: theirs for theirs, ours in PARTS.items()}
-QK_NORMS = {"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "full"}
+NORM_PARTS = {  # names of norms mean other places where some stand behind
+    "before": {},
+    "behind": {"post_attention_layernorm": "ln1", "post_feedforward_layernorm": "ln2"},
+    "both": {
+        "post_attention_layernorm": "ln1_post",
+        "pre_feedforward_layernorm": "ln2",
+        "post_feedforward_layernorm": "ln2_post",
+    },
+}
+NORMS = {"Olmo2ForCausalLM": "behind", "Gemma2ForCausalLM": "both"}
+QK_NORMS = {
+    "Qwen3ForCausalLM": "head",
+    "Qwen3MoeForCausalLM": "head",
+    "OlmoeForCausalLM": "full",
+    "Olmo2ForCausalLM": "full",
+}
 
 
-def our_name(theirs: str) -> str:
+def our_name(theirs: str, norms: str = "before") -> str:
     """model.layers.0.self_attn.q_proj.weight -> blocks.0.attn.q.weight"""
+    names = PARTS | NORM_PARTS[norms]
     parts = theirs.removeprefix("model.").split(".")
-    return ".".join(PARTS.get(part, part) for part in parts)
+    return ".".join(names.get(part, part) for part in parts)
 
 
-def hf_name(ours: str) -> str:
+def hf_name(ours: str, norms: str = "before") -> str:
     """blocks.0.attn.q.weight -> model.layers.0.self_attn.q_proj.weight"""
-    theirs = ".".join(THEIRS.get(part, part) for part in ours.split("."))
+    names = {part: theirs for theirs, part in (PARTS | NORM_PARTS[norms]).items()}
+    theirs = ".".join(names.get(part, part) for part in ours.split("."))
     return theirs if ours.startswith("unembed") else f"model.{theirs}"
+
+
+def fold_gemma(ours: str, x: Tensor) -> Tensor:
+    """Gemma multiplies by 1 + a norm's weight, and its embedding by sqrt(d_model): here the tensors hold the product."""
+    if ours == "embed.weight":
+        return x * math.sqrt(x.shape[1])
+    return 1 + x if ".ln" in f".{ours}" else x
+
+
+def unfold_gemma(ours: str, x: Tensor) -> Tensor:
+    """The way back."""
+    if ours == "embed.weight":
+        return x / math.sqrt(x.shape[1])
+    return x - 1 if ".ln" in f".{ours}" else x
 
 
 SIZES = (
@@ -417,6 +479,16 @@ OWN_DEFAULTS = {  # fields whose default is another in each architecture: a wind
     "MixtralForCausalLM": ("sliding_window",),
     "Qwen3ForCausalLM": ("head_dim",),
     "Qwen3MoeForCausalLM": ("head_dim",),
+    "Gemma2ForCausalLM": (
+        "head_dim",
+        "query_pre_attn_scalar",
+        "hidden_activation",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "tie_word_embeddings",
+        "sliding_window",
+        "layer_types",
+    ),
 }
 
 
@@ -444,17 +516,30 @@ def refuse_unbuilt(hf: dict, architectures: tuple[str, ...]) -> None:
         fail(f"rope type {kind!r} of {name} is not built here (built: default, llama3)")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         fail(f"partial rotary positions of {name} are not built here")
+    if name.startswith("Gemma2"):
+        activation = hf.get("hidden_activation", "gelu_pytorch_tanh")
+        refuse_unbuilt_gemma(hf)
     if activation != "silu":
         fail(f"activation {activation!r} of {name} is not built here (built: silu)")
     if hf.get("mlp_bias"):
         fail(f"mlp_bias of {name} is not built here")
 
 
+def refuse_unbuilt_gemma(hf: dict) -> None:
+    """What is built is the shape of Gemma 2's block: norms on both sides, without the soft caps."""
+    if hf.get("attn_logit_softcapping", 50.0) or hf.get("final_logit_softcapping", 30.0):
+        fail("soft caps of Gemma2ForCausalLM are not built here")
+    if hf.get("query_pre_attn_scalar", 256) != hf.get("head_dim", 256):
+        fail("query_pre_attn_scalar of Gemma2ForCausalLM is built here where it is head_dim alone")
+    if hf.get("tie_word_embeddings", True):
+        fail("the tied embeddings of Gemma2ForCausalLM are not built here")
+
+
 def read_windows(hf: dict, name: str) -> tuple[int | None, ...]:
     """By layer, how many keys a query sees, None where it sees all; empty where all layers see all."""
     n_layers = hf["num_hidden_layers"]
     window = hf.get("sliding_window")
-    if not name.startswith("Qwen"):  # Mistral states one window for all layers
+    if not name.startswith(("Qwen", "Gemma2")):  # Mistral states one window for all layers
         return (window,) * n_layers if window else ()
     # Qwen states a window that only some layers use, and only when told to
     slides_from = hf.get("max_window_layers", n_layers) if hf.get("use_sliding_window") else n_layers
@@ -492,6 +577,7 @@ def read_llama_config(hf: dict, architectures: tuple[str, ...]) -> dict:
         "tied": hf.get("tie_word_embeddings", False),
         "qkv_bias": qkv_bias,
         "o_bias": o_bias,
+        "norms": NORMS.get(name, "before"),
         "qk_norm": QK_NORMS.get(name, "none"),
         "windows": read_windows(hf, name),
         "architecture": name,
@@ -519,7 +605,12 @@ def write_llama_config(cfg: LlamaConfig) -> dict:
         "rope_parameters": cfg.rope_scaling or {"rope_type": "default", "rope_theta": cfg.rope_base},
         "sliding_window": window,
     }
-    if cfg.architecture.startswith("Qwen"):
+    if cfg.architecture.startswith("Gemma2"):
+        del hf["hidden_act"]
+        hf |= {"hidden_activation": "silu", "query_pre_attn_scalar": cfg.d_head}
+        hf |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        hf["sliding_window"] = window or cfg.n_ctx  # it must be a number, also where no layer uses it
+    if cfg.architecture.startswith(("Qwen", "Gemma2")):
         windows = cfg.windows or [None] * cfg.n_layers
         hf["use_sliding_window"] = window is not None
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
@@ -538,6 +629,8 @@ class Config(TrainConfig):
     d_mlp: Count = 384  # neurons of an MLP
     vocab: Count = 3072  # size of the byte-level BPE trained on the text
     rope_base: Positive = 10000.0  # of the rotary positions: the longest wave is about 2 pi times this, in tokens
+    # Llama's norms stand before attention and MLP, OLMo 2's behind, Gemma 2's on both sides: the folder is then theirs
+    norms: Literal["before", "behind", "both"] = "before"
     bias: bool = (
         True  # on q, k, v and o: Llama's attention_bias (transformers reads a Qwen2 folder's tokenizer as Qwen's)
     )
@@ -556,6 +649,8 @@ class Config(TrainConfig):
     bos: bool | None = None  # put a beginning-of-text token first; default as that model's own tokenizer says
     prompt: str = "The capital of Japan is"  # a text to look at
 
+
+ARCHITECTURES = {"before": "LlamaForCausalLM", "behind": "Olmo2ForCausalLM", "both": "Gemma2ForCausalLM"}
 
 # --hpc: an A100 with 40 GB
 HPC = Config(
@@ -600,6 +695,8 @@ if __name__ == "__main__" and cfg.model:
 if __name__ == "__main__" and not cfg.model:
     print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
     corpus = load_world(cfg.vocab) if cfg.data == "world" else load_corpus(cfg.data, cfg.vocab)
+    # OLMo 2 and Gemma 2 have no biases; behind a norm they would write something else in every run, which no edge carries
+    with_bias = cfg.bias and cfg.norms == "before"
     shape = LlamaConfig(
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
@@ -610,8 +707,11 @@ if __name__ == "__main__" and not cfg.model:
         d_vocab=corpus.d_vocab,
         n_ctx=max(256, *cfg.contexts),
         rope_base=cfg.rope_base,
-        qkv_bias=cfg.bias,
-        o_bias=cfg.bias,
+        qkv_bias=with_bias,
+        o_bias=with_bias,
+        norms=cfg.norms,
+        qk_norm="full" if cfg.norms == "behind" else "none",
+        architecture=ARCHITECTURES[cfg.norms],
     )
     model = Llama(shape, corpus.tokenizer)
     model.init_weights(embed_std=0.2, unembed_std=0.5 / math.sqrt(cfg.d_model))

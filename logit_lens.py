@@ -23,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from plots import bar, imshow, label_tokens, line, plain, show
 from hooks import device_of, has_qkv, is_streamed
@@ -71,6 +72,7 @@ def says_layer(layer: float, n_layers: int) -> str:
 @dataclass
 class Config(LensConfig):
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     prompt: str = "Everyone knows that the capital of Japan is"  # a text to look at
     answer: str | None = None  # the token to follow after the prompt; default what the model says
@@ -96,6 +98,7 @@ if __name__ == "__main__":
 
 #%% The model, the prompt as it reads it, and the gate: the last layer's lens is the model's own output everywhere
 if __name__ == "__main__":
+    cfg.model = on_base(cfg.model, cfg.base)
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
     n_layers = model.cfg.n_layers

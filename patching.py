@@ -23,12 +23,14 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
+    on_base,
 )
 from plots import bar, imshow, label_tokens, line, show, show_attention
 from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed, run_with_cache
 from weights import about_bos, open_model, token_text
 from train import keep_freed_memory
 from launch import flags
+from anatomy import about_norms
 from world import corpus_for, judging_rows
 from interventions import (
     HEADS,
@@ -66,6 +68,7 @@ from tabulate import tabulate
 @dataclass
 class Config:
     model: str = "models/world"  # a hub name, a short name or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     task: Literal["ioi", "capitals", "induction", "greater_than", "agreement", "gender"] = (
         "ioi"  # which prompts, each with an answer that is known (README: the world model)
@@ -107,6 +110,7 @@ def attention_of(prompt: t.Tensor) -> t.Tensor:
     return t.cat([seen["pattern", layer][0].float().cpu() for layer in range(n_layers)])
 
 
+cfg.model = on_base(cfg.model, cfg.base)
 model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
 if not is_streamed(model):
@@ -175,6 +179,8 @@ if attributed:
             f"are left out{endc}"
         )
 if attributed:
+    if about_norms(model):
+        print(f"{gray}{about_norms(model)}{endc}")
     by_part = {"embed": parts["embed"]}
     for layer in range(n_layers):
         for head, written in zip(head_names(model, "z"), parts["heads"][:, layer].T):

@@ -394,6 +394,15 @@ def feature_page(entries: list[dict], title: str) -> str:
     return fill_page("features", title, entries)
 
 
+def catalogue_page(entries: list[dict], title: str) -> str:
+    """
+    Self-contained HTML to look heads and neurons up in: search, sort, and link to one as page.html#L3N117. Each entry is
+    {id, kind ('head' or 'neuron'), layer, number, named, size, lines: [[label, text]], contexts: [[label, words, shades
+    in percent, negative ones below zero]], links: [[label, [[id, text]]]]}.
+    """
+    return fill_page("catalogue", title, entries)
+
+
 def attention_page(
     tokens: list[str],
     patterns: Tensor,

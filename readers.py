@@ -27,6 +27,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     write_aside,
     yellow,
+    on_base,
 )
 from plots import bar, imshow, line, show
 from hooks import device_of, in_batches, run_from, run_with_cache
@@ -614,6 +615,7 @@ def over_models(studies: list[dict], task: str, place: str, layer: int) -> dict[
 @dataclass
 class Config:
     model: str = "models/world"  # a model that learned the world
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     models: tuple[str, ...] = ()  # benchmark these one after the other, skip what is finished, and show their spread
     tuned_steps: Count = 200  # of the tuned lens, 16 x 64 tokens each
     jacobian_rows: Count = 16  # of 64 tokens, over which the Jacobian lens is a mean
@@ -636,6 +638,7 @@ if __name__ == "__main__":
 
 #%% Several models, as the world's seeds (--models): each benchmarked unless it is finished, then the spread over them
 if __name__ == "__main__" and cfg.models:
+    cfg.models = tuple(on_base(name, cfg.base) for name in cfg.models)
     for name in cfg.models:
         find_model(name)  # before minutes are spent on the first
     studies = []
@@ -661,6 +664,7 @@ if __name__ == "__main__" and cfg.models:
 
 #%% The model, its lenses, and the gates: the last lens is the model's own output, a patchscope into itself moves nothing
 if __name__ == "__main__":
+    cfg.model = on_base(cfg.model, cfg.base)
     model = open_world_model(cfg.model, cfg)
     n_layers = model.cfg.n_layers
     if not 0 <= cfg.layer < n_layers:

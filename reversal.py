@@ -29,6 +29,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     tec,
     write_aside,
     yellow,
+    on_base,
 )
 from plots import bar, line, show, visible
 from weights import about_bos, encode, model_key, open_model
@@ -572,6 +573,7 @@ def comparison_figure(studies: list[dict]) -> go.Figure:
 @dataclass
 class Config(LensConfig):
     model: str = "models/world"  # a hub name, a short name (gpt2-small, pythia-70m) or a folder
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     models: tuple[str, ...] = ()  # analyse these one after the other, skip what is finished, and compare them
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
@@ -598,6 +600,7 @@ if __name__ == "__main__":
 
 #%% Model against model (--models): each analysed unless it is finished, then all in one table
 if __name__ == "__main__" and cfg.models:
+    cfg.models = tuple(on_base(name, cfg.base) for name in cfg.models)
     for name in cfg.models:
         find_model(name)  # before hours are spent on the first
     studies = []
@@ -622,6 +625,7 @@ if __name__ == "__main__" and cfg.models:
 
 #%% All questions to one model: capitals forward and reversed, with and without filler, each beside a control country
 if __name__ == "__main__":
+    cfg.model = on_base(cfg.model, cfg.base)
     model = open_model(cfg.model, (Llama,), cfg.device, cfg.dtype, cfg.offload, bos=cfg.bos)
     name = slug(find_model(cfg.model))
     about = f"{model.cfg.n_layers} layers, {cfg.lens} lens, norm {cfg.norm}; {about_bos(model)}"

@@ -23,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     full_name,
     gray,
     load_model,
+    on_base,
     set_seed,
     write_aside,
     yellow,
@@ -204,6 +205,7 @@ class SAEConfig:
     """
 
     model: str | None = None  # a hub name or a folder; default models/world, or what the SAE's metadata names
+    base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
     sae: str | None = None  # a local folder with a SAE, instead of training one
     release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb
     sae_id: str = ""  # and its SAE, as blocks.8.hook_resid_pre
@@ -722,6 +724,8 @@ def open_subject(cfg: SAEConfig, ours: tuple[type, ...], device: str) -> Subject
     load_model.
     """
     refuse_settings(cfg)
+    if cfg.base:
+        cfg.model = on_base(cfg.model or "models/world", cfg.base)
     if cfg.sae or cfg.release:
         sae = open_folder(cfg.sae, device) if cfg.sae else open_release(cfg.release, cfg.sae_id, device)
         hook_for(sae, cfg.hook)

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -267,6 +268,63 @@ def model_folder(name: str | Path, files: Iterable[str] = (*TOKENIZER_FILES, "*.
         fail(f"cannot load {name!r}: {said_by_the_hub(error)}")
 
 
+def on_base(name: str, base: str | None) -> str:
+    """
+    Where weights lie alone (--model), a folder of links to them and to the config and tokenizer of a base (--base), so
+    that they open, and name what is computed from them, as any folder does. Without a base the name itself.
+    """
+    if base is None:
+        return name
+    weights = find_weights(name)
+    settings_from = model_folder(base, TOKENIZER_FILES)
+    read_config(str(settings_from))
+    if weights[0].with_name("config.json").resolve() == (settings_from / "config.json").resolve():
+        return name  # they lie on it already
+    links = {file.name: file for file in weights}
+    for pattern in TOKENIZER_FILES:
+        for file in settings_from.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                links[file.name] = file
+    if len(weights) == 1:
+        links["model.safetensors"] = links.pop(weights[0].name)
+
+    both = f"{weights[0].absolute()} on {settings_from.absolute()}"
+    digest = hashlib.sha256(both.encode()).hexdigest()[:8]
+    short = Path(name).name.removesuffix(".safetensors")
+    folder = Path("checkpoints/on_base") / digest / f"{short}-on-{Path(base).name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        if old.name not in links and not old.name.startswith("."):
+            old.unlink()
+    for link, file in links.items():
+        make_link(folder / link, file)
+    return str(folder)
+
+
+def find_weights(name: str) -> list[Path]:
+    """The safetensors of a file, a folder or a hub model, and the index of shards where there is one."""
+    file = Path(name).expanduser()
+    if file.is_file() and file.suffix == ".safetensors":
+        return [file]
+    folder = model_folder(name)
+    if (folder / "adapter_config.json").exists():
+        fail(f"{name} holds a PEFT adapter and no weights of a model: merge it first (model.merge_and_unload())")
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if not shards:
+        fail(f"no *.safetensors in {name}: save the weights there with safetensors.torch.save_file(state_dict, ...)")
+    if len(shards) > 1 and not index.is_file():
+        fail(f"{name} holds {len(shards)} safetensors files and no index that says which are the model's")
+    return [*shards, index] if len(shards) > 1 else shards
+
+
+def make_link(link: Path, file: Path) -> None:
+    """link points to the file, at no moment to nothing."""
+    if link.is_symlink() and link.resolve() == file.resolve():
+        return
+    write_aside(link, lambda aside: aside.symlink_to(file.absolute()))
+
+
 def read_json(path: Path) -> dict:
     """What a JSON file of a model's folder says; nothing where there is no such file."""
     if not path.is_file():
@@ -328,15 +386,15 @@ def load_model(
     A hooked model in eval mode with .cfg, .tokenizer and .folder, from a hub name, a short name or a folder.
     ours: classes with `architectures`, `read_config(config)` and `from_folder(folder, device, dtype)`; one that takes the
     architecture is used (torch only, seconds), else TransformerBridge (imports transformer_lens, 10 s).
-    base: architecture and tokenizer to put the weights of name (or hf_model) on.
+    base: architecture and tokenizer to put the weights of name (or hf_model) on, see on_base.
     """
     device = pick_device(device)
     torch_dtype = pick_dtype(device, dtype)
-    folder = model_folder(name)
+    folder = model_folder(on_base(name, base)) if hf_model is None else model_folder(base or name)
     config = read_config(str(folder))
     refuse_foreign(folder, config)
     architecture = (config.get("architectures") or ["unknown"])[0]
-    if base is None and hf_model is None:
+    if hf_model is None:
         for own in ours:
             if architecture in own.architectures and builds(own, config):
                 model = own.from_folder(str(folder), device=device, dtype=torch_dtype).eval()
@@ -351,9 +409,8 @@ def load_model(
         hf_model = read_hf_model(folder, torch_dtype)
     elif "peft" in type(hf_model).__module__ or hasattr(hf_model, "peft_config"):
         fail("hf_model holds an adapter, which would be ignored: hand over hf_model.merge_and_unload()")
-    source = model_folder(base) if base else folder
-    model = open_bridge(str(source), hf_model, device, torch_dtype)
-    model.folder = source
+    model = open_bridge(str(folder), hf_model, device, torch_dtype)
+    model.folder = folder
     model.cfg.n_ctx = context_length(hf_model.config)
     model.register_forward_pre_hook(refuse_unreadable)
     return model
@@ -415,6 +472,7 @@ def read_hf_model(folder: Path, dtype: t.dtype) -> nn.Module:
             dtype=dtype,
             attn_implementation="eager",  # what the bridge computes by
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"transformers cannot open {folder} as a causal language model: {str(error).strip().splitlines()[0]}")

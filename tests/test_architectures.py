@@ -1,6 +1,7 @@
 """Every architecture works or is refused in one line that says what works instead; README's table says which."""
 
 import contextlib
+import dataclasses
 import io
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch.nn as nn
 from architectures import ARCHITECTURES, make_architecture
 from conftest import ROOT, relative_error
 
-from anatomy import final_norm, logit_parts, parts_error
+from anatomy import about_norms, final_norm, logit_parts, parts_error
+from data import load_tokenizer
 from graph import Graph, edge_patch, write_differences
 from hooks import act_name, has_heads, has_qkv, hook_points
 from interventions import Pairs, activation_patch, baselines, draw_pairs, missed_gates, sweep, sweep_gates
 from lens import Lens, logit_lens, require_exact_lens
-from llama_block import Llama
+from llama_block import Llama, LlamaConfig
 from parts import norm_kind, read_legend
 from weights import open_model
 
@@ -156,6 +158,34 @@ def test_the_table_names_every_architecture():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_does_what_the_table_says(name, tmp_path):
     assert measure(name, tmp_path) == in_readme()[name]
+
+
+@pytest.mark.parametrize("norms", ["behind", "both"])
+def test_our_own_norms_behind_have_circuits_and_the_bridges_edges(norms, tmp_path):
+    """llama_block.py --norms: the gates of circuits.py hold, and every edge is worth what it is in TransformerLens."""
+    t.manual_seed(0)
+    architecture = {"behind": "Olmo2ForCausalLM", "both": "Gemma2ForCausalLM"}[norms]
+    shape = LlamaConfig(2, 4, 2, 32, 8, 64, d_vocab=3072, n_ctx=128, norms=norms, architecture=architecture)
+    shape = dataclasses.replace(shape, qk_norm="full" if norms == "behind" else "none")
+    model = Llama(shape, load_tokenizer(ROOT / "models/world"))
+    with t.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * t.randn(p.shape))
+    model.to_hf(tmp_path)
+    ours = open_model(str(tmp_path), (Llama,), "cpu").requires_grad_(False)
+    bridge = open_model(str(tmp_path), (), "cpu").requires_grad_(False)
+    assert isinstance(ours, Llama) and not isinstance(bridge, Llama)
+    pairs = draw_pairs(ours, "ioi", 3, 0)
+    assert has_circuits(ours, pairs) and takes_a_logit_apart(ours)
+    graph = Graph(ours)
+    edges = [t.zeros_like(graph.is_edge) for _ in range(6)]
+    for edge, place in zip(edges, graph.is_edge.nonzero()[:: len(graph.is_edge.nonzero()) // 6]):
+        edge[tuple(place)] = True
+    mine = edge_patch(ours, graph, pairs, t.stack(edges))
+    theirs = edge_patch(bridge, Graph(bridge), pairs, t.stack(edges))
+    t.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+    assert "frozen" in about_norms(ours) and about_norms(bridge) == about_norms(ours)
+    assert about_norms(open_model(str(ROOT / "models/world"), (Llama,), "cpu")) == ""
 
 
 def test_a_lens_without_the_final_norm_is_no_gate(tmp_path):

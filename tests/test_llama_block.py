@@ -39,6 +39,17 @@ VARIANTS = {
     "Llama tied": dict(tie_word_embeddings=True),
     "Llama biased": dict(attention_bias=True),
     "Qwen2 windowed": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "Olmo2ForCausalLM": {},
+    "Gemma2ForCausalLM": dict(
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        hidden_activation="silu",
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        sliding_window=5,
+    ),
 }
 TOKENS = t.randint(1, 250, (2, 20), generator=t.Generator().manual_seed(0))
 
@@ -69,18 +80,20 @@ def test_both_directions_round_trip(variant, tmp_path):
     saved = again.state_dict()
     wanted = hf.state_dict()
     assert set(saved) == set(wanted)
-    assert all(t.equal(saved[name], x) for name, x in wanted.items())
+    rounding = 1e-6 if variant.startswith("Gemma2") else 0.0  # its norms and embedding are folded
+    for name, x in wanted.items():
+        t.testing.assert_close(saved[name], x, atol=rounding, rtol=0)
     assert relative_error(again(TOKENS).logits, hf(TOKENS).logits) <= 1e-6
 
     back = Llama.from_folder(str(tmp_path / "a"))
-    t.testing.assert_close(back(TOKENS), ours(TOKENS), atol=0, rtol=0)
+    t.testing.assert_close(back(TOKENS), ours(TOKENS), atol=20 * rounding, rtol=0)
     assert back.cfg == ours.cfg
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("a b")["input_ids"][0] == 0
     save_folder(hf, tmp_path / "b")
     t.testing.assert_close(Llama.from_folder(str(tmp_path / "b"))(TOKENS), ours(TOKENS), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.endswith("ForCausalLM")])
 @t.no_grad()
 def test_every_same_named_hook_equals_the_bridge(variant, tmp_path):
     hf = make_hf(variant)

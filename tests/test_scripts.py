@@ -34,6 +34,7 @@ FLAGS = {
     "--no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
     "steering": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 "
     "--architecture topk --min-recovered 0.1 --max-fvu 0.9",
+    "catalogue": "--neurons 2 --neuron 3.117 --rows 24 --shuffles 100",
 }
 # what was trained, opened by the same script, and the number that must come out again
 AGAIN = {
@@ -61,6 +62,7 @@ FIGURES = {
     "das": "accuracy best rank",
     "sae_probe": "density decoder_cosine probes layers features",
     "steering": "steering attribution",
+    "catalogue": "heads written_by catalogue",
 }
 
 
@@ -215,6 +217,14 @@ def check_steering(n: dict, said: str, folder: Path) -> None:
     assert n["steering_effect"] > n["steering_effect_random"]
 
 
+def check_catalogue(n: dict, said: str, folder: Path) -> None:
+    """The parts of what neurons read sum to it; the induction head is named; the neuron that was asked for is there."""
+    assert n["pre_activation_error"] < 1e-4 and n["neurons"] == 2 * 4 + 1
+    assert "induction" in n["roles"]["L3H0"] and 0 <= n["neurons_above_null"] <= 9
+    page = (folder / "figs/catalogue/catalogue.html").read_text()
+    assert page.count('"kind":"head"') == 16 and '"id":"L3N117"' in page and "=== L3N117 ===" in said
+
+
 CHECKS = {
     "zero_layer": check_zero_layer,
     "attn_only": check_attn_only,
@@ -230,6 +240,7 @@ CHECKS = {
     "das": check_das,
     "sae_probe": check_sae_probe,
     "steering": check_steering,
+    "catalogue": check_catalogue,
 }
 
 
