@@ -179,7 +179,7 @@ def test_a_script_names_the_parts_of_a_model_that_is_not_its_kind(script, name, 
     assert len(numbers["head_norms"]["W_Q"]) == 2 and len(numbers["head_norms"]["W_Q"][0]) == 4
     assert len(numbers["write_norms"]) == len(numbers["writes"]) > 4
     figures = {page.stem for page in (tmp_path / f"figs/{script}").glob("*.html")}
-    assert figures == {"weight_norms", "stream", "stream_effects", "stream_cosines"}
+    assert figures == {"weight_norms", "stream", "stream_effects", "stream_cosines", "index"}
 
 
 def test_an_encoder_is_refused_in_one_line(run, tmp_path):
