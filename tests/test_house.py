@@ -22,6 +22,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "anatomy",
     "world",
     "lens",
+    "study",
     "interventions",
     "graph",
     "sae",
