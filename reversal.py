@@ -30,7 +30,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
-from plots import bar, line, show, visible
+from plots import bar, imshow, line, show, visible
 from weights import about_bos, encode, model_key, open_model
 from launch import flags
 from world import FACTS, Prompt, fact_prompts, read_countries
@@ -51,12 +51,16 @@ from lens import (
 )
 from study import (
     ENOUGH,
+    FAILS,
+    HOLDS,
     PATTERN_HEADERS,
+    PATTERNS,
+    UNTOLD,
     anomalies,
     anomaly_section,
+    excerpt,
     filled_prompt,
     interval,
-    layer_excerpt,
     models_section,
     over_models,
     pattern_rows,
@@ -64,6 +68,7 @@ from study import (
     patterns,
     refuse_evaluation,
     says,
+    says_finding,
     table_paths,
     write_evaluation,
     write_tables,
@@ -470,7 +475,7 @@ def report(study: dict) -> str:
         f"{study['n_questions']} questions ({study['n_left_out']} left out, whose answers cannot be told apart) about "
         f"{study['n_countries']} countries, {study['n_layers']} layers, "
         f"lens: {study['lens']}, norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. "
-        "Means with 95% intervals, bootstrap over countries."
+        "Means over countries, each the mean of its questions, with 95% intervals of a bootstrap over countries."
     )
     form_rows = []
     for form, x in study["forms"].items():
@@ -492,6 +497,7 @@ def report(study: dict) -> str:
 
 
 #%% Model against model, from their files
+SIGNS = {HOLDS: 1, UNTOLD: 0, FAILS: -1}
 PUBLISHED = {  # where the answer is top-1 in the original study
     "meta-llama-3-8b": "25 of 32",
     "mistral-7b-v0.1": "25 of 32",
@@ -542,7 +548,7 @@ def compare(studies: list[dict]) -> str:
 #%% A language model's evaluation of what was written (--evaluate)
 def evaluate_model(study: dict, cfg: "Config") -> None:
     path = TABLES / f"{study['model']}.json"
-    prompt = filled_prompt("evaluate_model", model=study["model"], report=report(study), layers=layer_excerpt(path))
+    prompt = filled_prompt("evaluate_model", model=study["model"], report=report(study), **excerpt(path))
     written = write_evaluation(TABLES / study["model"], prompt, cfg.endpoint, cfg.evaluator)
     print(f"{gray}for a language model, and by it: {', '.join(map(str, written))}{endc}")
 
@@ -579,6 +585,23 @@ def comparison_figure(studies: list[dict]) -> go.Figure:
             hovertemplate=f"{study['model']}<br>depth %{{x:.2f}}<br>top-1 in %{{y:.1%}}<extra></extra>",
         )
     return fig
+
+
+def pattern_figure(studies: list[dict]) -> go.Figure:
+    """Each pattern's verdict in each model, with its statistic in the cell."""
+    found = [study["patterns"] for study in studies]
+    verdicts = np.array([[SIGNS[x[pattern]["verdict"]] for pattern in PATTERNS] for x in found])
+    fig = imshow(
+        verdicts,
+        f"Which patterns of larger models hold (1), do not (-1), cannot be told (0), in {len(studies)} models",
+        xlabel="pattern",
+        ylabel="model",
+        x=list(PATTERNS),
+        y=[study["model"] for study in studies],
+        value="verdict",
+    )
+    cells = [[says_finding(x[pattern]) for pattern in PATTERNS] for x in found]
+    return fig.update_traces(text=cells, texttemplate="%{text}", zmin=-1, zmax=1)
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here
@@ -633,8 +656,9 @@ if __name__ == "__main__" and cfg.models:
     rows = []
     for pattern, x in patterns_of_models.items():
         rows.append([pattern, x["n_told"], says(x["share"], percent=True), *map(", ".join, x["models"].values())])
-    headers = ["pattern", "models that can tell", "holds in [95%, Wilson]", *x["models"]]
+    headers = ["pattern", "models that can tell", "holds in [95%, Wilson]", HOLDS, FAILS, UNTOLD]
     print(cyan + tabulate(rows, headers=headers) + endc)
+    show(pattern_figure(studies), "reversal/patterns")
 
 #%% ... how their answers settle over the depth; and that conclusion
 if __name__ == "__main__" and cfg.models:

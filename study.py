@@ -71,8 +71,10 @@ def layer_table(found: dict[str, Tensor], texts: dict[int, str]) -> pd.DataFrame
     """
     A row per question and layer (blocks passed): rank of the token that tells the answer from its control's (1 is top),
     probability of the whole answer, entropy, KL of the final distribution (nats), cosine with the last stream, and the
-    k likeliest tokens at that token's place with their probabilities.
+    k likeliest tokens at that token's place with their probabilities. Tokens as JSON writes them (a line break is
+    \\n), so that a row is a line; read with keep_default_na=False, for a token may be 'null'.
     """
+    written = {i: json.dumps(text, ensure_ascii=False)[1:-1] for i, text in texts.items()}
     n_points, n_questions, k = found["ids"].shape
     columns = {
         "question": np.repeat(np.arange(n_questions), n_points),
@@ -83,7 +85,7 @@ def layer_table(found: dict[str, Tensor], texts: dict[int, str]) -> pd.DataFrame
     for name in ("entropy", "kl", "cosine"):
         columns[name] = found[name].T.flatten().numpy()
     for place in range(k):
-        columns[f"token_{place + 1}"] = [texts[i] for i in found["ids"][:, :, place].T.flatten().tolist()]
+        columns[f"token_{place + 1}"] = [written[i] for i in found["ids"][:, :, place].T.flatten().tolist()]
         columns[f"p_{place + 1}"] = found["logp"][:, :, place].T.flatten().exp().numpy()
     return pd.DataFrame(columns)
 
@@ -112,7 +114,8 @@ PATTERNS = {
     ),
     "category first": (
         "of the questions that settle, in more than half a word for the answer's category (capital, city; country, "
-        "nation) is in the top-k at a layer before, and in more than name the other direction's category"
+        "nation) is in the top-k at a layer before, and in more than name the other direction's category (the "
+        "embedding, which has read no more than the last token, does not count)"
     ),
     "early punctuation": (
         "the share of layers at which the top-1 is punctuation is larger in the first half than in the second, by more "
@@ -184,11 +187,13 @@ def category_first(fair: pd.DataFrame, found: dict[str, Tensor], texts: dict[int
         share = len(settled) / max(1, len(fair))
         return finding([np.nan] * 3, settled, UNTOLD, f"{share:.1%} of the answers settle")
     other = {"forward": CATEGORIES["reverse"], "reverse": CATEGORIES["forward"]}
+    named_own = []
     named_other = []
     for row in settled.itertuples():
-        before = found["ids"][: int(row.semantic), row.Index].tolist()
-        named_other.append(any(names_category([texts[i] for i in top], other[row.task]) for top in before))
-    settled = settled.assign(own=settled.category.notna(), other=named_other)
+        before = [[texts[i] for i in top] for top in found["ids"][1 : int(row.semantic), row.Index].tolist()]
+        named_own.append(any(names_category(top, CATEGORIES[row.task]) for top in before))
+        named_other.append(any(names_category(top, other[row.task]) for top in before))
+    settled = settled.assign(own=named_own, other=named_other)
     own = interval(settled, "own", draws)
     settled["more"] = settled.own.astype(float) - settled.other.astype(float)
     more = interval(settled, "more", draws)
@@ -231,27 +236,29 @@ def reversal_asymmetry(plain: pd.DataFrame, known: bool, draws: int) -> dict:
 
 
 def sensitivity_to_form(fair: pd.DataFrame, draws: int) -> dict:
-    """Chosen on one half and measured on the other: what was chosen as best looks better than it is."""
+    """
+    Chosen on every second country, measured on the others: what was chosen as best looks better than it is. (Taking
+    turns would use all countries twice, and its interval would be too narrow.)
+    """
     differences = []
     chosen = []
     for _, rows in fair.groupby("task"):
         by_form = rows.pivot_table(index="country", columns="form", values="recall")  # (country, form)
-        odd = np.arange(len(by_form)) % 2 == 1
-        for measured, other in ((by_form[odd], by_form[~odd]), (by_form[~odd], by_form[odd])):
-            best, worst = other.mean().idxmax(), other.mean().idxmin()
-            chosen.append((best, worst))
-            differences.append((measured[best] - measured[worst]).rename("difference").reset_index())
+        choosing = by_form.iloc[::2].mean()
+        best, worst = choosing.idxmax(), choosing.idxmin()
+        measured = by_form.iloc[1::2]
+        differences.append((measured[best] - measured[worst]).rename("difference").reset_index())
+        chosen.append("all alike" if best == worst else f"best {best!r}, worst {worst!r}")
     of_countries = pd.concat(differences)
-    best_recall = fair.groupby("form").recall.mean().max()
     difference = interval(of_countries, "difference", draws)
     verdict = above(difference, 0.1)
-    best, worst = chosen[0]
-    why = f"best {best!r}, worst {worst!r}"
+    why = "; ".join(dict.fromkeys(chosen))
+    best_recall = fair.groupby("form").recall.mean().max()
     if fair.form.nunique() <= fair.task.nunique():
         verdict, why = UNTOLD, "one phrasing per direction"
     elif best_recall < ENOUGH:
         verdict, why = UNTOLD, f"recall is {best_recall:.1%} in the best phrasing"
-    return finding(difference, fair, verdict, why)
+    return finding(difference, of_countries, verdict, why)
 
 
 def patterns(
@@ -338,10 +345,11 @@ def anomaly_section(study: dict) -> str:
     lines = ["## Anomalies\n"]
     for rule, x in study["odd"].items():
         n_odd, n = x["n"]
-        lines.append(f"- **{rule}** ({ODD[rule]}): {n_odd} of {n} questions, {says(x['share'], percent=True)}.")
+        share = says(x["share"], percent=True)
+        lines.append(f"- **{rule}** ({ODD[rule]}): {n_odd} of {n} questions, over countries {share}.")
         if n_odd:
-            form, share = x["most"]
-            lines[-1] += f" Most often in {form!r} ({share:.1%})."
+            form, of_form = x["most"]
+            lines[-1] += f" Most often in {form!r} ({of_form:.1%})."
         for example in x["examples"]:
             question = f"question {example['question']}, {example['text']!r}, answer {example['said']!r}"
             lines.append(f"  - {question}: {example['top']}")
@@ -397,12 +405,16 @@ KEY = "EVALUATOR_API_KEY"
 EXCERPT = 12  # questions whose layers stand in a prompt
 
 
-def layer_excerpt(path: Path) -> str:
-    """Of the table of layers beside results/reversal/<model>.json, some questions spread over it, as it stands there."""
-    layers = pd.read_csv(table_paths(path)["layers"], dtype=str, keep_default_na=False)
-    questions = layers.question.unique()
-    some = questions[:: max(1, len(questions) // EXCERPT)][:EXCERPT]
-    return layers[layers.question.isin(some)].to_csv(index=False)
+def excerpt(path: Path) -> dict[str, str]:
+    """Of the tables of results/reversal/<model>.json, some questions drawn from all, as they stand there."""
+    tables = {}
+    for name, place in table_paths(path).items():
+        tables[name] = pd.read_csv(place, dtype=str, keep_default_na=False)
+    n = len(tables["questions"])
+    drawn = np.sort(np.random.default_rng(0).permutation(n)[:EXCERPT]).astype(str)
+    shown = {name: table[table.question.isin(drawn)] for name, table in tables.items()}
+    shown["questions"] = shown["questions"].drop(columns=["ids", "answer", "country"])
+    return {name: table.to_csv(index=False) for name, table in shown.items()}
 
 
 def filled_prompt(name: str, **texts: str) -> str:
