@@ -601,7 +601,9 @@ def pattern_figure(studies: list[dict]) -> go.Figure:
         value="verdict",
     )
     cells = [[says_finding(x[pattern]) for pattern in PATTERNS] for x in found]
-    return fig.update_traces(text=cells, texttemplate="%{text}", zmin=-1, zmax=1)
+    fig.update_traces(text=cells, texttemplate="%{text}")
+    fig.update_layout(coloraxis={"cmin": -1, "cmax": 1, "colorbar": {"tickvals": [-1, 0, 1]}})
+    return fig.update_layout(height=max(250, 180 + 60 * len(studies)))
 
 
 #%% Settings: the shell sets them by flags, a notebook edits them here

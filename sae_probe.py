@@ -118,12 +118,12 @@ if __name__ == "__main__":
         print(f"{cyan}at the last of {len(l0_by_step)} steps: {last}, L0 {l0_by_step[-1]:.1f}{endc}")
         fig = line(
             {**losses, "L0 (features per row)": l0_by_step},
-            title=f"Loss of the own objective falls as features become few ({subject.about}; rows of norm sqrt(d_in))",
+            title=f"What training made small, step by step ({subject.about}; rows of norm sqrt(d_in))",
             xlabel="step",
             ylabel="loss per row; features per row",
             dashed=["L0 (features per row)"],
         )
-        fig.update_yaxes(type="log")
+        fig.update_yaxes(type="log", dtick="D2")
         show(fig, "sae_probe/losses")
         numbers["losses"] = losses
 

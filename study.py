@@ -201,8 +201,13 @@ def category_first(fair: pd.DataFrame, found: dict[str, Tensor], texts: dict[int
     verdict = HOLDS if verdicts == {HOLDS} else UNTOLD
     if FAILS in verdicts:
         verdict = FAILS
+    settled["anywhere"] = settled.category.notna()
     control = interval(settled, "other", draws)
-    return finding(own, settled, verdict, f"the other direction's words: {says(control, percent=True)}")
+    anywhere = interval(settled, "anywhere", draws)
+    why = (
+        f"the other direction's words {says(control, percent=True)}; with the embedding {says(anywhere, percent=True)}"
+    )
+    return finding(own, settled, verdict, why) | {"with_embedding": anywhere}
 
 
 def early_punctuation(fair: pd.DataFrame, found: dict[str, Tensor], texts: dict[int, str], draws: int) -> dict:
@@ -242,15 +247,16 @@ def sensitivity_to_form(fair: pd.DataFrame, draws: int) -> dict:
     """
     differences = []
     chosen = []
+    asked = []
     for _, rows in fair.groupby("task"):
         by_form = rows.pivot_table(index="country", columns="form", values="recall")  # (country, form)
         choosing = by_form.iloc[::2].mean()
         best, worst = choosing.idxmax(), choosing.idxmin()
         measured = by_form.iloc[1::2]
         differences.append((measured[best] - measured[worst]).rename("difference").reset_index())
+        asked.append(rows[rows.country.isin(measured.index)])
         chosen.append("all alike" if best == worst else f"best {best!r}, worst {worst!r}")
-    of_countries = pd.concat(differences)
-    difference = interval(of_countries, "difference", draws)
+    difference = interval(pd.concat(differences), "difference", draws)
     verdict = above(difference, 0.1)
     why = "; ".join(dict.fromkeys(chosen))
     best_recall = fair.groupby("form").recall.mean().max()
@@ -258,7 +264,7 @@ def sensitivity_to_form(fair: pd.DataFrame, draws: int) -> dict:
         verdict, why = UNTOLD, "one phrasing per direction"
     elif best_recall < ENOUGH:
         verdict, why = UNTOLD, f"recall is {best_recall:.1%} in the best phrasing"
-    return finding(difference, of_countries, verdict, why)
+    return finding(difference, pd.concat(asked), verdict, why)
 
 
 def patterns(
@@ -267,13 +273,18 @@ def patterns(
     """Every one of PATTERNS in one model, of plain questions, in taught directions but for the reversal."""
     plain = frame[frame.filler == "plain"]
     fair = plain[plain.taught]
-    return {
+    out = {
         "late settling": late_settling(fair, n_layers, draws),
         "category first": category_first(fair, found, texts, draws),
         "early punctuation": early_punctuation(fair, found, texts, draws),
         "reversal asymmetry": reversal_asymmetry(plain, known, draws),
         "sensitivity to form": sensitivity_to_form(fair, draws),
     }
+    filled = frame[(frame.filler != "plain") & frame.taught]
+    if not filled.empty:
+        moved = says(interval(filled, "recall", draws, minus=fair), percent=True)
+        out["sensitivity to form"]["why"] += f"; a sentence in front moves recall by {moved}"
+    return out
 
 
 #%% Anomalies: how many, in which phrasing most, and the first of them, layer by layer

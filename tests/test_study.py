@@ -36,6 +36,7 @@ def by_hand(n_layers: int, settles: list[int | None], tops: list[int], second: i
     semantic = [settles[i % len(settles)] for i in range(n)]
     frame = frame.assign(part="both", filler="plain", taught=True, said=" Paris", recall=1.0)
     frame["semantic"] = np.array(semantic, float)
+    frame["category"] = 0.0
     frame["depth"] = frame.semantic / n_layers
     for rule in RULES:
         frame[rule] = False
