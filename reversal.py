@@ -742,9 +742,11 @@ if __name__ == "__main__":
 #%% The conclusion
 if __name__ == "__main__":
     save_results("reversal", cfg, models={name: {key: study[key] for key in KEYS}})
-    if study["known_corpus"]:
-        against = ("asked reverse, taught forward", "asked forward, taught reverse")
-        both = ("asked reverse, taught both", "asked forward, taught both")
+    against = ("asked reverse, taught forward", "asked forward, taught reverse")
+    both = ("asked reverse, taught both", "asked forward, taught both")
+    if study["known_corpus"] and not set(against + both) <= set(recall):
+        print(f"{yellow}not every direction was taught of so few countries: no reversal is told of them{endc}")
+    elif study["known_corpus"]:
         says_against = " and ".join(says(recall[group], percent=True) for group in against)
         says_both = " and ".join(says(recall[group], percent=True) for group in both)
         most = max(best[group] for group in against)

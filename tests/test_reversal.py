@@ -226,6 +226,13 @@ def test_the_study_is_asked_through_the_lens_that_is_named(run, workdir):
     assert rv.run_key("models/world", config) != rv.run_key("models/world", rv.Config(lens="jacobian", jacobian_rows=3))
 
 
+def test_a_country_alone_is_asked_about_without_a_conclusion(run):
+    done = run("reversal.py", "--countries", "1", "--forms", "1", "--draws", "20", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 countries are too few" in done.stdout
+    assert "no reversal is told" in done.stdout
+
+
 def test_bad_settings_get_one_line(run):
     one_line_error(run("reversal.py", "--forms", "12"), "--forms is 1 to 11")
     for flags in (("--countries", "-1"), ("--top", "0")):
