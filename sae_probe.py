@@ -116,8 +116,10 @@ if __name__ == "__main__":
         l0_by_step = losses.pop("L0")
         last = ", ".join(f"{term} {by_step[-1]:.2f}" for term, by_step in losses.items())
         print(f"{cyan}at the last of {len(l0_by_step)} steps: {last}, L0 {l0_by_step[-1]:.1f}{endc}")
+        curves = {**losses, "L0 (features per row)": l0_by_step}
+        above_zero = {name: np.where(np.array(y) > 0, y, np.nan) for name, y in curves.items()}  # none dead: no revival
         fig = line(
-            {**losses, "L0 (features per row)": l0_by_step},
+            above_zero,
             title=f"What training made small, step by step ({subject.about}; rows of norm sqrt(d_in))",
             xlabel="step",
             ylabel="loss per row; features per row",

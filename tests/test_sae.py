@@ -253,7 +253,7 @@ def test_every_kind_trains_saves_and_is_found_again(
     alike = settings_like(sae, SAEConfig(), l0=7.2)  # those of a baseline for a SAE that was loaded
     assert alike.architecture == {"own": "topk", "own_l1": "standard"}.get(architecture, architecture)
     assert alike.hook == HOOK
-    assert alike.sparsity == (7 if counts_features else SPARSITY[architecture])
+    assert alike.sparsity == (7 if counts_features else SPARSITY[alike.architecture])
     before = path.stat().st_mtime_ns
     fit_sae(model, cfg, corpus, folder, "cpu")
     assert "trained before" in capsys.readouterr().out
