@@ -620,9 +620,9 @@ class Config(LensConfig):
     copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
     top: Count = 5
     draws: Count = 2000  # of the bootstrap over countries
-    evaluate: bool = False  # write a prompt that asks a language model for an evaluation of what was written
-    endpoint: str = ""  # ... and send it to this OpenAI-compatible address (https://.../v1/chat/completions)
-    evaluator: str = ""  # ... which of its models answers; its key stands in .env
+    evaluate: bool = False  # write prompts that ask a language model for an evaluation of what was written
+    endpoint: str = ""  # send them to this OpenAI-compatible address, https://.../v1/chat/completions; key in .env
+    evaluator: str = ""  # the endpoint's model that answers
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
     device: str = "auto"
@@ -660,7 +660,12 @@ if __name__ == "__main__" and cfg.models:
         rows.append([pattern, x["n_told"], says(x["share"], percent=True), *map(", ".join, x["models"].values())])
     headers = ["pattern", "models that can tell", "holds in [95%, Wilson]", HOLDS, FAILS, UNTOLD]
     print(cyan + tabulate(rows, headers=headers) + endc)
-    show(pattern_figure(studies), "reversal/patterns")
+    show(
+        pattern_figure(studies),
+        "reversal/patterns",
+        "In each cell the statistic with its 95% interval over countries; its colour is the verdict. What each pattern "
+        "is, and why one cannot be told, stands in results/reversal/cross-model.md.",
+    )
 
 #%% ... how their answers settle over the depth; and that conclusion
 if __name__ == "__main__" and cfg.models:

@@ -126,7 +126,11 @@ if __name__ == "__main__":
             dashed=["L0 (features per row)"],
         )
         fig.update_yaxes(type="log", dtick="D2")
-        show(fig, "sae_probe/losses")
+        show(
+            fig,
+            "sae_probe/losses",
+            "The terms add up to the total; L0 is counted, not a loss. Where none is dead, none is revived.",
+        )
         numbers["losses"] = losses
 
 #%% ... how often its features fire

@@ -199,7 +199,7 @@ def test_the_script_finds_that_facts_run_one_way(run, workdir):
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert "put first, once" in said
     assert "Facts run one way" in said
-    drawn = set(re.findall(r"figs/reversal/(\w+).html", said))
+    drawn = set(re.findall(r"figure: figs/reversal/(\w+).html", said))
     assert drawn == {"probability", "rank", "kl", "entropy", "reversal"}
     report = (workdir / "results/reversal/models-world.md").read_text()
     assert report.count("(direction not taught)") == 2
