@@ -411,7 +411,7 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
     write_aside(path, lambda aside: aside.write_text(json.dumps(study, indent=1) + "\n"))
     write_aside(path.with_suffix(".md"), lambda aside: aside.write_text(report(study)))
     tables = ", ".join(str(table) for table in table_paths(path).values())
-    print(f"{gray}numbers: {path}, report: {path.with_suffix('.md')}, all that was read: {tables}{endc}")
+    print(f"{gray}numbers: {path}, in words: {path.with_suffix('.md')}, all that was read: {tables}{endc}")
     return study
 
 
