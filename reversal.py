@@ -31,7 +31,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
     on_base,
 )
-from plots import bar, line, show, visible
+from plots import bar, imshow, line, show, visible
 from weights import about_bos, encode, model_key, open_model
 from launch import flags
 from world import FACTS, Prompt, fact_prompts, read_countries
@@ -49,6 +49,30 @@ from lens import (
     require_exact_lens,
     slug,
     token_texts,
+)
+from study import (
+    ENOUGH,
+    FAILS,
+    HOLDS,
+    PATTERN_HEADERS,
+    PATTERNS,
+    UNTOLD,
+    anomalies,
+    anomaly_section,
+    excerpt,
+    filled_prompt,
+    interval,
+    models_section,
+    over_models,
+    pattern_rows,
+    pattern_section,
+    patterns,
+    refuse_evaluation,
+    says,
+    says_finding,
+    table_paths,
+    write_evaluation,
+    write_tables,
 )
 from llama_block import Llama
 
@@ -195,41 +219,6 @@ def ask(
     return frame.assign(**{name: np.asarray(x) for name, x in columns.items()}), found, texts
 
 
-#%% Means with intervals: countries are what is drawn again, not questions
-def bootstrap(frame: pd.DataFrame, column: str, draws: int) -> np.ndarray:
-    """
-    (1 + draws) the mean over countries, each the mean of its questions; first as it is, then of countries drawn again
-    with replacement.
-    """
-    by_country = frame[column].astype(float).groupby(frame.country).mean().dropna().to_numpy()
-    n = len(by_country)
-    if not n:
-        return np.full(draws + 1, np.nan)
-    drawn = np.random.default_rng(0).integers(n, size=(draws, n))
-    return np.array([by_country.mean(), *by_country[drawn].mean(1)])
-
-
-def interval(frame: pd.DataFrame, column: str, draws: int, minus: pd.DataFrame | None = None) -> list[float]:
-    """
-    [mean, 2.5%, 97.5%] over a bootstrap of countries, each the mean of its questions; minus: the same of other
-    questions is taken off (paired where the countries are the same).
-    """
-    means = bootstrap(frame, column, draws)
-    if minus is not None:
-        means = means - bootstrap(minus, column, draws)
-    low, high = np.quantile(means[1:], [0.025, 0.975])
-    return [float(means[0]), float(low), float(high)]
-
-
-def says(x: list[float | None], percent: bool = False) -> str:
-    """mean [low, high]"""
-    if x[0] is None:
-        return "none"
-    if percent:
-        return "{:.1%} [{:.1%}, {:.1%}]".format(*x)
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*x)
-
-
 #%% What many questions say together
 def by_direction(plain: pd.DataFrame, known: bool) -> dict[str, pd.DataFrame]:
     """The questions by the direction asked and, where it is known, the direction taught."""
@@ -271,9 +260,6 @@ def layer_curves(found: dict[str, Tensor], rows: pd.DataFrame) -> dict[str, list
     median_rank = found["rank"][:, rows.index].float().median(1).values + 1
     curves["rank"] = median_rank.tolist()
     return curves
-
-
-ENOUGH = 0.1  # share of answers that must settle before a mean depth of theirs is said
 
 
 def summarise(frame: pd.DataFrame, found: dict[str, Tensor], draws: int, known: bool) -> dict:
@@ -336,7 +322,8 @@ def make_examples(frame: pd.DataFrame, found: dict[str, Tensor], texts: dict[int
 
 
 #%% One model, from its files to results/reversal/<model>.json and .md: what a job array calls for each of its models
-KEYS = ("semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error", "reversal_gap")
+KEYS = ("semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error", "reversal_gap", "patterns")
+TABLES = Path("results/reversal")
 
 
 def run_key(name: str, cfg: "Config") -> str:
@@ -347,7 +334,7 @@ def run_key(name: str, cfg: "Config") -> str:
     if cfg.lens == "jacobian":
         fields += ["jacobian_rows", "jacobian_target"]
     dtype = pick_dtype(pick_device(cfg.device), cfg.dtype)  # auto is another one on another device
-    return model_key(name, [str(dtype), *(getattr(cfg, field) for field in fields)])
+    return model_key(name, ["patterns", str(dtype), *(getattr(cfg, field) for field in fields)])
 
 
 def finished_before(path: Path, key: str) -> dict | None:
@@ -355,7 +342,8 @@ def finished_before(path: Path, key: str) -> dict | None:
     if not path.is_file():
         return None
     study = json.loads(path.read_text())
-    return study if study["key"] == key else None
+    tables_are_there = all(table.is_file() for table in table_paths(path).values())
+    return study if study["key"] == key and tables_are_there else None
 
 
 def choose_countries(cfg: "Config") -> list[dict[str, str]]:
@@ -373,7 +361,7 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
     """
     name = find_model(name)
     key = run_key(name, cfg)
-    path = Path("results/reversal") / f"{slug(name)}.json"
+    path = TABLES / f"{slug(name)}.json"
     if model is None:
         done = finished_before(path, key)
         if done:
@@ -414,13 +402,17 @@ def analyse(name: str, cfg: "Config", model: nn.Module | None = None) -> dict:
         "n_left_out": n_left_out,
         "last_layer_gate_error": gate_error,
         **summarise(frame, found, cfg.draws, known),
+        "patterns": patterns(frame, found, texts, model.cfg.n_layers, cfg.draws, known),
+        "odd": anomalies(frame, found, texts, cfg.draws),
         "examples": make_examples(frame, found, texts),
     }
     study = json.loads(json.dumps(study), parse_constant=lambda _: None)  # nan is null
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_tables(path, frame, found, texts)
     write_aside(path, lambda aside: aside.write_text(json.dumps(study, indent=1) + "\n"))
     write_aside(path.with_suffix(".md"), lambda aside: aside.write_text(report(study)))
-    print(f"{gray}numbers: {path}, report: {path.with_suffix('.md')}{endc}")
+    tables = ", ".join(str(table) for table in table_paths(path).values())
+    print(f"{gray}numbers: {path}, in words: {path.with_suffix('.md')}, all that was read: {tables}{endc}")
     return study
 
 
@@ -484,13 +476,16 @@ def report(study: dict) -> str:
         f"{study['n_questions']} questions ({study['n_left_out']} left out, whose answers cannot be told apart) about "
         f"{study['n_countries']} countries, {study['n_layers']} layers, "
         f"lens: {study['lens']}, norm: {study['norm']}; {study['bos']}. Last-layer gate: {study['last_layer_gate_error']:.1e}. "
-        "Means with 95% intervals, bootstrap over countries."
+        "Means over countries, each the mean of its questions, with 95% intervals of a bootstrap over countries."
     )
     form_rows = []
     for form, x in study["forms"].items():
         form_rows.append([form, x["direction"], says(x["recall"], percent=True), says(x["depth"])])
     parts = [
         f"# {study['model']}: logit lens\n\n{about}\n",
+        pattern_section(study),
+        anomaly_section(study),
+        "## Numbers\n",
         tabulate(summary(study), headers=["", "mean [interval]"], tablefmt="github"),
         "",
         *explain_rules(),
@@ -503,6 +498,7 @@ def report(study: dict) -> str:
 
 
 #%% Model against model, from their files
+SIGNS = {HOLDS: 1, UNTOLD: 0, FAILS: -1}
 PUBLISHED = {  # where the answer is top-1 in the original study
     "meta-llama-3-8b": "25 of 32",
     "mistral-7b-v0.1": "25 of 32",
@@ -533,7 +529,7 @@ def comparison_row(study: dict) -> dict[str, str]:
 
 
 def compare(studies: list[dict]) -> str:
-    """The table of all models, which is also written to results/reversal/cross-model.md."""
+    """The evaluation of all models, which is written to results/reversal/cross-model.md."""
     rows = [comparison_row(study) for study in studies]
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     title = "# Logit lens, model against model"
@@ -543,10 +539,33 @@ def compare(studies: list[dict]) -> str:
         "countries."
     )
     rules = "\n".join(explain_rules())
-    path = Path("results/reversal/cross-model.md")
-    write_aside(path, lambda aside: aside.write_text(f"{title}\n\n{about}\n\n{table}\n\n{rules}\n"))
-    print(f"{table}\n{gray}table: {path}{endc}")
-    return table
+    page = f"{title}\n\n{about}\n\n{table}\n\n{rules}\n\n{models_section(studies)}"
+    path = TABLES / "cross-model.md"
+    write_aside(path, lambda aside: aside.write_text(page))
+    print(f"{table}\n{gray}evaluation of all models: {path}{endc}")
+    return page
+
+
+#%% A language model's evaluation of what was written (--evaluate)
+def evaluate_model(study: dict, cfg: "Config") -> None:
+    path = TABLES / f"{study['model']}.json"
+    prompt = filled_prompt("evaluate_model", model=study["model"], report=report(study), **excerpt(path))
+    written = write_evaluation(TABLES / study["model"], prompt, cfg.endpoint, cfg.evaluator)
+    print(f"{gray}for a language model, and by it: {', '.join(map(str, written))}{endc}")
+
+
+def evaluate_models(studies: list[dict], comparison: str, cfg: "Config") -> None:
+    reports = []
+    for study in studies:
+        reports.append(f"## {study['model']}\n\n{pattern_section(study)}\n{anomaly_section(study)}")
+    prompt = filled_prompt(
+        "evaluate_models",
+        models=", ".join(study["model"] for study in studies),
+        comparison=comparison,
+        reports="\n".join(reports),
+    )
+    written = write_evaluation(TABLES / "cross-model", prompt, cfg.endpoint, cfg.evaluator)
+    print(f"{gray}for a language model, and by it: {', '.join(map(str, written))}{endc}")
 
 
 def comparison_figure(studies: list[dict]) -> go.Figure:
@@ -569,6 +588,25 @@ def comparison_figure(studies: list[dict]) -> go.Figure:
     return fig
 
 
+def pattern_figure(studies: list[dict]) -> go.Figure:
+    """Each pattern's verdict in each model, with its statistic in the cell."""
+    found = [study["patterns"] for study in studies]
+    verdicts = np.array([[SIGNS[x[pattern]["verdict"]] for pattern in PATTERNS] for x in found])
+    fig = imshow(
+        verdicts,
+        f"Which patterns of larger models hold (1), do not (-1), cannot be told (0), in {len(studies)} models",
+        xlabel="pattern",
+        ylabel="model",
+        x=list(PATTERNS),
+        y=[study["model"] for study in studies],
+        value="verdict",
+    )
+    cells = [[says_finding(x[pattern]) for pattern in PATTERNS] for x in found]
+    fig.update_traces(text=cells, texttemplate="%{text}")
+    fig.update_layout(coloraxis={"cmin": -1, "cmax": 1, "colorbar": {"tickvals": [-1, 0, 1]}})
+    return fig.update_layout(height=max(250, 180 + 60 * len(studies)))
+
+
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config(LensConfig):
@@ -584,6 +622,9 @@ class Config(LensConfig):
     copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
     top: Count = 5
     draws: Count = 2000  # of the bootstrap over countries
+    evaluate: bool = False  # write prompts that ask a language model for an evaluation of what was written
+    endpoint: str = ""  # send them to this OpenAI-compatible address, https://.../v1/chat/completions; key in .env
+    evaluator: str = ""  # the endpoint's model that answers
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
     device: str = "auto"
@@ -597,6 +638,7 @@ if __name__ == "__main__":
     if not 1 <= cfg.forms <= 11:
         fail("--forms is 1 to 11")
     refuse_lens_settings(cfg)
+    refuse_evaluation(cfg.evaluate, cfg.endpoint, cfg.evaluator)
 
 #%% Model against model (--models): each analysed unless it is finished, then all in one table
 if __name__ == "__main__" and cfg.models:
@@ -609,8 +651,24 @@ if __name__ == "__main__" and cfg.models:
         studies.append(analyse(name, cfg))
         gc.collect()
         tec()
-    compare(studies)
-    save_results("reversal", cfg, models={study["model"]: {key: study[key] for key in KEYS} for study in studies})
+    comparison = compare(studies)
+    of_models = {study["model"]: {key: study[key] for key in KEYS} for study in studies}
+    patterns_of_models = over_models(studies)
+    save_results("reversal", cfg, models=of_models, patterns=patterns_of_models)
+
+#%% ... in how many of them does each pattern hold?
+if __name__ == "__main__" and cfg.models:
+    rows = []
+    for pattern, x in patterns_of_models.items():
+        rows.append([pattern, x["n_told"], says(x["share"], percent=True), *map(", ".join, x["models"].values())])
+    headers = ["pattern", "models that can tell", "holds in [95%, Wilson]", HOLDS, FAILS, UNTOLD]
+    print(cyan + tabulate(rows, headers=headers) + endc)
+    show(
+        pattern_figure(studies),
+        "reversal/patterns",
+        "In each cell the statistic with its 95% interval over countries; its colour is the verdict. What each pattern "
+        "is, and why one cannot be told, stands in results/reversal/cross-model.md.",
+    )
 
 #%% ... how their answers settle over the depth; and that conclusion
 if __name__ == "__main__" and cfg.models:
@@ -621,6 +679,10 @@ if __name__ == "__main__" and cfg.models:
         f"{green}Answers settle at these shares of the layers: {depths}. "
         f"Gate: last-layer lens = own logits to {worst_gate:.0e}.{endc}"
     )
+    if cfg.evaluate:
+        for study in studies:
+            evaluate_model(study, cfg)
+        evaluate_models(studies, comparison, cfg)
     raise SystemExit
 
 #%% All questions to one model: capitals forward and reversed, with and without filler, each beside a control country
@@ -636,6 +698,10 @@ if __name__ == "__main__":
     print(
         f"{cyan}gate: the last layer's lens misses the model's own logits by {study['last_layer_gate_error']:.1e}{endc}"
     )
+
+#%% ... which patterns of larger models does it show?
+if __name__ == "__main__":
+    print(cyan + tabulate(pattern_rows(study), headers=PATTERN_HEADERS, disable_numparse=True) + endc)
 
 #%% Where do the answers settle? Their probability, rank, distance to the end and uncertainty, by layer and direction
 if __name__ == "__main__":
@@ -685,9 +751,11 @@ if __name__ == "__main__":
 #%% The conclusion
 if __name__ == "__main__":
     save_results("reversal", cfg, models={name: {key: study[key] for key in KEYS}})
-    if study["known_corpus"]:
-        against = ("asked reverse, taught forward", "asked forward, taught reverse")
-        both = ("asked reverse, taught both", "asked forward, taught both")
+    against = ("asked reverse, taught forward", "asked forward, taught reverse")
+    both = ("asked reverse, taught both", "asked forward, taught both")
+    if study["known_corpus"] and not set(against + both) <= set(recall):
+        print(f"{yellow}not every direction was taught of so few countries: no reversal is told of them{endc}")
+    elif study["known_corpus"]:
         says_against = " and ".join(says(recall[group], percent=True) for group in against)
         says_both = " and ".join(says(recall[group], percent=True) for group in both)
         most = max(best[group] for group in against)
@@ -707,3 +775,5 @@ if __name__ == "__main__":
         f"{green}{settle}. "
         f"Gate: last-layer lens = own logits to {study['last_layer_gate_error']:.0e}; {study['bos']}.{endc}"
     )
+    if cfg.evaluate:
+        evaluate_model(study, cfg)

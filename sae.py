@@ -47,8 +47,9 @@ from torch import Tensor
 from tqdm import trange
 
 
-# The method in full is the next cell; stories run it with --architecture own. Their default, batchtopk, and the other
-# architectures are trained by SAELens (train_by_saelens), whose objectives are not in this file.
+# The method in full is the next cell; stories run it with --architecture own (the k strongest features) or own_l1 (a
+# penalty on their sum). Their default, batchtopk, and the other architectures are trained by SAELens
+# (train_by_saelens), whose objectives are not in this file.
 #%% The objective from scratch: an encoder, a decoder, and a loss that asks for x back from few features
 class OwnSAE(nn.Module):
     """
@@ -84,17 +85,25 @@ def keep_top(acts: Tensor, k: int) -> Tensor:
     return t.zeros_like(acts).scatter(-1, top.indices, top.values)
 
 
-def sae_loss(sae: OwnSAE, x: Tensor, dead: Tensor) -> Tensor:
+def loss_terms(sae: OwnSAE, x: Tensor, dead: Tensor) -> dict[str, Tensor]:
     """
-    Squared error of x (row, d_in), summed over d_in; plus l1 times the sum of the features (Bricken et al. 2023), or,
-    where k keeps them few, a loss that brings the dead features (d_sae, bool) back to life (Gao et al. 2024).
+    reconstruction: squared error of x (row, d_in), summed over d_in. Beside it sparsity: l1 times the sum of the
+    features (Bricken et al. 2023); or, where k keeps them few, revival of the dead features (d_sae, bool; Gao et al.
+    2024).
     """
     acts = sae.encode(x)
     error = x - sae.decode(acts)
-    loss = error.pow(2).sum(-1).mean() + sae.l1 * acts.sum(-1).mean()
-    if sae.k is None or not dead.any():
-        return loss
-    return loss + dead_feature_loss(sae, x, error.detach(), dead)
+    reconstruction = error.pow(2).sum(-1).mean()
+    if sae.k is None:
+        return {"reconstruction": reconstruction, "sparsity": sae.l1 * acts.sum(-1).mean()}
+    if not dead.any():
+        return {"reconstruction": reconstruction, "revival": reconstruction.new_zeros(())}
+    return {"reconstruction": reconstruction, "revival": dead_feature_loss(sae, x, error.detach(), dead)}
+
+
+def sae_loss(sae: OwnSAE, x: Tensor, dead: Tensor) -> Tensor:
+    """What training makes small: the sum of loss_terms."""
+    return sum(loss_terms(sae, x, dead).values())
 
 
 def dead_feature_loss(sae: OwnSAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
@@ -121,33 +130,37 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def train_own(
     data: Iterator[Tensor],
     d_sae: int,
-    k: int,
+    k: int | None,
     steps: int,
     lr: float,
     dead_window: int,
+    l1: float = 0.0,
     parts: Path | None = None,
     checkpoints: int = 0,
-) -> tuple[OwnSAE, Tensor]:
+) -> tuple[OwnSAE, Tensor, dict[str, list[float]]]:
     """
-    The objective, minimised over batches x (row, d_in) of data. Also returns the factor that every x is multiplied by
-    before the SAE sees it, which brings the mean norm of the first batch to sqrt(d_in). A feature is dead that has not
-    fired for dead_window steps. With parts, `checkpoints` times on the way all that training knows is kept there (data
-    is an ActivationStream then), and a run that was cut off goes on from it as if it had not been.
+    The objective, minimised over batches x (row, d_in) of data; k and l1 as OwnSAE has them. Also returns the factor
+    that every x is multiplied by before the SAE sees it, which brings the mean norm of the first batch to sqrt(d_in);
+    and by step the loss_terms, their total, and L0, the features per row. A feature is dead that has not fired for
+    dead_window steps. With parts, `checkpoints` times on the way all that training knows is kept there (data is an
+    ActivationStream then), and a run that was cut off goes on from it as if it had not been.
     """
-    kept = parts / "own.pt" if parts else None
+    kept = parts / "training.pt" if parts else None
     before = t.load(kept) if kept and kept.is_file() else None
     if before is None:
         x = next(data)
         d_in = x.shape[1]
         scale = math.sqrt(d_in) / x.norm(dim=1).mean()
         first_step = 0
+        history = []  # by step, the losses and L0, on the device: reading them off would wait for it
     else:
         d_in = before["sae"]["b_dec"].shape[0]
+        history = list(before["history"])
         scale = before["scale"]
         first_step = before["step"]
         data.load_state_dict(before["data"])
         print(f"{gray}going on from step {first_step} of {kept}{endc}")
-    sae = OwnSAE(d_in, d_sae, k).to(scale.device)
+    sae = OwnSAE(d_in, d_sae, k, l1).to(scale.device)
     idle = t.zeros(d_sae, device=scale.device)  # steps since each feature fired
     optimizer = t.optim.Adam(sae.parameters(), lr=lr)
     if before is not None:
@@ -158,17 +171,22 @@ def train_own(
     for step in trange(first_step, steps, desc="own objective", **BAR):
         if kept and checkpoints and step > first_step and step % every == 0:
             state = {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(), "idle": idle, "scale": scale}
-            keep_state(kept, state | {"step": step, "data": data.state_dict()})
+            keep_state(kept, state | {"step": step, "history": t.stack(history), "data": data.state_dict()})
         optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, steps)
         x = next(data) * scale
-        sae_loss(sae, x, dead=idle > dead_window).backward()
+        terms = loss_terms(sae, x, dead=idle > dead_window)
+        total = sum(terms.values())
+        total.backward()
         nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         with t.no_grad():
-            fired = (sae.encode(x) > 0).any(0)
-        idle = t.where(fired, 0.0, idle + 1)
-    return sae, scale
+            fires = sae.encode(x) > 0
+        idle = t.where(fires.any(0), 0.0, idle + 1)
+        l0 = fires.sum(1).float().mean()
+        history.append(t.stack([*terms.values(), total, l0]).detach())
+    by_step = t.stack(history).T.tolist()
+    return sae, scale, dict(zip([*terms, "total", "L0"], by_step))
 
 
 def keep_state(path: Path, state: dict) -> None:
@@ -182,6 +200,7 @@ SPARSITY = {  # default by architecture: k of the first four, the penalty of the
     "batchtopk": 14.0,
     "matryoshka": 16.0,
     "own": 16.0,
+    "own_l1": 1.0,
     "standard": 1.5,
     "gated": 1.5,
     "jumprelu": 0.32,
@@ -194,7 +213,7 @@ JUMPRELU = {  # the penalty is of L0 (Rajamanoharan et al. 2024), the rest Anthr
     "pre_act_loss_coefficient": 3e-3,
 }
 COUNTED = ("topk", "batchtopk", "matryoshka", "own")  # are told how many features a token may have
-Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own"]
+Architecture = Literal["topk", "batchtopk", "matryoshka", "standard", "gated", "jumprelu", "own", "own_l1"]
 
 
 @dataclass
@@ -210,7 +229,7 @@ class SAEConfig:
     release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb
     sae_id: str = ""  # and its SAE, as blocks.8.hook_resid_pre
     hook: str = "blocks.2.hook_resid_pre"  # where a SAE is trained
-    architecture: Architecture = "batchtopk"  # own is the objective written out in sae.py
+    architecture: Architecture = "batchtopk"  # own and own_l1 are the objectives written out in sae.py
     sparsity: float | None = None  # k of topk, batchtopk, matryoshka, own; penalty of others; default by architecture
     d_sae: int = 512  # features
     steps: int = 500
@@ -457,14 +476,18 @@ EXACT = "exact.pt"  # beside SAELens's checkpoint: what it takes to go on as if 
 def as_saelens(own: OwnSAE, scale: Tensor, metadata: dict, device: str):
     """
     The same function of unscaled activations, as an inference SAE of SAELens: scale and the decoder's lengths go into
-    the weights.
+    the weights. TopKSAE where k is given, else StandardSAE.
     """
-    from sae_lens import TopKSAE, TopKSAEConfig
+    from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
     d_sae, d_in = own.W_dec.shape
     length = own.W_dec.norm(dim=1)
-    sae = TopKSAE(TopKSAEConfig(d_in, d_sae, k=own.k, device=device, metadata=SAEMetadata(**metadata)))
+    meta = SAEMetadata(**metadata)
+    if own.k is None:
+        sae = StandardSAE(StandardSAEConfig(d_in, d_sae, device=device, metadata=meta))
+    else:
+        sae = TopKSAE(TopKSAEConfig(d_in, d_sae, k=own.k, device=device, metadata=meta))
     weights = {
         "W_enc": own.W_enc * length * scale,
         "b_enc": own.b_enc * length,
@@ -529,18 +552,21 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
     data = ActivationStream(model, cfg.hook, token_rows, cfg.batch, cfg.buffer, cfg.seed, corpus.bos)
     parts = folder.with_name(f"{key}.parts")
     aside = folder.with_name(f".{key}")
-    if cfg.architecture == "own":
-        own, scale = train_own(
+    if cfg.architecture in ("own", "own_l1"):
+        counted = cfg.architecture == "own"
+        own, scale, losses = train_own(
             data,
             d_sae=cfg.d_sae,
-            k=int(cfg.sparsity),
+            k=int(cfg.sparsity) if counted else None,
             steps=cfg.steps,
             lr=cfg.lr,
             dead_window=cfg.dead_window,
+            l1=0.0 if counted else cfg.sparsity,
             parts=parts,
             checkpoints=cfg.checkpoints,
         )
         as_saelens(own, scale, metadata, device).save_model(aside)
+        (aside / LOSSES).write_text(json.dumps(losses))
     else:
         if cfg.wandb:
             start_wandb("sae_probe", identity)
@@ -552,7 +578,17 @@ def fit_sae(model: nn.Module, cfg: SAEConfig, corpus: Corpus, name: str, device:
         fail(f"training {label_of(cfg)} diverged: lower --lr")
     aside.rename(folder)
     shutil.rmtree(parts, ignore_errors=True)
-    return sae
+    return open_folder(folder, device)
+
+
+LOSSES = "losses.json"  # beside the weights: by step, what the own objectives were made of
+
+
+def losses_of(sae) -> dict[str, list[float]]:
+    """By step, the losses of an own objective and L0, kept where a SAE was opened; nothing of those of SAELens."""
+    if not hasattr(sae, "folder") or not (sae.folder / LOSSES).is_file():
+        return {}
+    return json.loads((sae.folder / LOSSES).read_text())
 
 
 #%% Loading: a folder or SAELens's registry; the SAE's metadata decides the model, its processing, the hook and the rows
@@ -563,10 +599,12 @@ def open_folder(folder: str | Path, device: str):
     if not all((Path(folder) / file).is_file() for file in needed):
         fail(f"--sae {folder}: no {' and '.join(needed)} there (SAELens's save_inference_model writes them)")
     try:
-        return ready(SAE.load_from_disk(folder, device=device))
+        sae = ready(SAE.load_from_disk(folder, device=device))
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         fail(f"--sae {folder} cannot be read: {type(error).__name__}: {reason}")
+    sae.folder = Path(folder)
+    return sae
 
 
 def known_releases() -> dict[str, list[str]]:

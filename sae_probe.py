@@ -1,8 +1,8 @@
 """
 Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged,
 probed for known concepts, and read as a page.
-The methods are sae.sae_loss (the objective of --architecture own; the default's is SAELens's batchtopk), sae.judge and
-probes.run_probes. A concept of your own: labelled.concepts["mine"] = Concept(...), after it is labelled below.
+The methods are sae.loss_terms (the objectives of --architecture own and own_l1; the default's is SAELens's batchtopk),
+sae.judge and probes.run_probes. A concept of your own: labelled.concepts["mine"] = Concept(...), after it is labelled below.
 """
 
 import re
@@ -31,6 +31,7 @@ from sae import (
     fit_sae,
     judge,
     label_of,
+    losses_of,
     neighbours,
     open_subject,
     read_features,
@@ -107,6 +108,30 @@ if __name__ == "__main__":
         "nearest_cosine": nearest_cosines["decoder rows"].mean(),
         "nearest_cosine_random": nearest_cosines["random directions"].mean(),
     }
+
+#%% ... what it was trained to make small, step by step (--architecture own, own_l1)
+if __name__ == "__main__":
+    losses = losses_of(sae)
+    if losses:
+        l0_by_step = losses.pop("L0")
+        last = ", ".join(f"{term} {by_step[-1]:.2f}" for term, by_step in losses.items())
+        print(f"{cyan}at the last of {len(l0_by_step)} steps: {last}, L0 {l0_by_step[-1]:.1f}{endc}")
+        curves = {**losses, "L0 (features per row)": l0_by_step}
+        above_zero = {name: np.where(np.array(y) > 0, y, np.nan) for name, y in curves.items()}  # none dead: no revival
+        fig = line(
+            above_zero,
+            title=f"What training made small, step by step ({subject.about}; rows of norm sqrt(d_in))",
+            xlabel="step",
+            ylabel="loss per row; features per row",
+            dashed=["L0 (features per row)"],
+        )
+        fig.update_yaxes(type="log", dtick="D2")
+        show(
+            fig,
+            "sae_probe/losses",
+            "The terms add up to the total; L0 is counted, not a loss. Where none is dead, none is revived.",
+        )
+        numbers["losses"] = losses
 
 #%% ... how often its features fire
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ GROUPS = {
     "method": "",
     "training": "steps tokens_per_step contexts context_steps accumulate lr muon_lr adamw_lr optimizer weight_decay "
     "schedule warmup decay clip autocast activation_checkpointing compile batch buffer dead_window",
-    "output": "out export wandb open save_every resume checkpoints seed device memory_gb hpc",
+    "output": "out export evaluate endpoint evaluator wandb open save_every resume checkpoints seed device memory_gb hpc",
     "cluster": "fsdp sweep slurm slurm_wait slurm_partition slurm_account slurm_constraint slurm_nodes slurm_gpus "
     "slurm_cpus slurm_mem slurm_time slurm_parallel",
 }

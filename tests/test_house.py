@@ -23,6 +23,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "parts",
     "world",
     "lens",
+    "study",
     "interventions",
     "graph",
     "sae",

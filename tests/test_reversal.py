@@ -132,7 +132,7 @@ def test_models_one_after_the_other_skip_what_is_finished(run, workdir, tmp_path
     folder = str(folder)
     small = ("--countries", "6", "--forms", "1", "--draws", "50", "--device", "cpu")
     assert run("reversal.py", "--models", "models/world", *small).returncode == 0
-    done = run("reversal.py", "--models", "models/world", folder, *small)
+    done = run("reversal.py", "--models", "models/world", folder, "--evaluate", *small)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "models-world: finished before" in done.stdout
     assert f"{rv.slug(folder)}: finished" not in done.stdout
@@ -141,12 +141,28 @@ def test_models_one_after_the_other_skip_what_is_finished(run, workdir, tmp_path
     assert "models-world" in table
     assert rv.slug(folder) in table
     assert all(f"- {rule}:" in table for rule in RULES)
-    assert (workdir / "results/reversal" / f"{rv.slug(folder)}.md").is_file()
+    page = (workdir / "results/reversal" / f"{rv.slug(folder)}.md").read_text()
+    assert "## Patterns" in page
+    assert "## Anomalies" in page
+    for kind in ("questions", "layers"):
+        assert (workdir / "results/reversal" / f"{rv.slug(folder)}.{kind}.csv").is_file()
+    assert "## Patterns over models" in table
+    assert "6 countries are too few" in table
+    prompt = (workdir / "results/reversal/cross-model.prompt.md").read_text()
+    assert table in prompt
+    assert (workdir / "results/reversal/models-world.prompt.md").is_file()
     assert (workdir / "figs/reversal/cross_model.html").is_file()
+    assert (workdir / "figs/reversal/patterns.html").is_file()
     models = json.loads((workdir / "results/reversal.json").read_text())["models"]
     assert set(models) == {"models-world", rv.slug(folder)}
     assert set(models["models-world"]) == set(rv.KEYS)
     assert set(models[rv.slug(folder)]["reversal_gap"]) == {"all"}  # what it was taught is not known
+
+    path = workdir / "results/reversal/models-world.json"
+    world_key = json.loads(path.read_text())["key"]
+    assert rv.finished_before(path, world_key)
+    path.with_name("models-world.layers.csv").unlink()
+    assert rv.finished_before(path, world_key) is None  # not without its tables
 
     key = rv.run_key(folder, rv.Config())
     assert key == rv.run_key(folder, rv.Config(offload="off", device="cpu"))
@@ -183,7 +199,7 @@ def test_the_script_finds_that_facts_run_one_way(run, workdir):
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert "put first, once" in said
     assert "Facts run one way" in said
-    drawn = set(re.findall(r"figs/reversal/(\w+).html", said))
+    drawn = set(re.findall(r"figure: figs/reversal/(\w+).html", said))
     assert drawn == {"probability", "rank", "kl", "entropy", "reversal"}
     report = (workdir / "results/reversal/models-world.md").read_text()
     assert report.count("(direction not taught)") == 2
@@ -208,6 +224,13 @@ def test_the_study_is_asked_through_the_lens_that_is_named(run, workdir):
     config = rv.Config(lens="jacobian")
     assert rv.run_key("models/world", config) != rv.run_key("models/world", rv.Config())
     assert rv.run_key("models/world", config) != rv.run_key("models/world", rv.Config(lens="jacobian", jacobian_rows=3))
+
+
+def test_a_country_alone_is_asked_about_without_a_conclusion(run):
+    done = run("reversal.py", "--countries", "1", "--forms", "1", "--draws", "20", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 countries are too few" in done.stdout
+    assert "no reversal is told" in done.stdout
 
 
 def test_bad_settings_get_one_line(run):

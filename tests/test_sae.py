@@ -34,6 +34,7 @@ from sae import (
     heldout_rows,
     judge,
     key_of,
+    losses_of,
     model_for,
     open_folder,
     open_release,
@@ -151,13 +152,44 @@ def test_without_a_k_the_loss_is_squared_error_and_the_l1_norm_of_the_features()
     assert sae_loss(own, x, t.ones(40, dtype=t.bool)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_as_saelens_is_the_same_function_of_unscaled_activations(saelens):
+def test_with_the_penalty_training_reaches_the_least_that_the_loss_can_be():
+    """
+    Of data that is a times a direction or its negative, the least that squared error and l1 times the features can be
+    is l1 a - l1^2 / 4, where every feature is l1 / 2 short of a: whatever the decoder, the features' sum is at least the
+    length of what they say.
+    """
+    d, l1 = 4, 0.6
     t.manual_seed(0)
-    own = OwnSAE(12, 40, 5)
+
+    def samples():
+        while True:
+            signs = t.randint(2, (256, 1)) * 2 - 1
+            yield (1 + t.rand(256, 1)) * signs * t.eye(d)[t.randint(d, (256,))]
+
+    own, scale, losses = train_own(samples(), 32, None, 400, 2e-2, 100, l1=l1)
+    assert set(losses) == {"reconstruction", "sparsity", "total", "L0"}
+    assert {len(by_step) for by_step in losses.values()} == {400}
+    lengths = t.linspace(1, 2, 50)
+    x = scale * t.cat([sign * a * t.eye(d) for a in lengths for sign in (1, -1)])
+    a = x.norm(dim=1)
+    with t.no_grad():
+        loss = sae_loss(own, x, t.zeros(32, dtype=t.bool))
+        features = own.encode(x).sum(1)
+    least = (l1 * a - l1**2 / 4).mean()
+    assert loss.item() == pytest.approx(least.item(), rel=0.01)
+    assert loss >= least - 1e-4
+    assert features.mean().item() == pytest.approx((a - l1 / 2).mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("k", [5, None])
+def test_as_saelens_is_the_same_function_of_unscaled_activations(saelens, k):
+    t.manual_seed(0)
+    own = OwnSAE(12, 40, k, l1=0.7)
     for p in own.parameters():
         p.data += 0.2 * t.randn_like(p)
     scale = t.tensor(0.3)
     theirs = as_saelens(own, scale, {}, "cpu")
+    assert isinstance(theirs, saelens.TopKSAE if k else saelens.StandardSAE)
     x = 4 * t.randn(30, 12)
     with t.no_grad():
         acts = own.encode(scale * x)
@@ -182,7 +214,7 @@ def test_true_features_are_recovered(saelens, tmp_path, architecture):
     k = truth.activation_generator(4096).bool().sum(1).float().mean().round()
     cfg = variant(f"{architecture}:{k:g}", SAEConfig(steps=500, batch=512, lr=3e-3, checkpoints=0, d_sae=32))
     if architecture == "own":
-        own, scale = train_own(samples(), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
+        own, scale, _ = train_own(samples(), cfg.d_sae, int(cfg.sparsity), cfg.steps, cfg.lr, cfg.dead_window)
         sae = as_saelens(own, scale, {}, "cpu")
     else:
         sae = train_by_saelens(training_sae(cfg, 24, {}, "cpu"), samples(), cfg, tmp_path, "cpu")
@@ -219,13 +251,22 @@ def test_every_kind_trains_saves_and_is_found_again(
     assert again.cfg.metadata.model_name == folder
     assert sae.encode(x).count_nonzero() > 0
     alike = settings_like(sae, SAEConfig(), l0=7.2)  # those of a baseline for a SAE that was loaded
-    assert alike.architecture == ("topk" if architecture == "own" else architecture)
+    assert alike.architecture == {"own": "topk", "own_l1": "standard"}.get(architecture, architecture)
     assert alike.hook == HOOK
-    assert alike.sparsity == (7 if counts_features else SPARSITY[architecture])
+    assert alike.sparsity == (7 if counts_features else SPARSITY[alike.architecture])
     before = path.stat().st_mtime_ns
     fit_sae(model, cfg, corpus, folder, "cpu")
     assert "trained before" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == before
+    kept = losses_of(sae)
+    second = {"own": {"revival"}, "own_l1": {"sparsity"}}
+    if architecture not in second:
+        assert kept == {}
+        return
+    assert set(kept) == {"reconstruction", "total", "L0"} | second[architecture]
+    assert {len(by_step) for by_step in kept.values()} == {12}
+    parts = np.sum([kept[name] for name in ("reconstruction", *second[architecture])], 0)
+    np.testing.assert_allclose(parts, kept["total"], rtol=1e-5)
 
 
 def test_the_key_of_a_finished_sae_stays_what_it_was():
@@ -286,7 +327,7 @@ def test_beginning_of_text_inside_rows_is_no_text(loaded):
     assert numbers["fvu"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["own", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["own", "own_l1", "batchtopk", "jumprelu"])
 def test_training_that_was_killed_ends_with_the_same_weights(loaded, folder, tmp_path, monkeypatch, architecture):
     _, model, rows = loaded
     rows = with_bos_inside(rows)
@@ -304,6 +345,7 @@ def test_training_that_was_killed_ends_with_the_same_weights(loaded, folder, tmp
     cfg = variant(f"{architecture}:{3 if SPARSITY[architecture] > 2 else ''}", settings)
     killed = set()
     weights = []
+    losses = []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -312,13 +354,17 @@ def test_training_that_was_killed_ends_with_the_same_weights(loaded, folder, tmp
             killed = {(10, 4, 4, 0)[attempt]} if name == "killed" and attempt < 3 else set()
             calls = 0
             try:
-                weights.append(fit_sae(model, cfg, corpus, folder, "cpu").state_dict())
+                sae = fit_sae(model, cfg, corpus, folder, "cpu")
+                weights.append(sae.state_dict())
+                losses.append(losses_of(sae))
                 break
             except KeyboardInterrupt:
                 assert list(Path("checkpoints/sae_probe").glob("*.parts/**/*.pt"))
         assert attempt == (3 if name == "killed" else 0)
     for name, p in weights[0].items():
         assert t.equal(p, weights[1][name]), name
+    assert losses[0] == losses[1]
+    assert all(len(by_step) == cfg.steps for by_step in losses[0].values())
 
 
 def test_heldout_rows_hold_the_tokens_asked_for_with_and_without_beginning_of_text():

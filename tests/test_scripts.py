@@ -147,7 +147,9 @@ def check_logit_lens(n: dict, said: str, folder: Path) -> None:
 def check_reversal(n: dict, said: str, folder: Path) -> None:
     """Facts run one way."""
     world = n["models"]["models-world"]
-    assert set(world) == {"semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error", "reversal_gap"}
+    kept = {"semantic_layer", "copy_layer", "depth_fraction", "last_layer_gate_error", "reversal_gap", "patterns"}
+    assert set(world) == kept
+    assert world["patterns"]["reversal asymmetry"]["verdict"] == "holds"
     assert world["last_layer_gate_error"] < 1e-4
     assert set(world["reversal_gap"]) == {"forward", "reverse"}
     assert all(gap < -0.8 for gap in world["reversal_gap"].values())
