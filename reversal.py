@@ -620,14 +620,14 @@ class Config(LensConfig):
     countries: Natural = 0  # ask about so many of them; 0 is all
     forms: int = 4  # phrasings per direction, of 11
     copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
-    top: Count = 5
+    top: Count = 5  # likeliest tokens shown
     draws: Count = 2000  # of the bootstrap over countries
     evaluate: bool = False  # write prompts that ask a language model for an evaluation of what was written
     endpoint: str = ""  # send them to this OpenAI-compatible address, https://.../v1/chat/completions; key in .env
     evaluator: str = ""  # the endpoint's model that answers
     wandb: bool = False  # numbers and figures go to Weights & Biases too
-    seed: Natural = 0
-    device: str = "auto"
+    seed: Natural = 0  # of every draw
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
 if __name__ == "__main__":

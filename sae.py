@@ -17,6 +17,10 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
+    AtLeastTwo,
+    Count,
+    Natural,
+    Positive,
     endc,
     fail,
     find_folder,
@@ -28,6 +32,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
+from settings import check_ranges
 from plots import array, visible
 from hooks import find_hooks, hook_points, in_batches, run_with_hooks
 from weights import choose_bos, hash_of_model, text_tokenizer
@@ -231,22 +236,22 @@ class SAEConfig:
     hook: str = "blocks.2.hook_resid_pre"  # where a SAE is trained
     architecture: Architecture = "batchtopk"  # own and own_l1 are the objectives written out in sae.py
     sparsity: float | None = None  # k of topk, batchtopk, matryoshka, own; penalty of others; default by architecture
-    d_sae: int = 512  # features
-    steps: int = 500
-    batch: int = 1024  # activations per step
-    lr: float = 6e-3
-    buffer: int = 48_000  # activations in memory
-    dead_window: int = 50  # steps without firing after which training counts a feature as dead
-    checkpoints: int = 3  # on the way; a run that was cut off goes on from the last
-    context: int = 64  # tokens per row, unless the SAE's metadata says otherwise
+    d_sae: Count = 512  # features
+    steps: Count = 500  # of training
+    batch: Count = 1024  # activations per step
+    lr: Positive = 6e-3  # learning rate at its peak
+    buffer: Count = 48_000  # activations in memory
+    dead_window: Count = 50  # steps without firing after which training counts a feature as dead
+    checkpoints: Natural = 3  # on the way; a run that was cut off goes on from the last
+    context: AtLeastTwo = 64  # tokens per row, unless the SAE's metadata says otherwise
     # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
     data: str | None = None
     bos: bool | None = None  # a beginning-of-text token first; default as the SAE or the model's own tokenizer says
-    heldout: int = 200_000  # tokens that the SAE is judged and read on
+    heldout: AtLeastTwo = 200_000  # tokens that the SAE is judged and read on
     min_recovered: float = 0.5  # gate: no feature is read below this share of cross-entropy recovered,
     max_fvu: float = 0.5  # or above this fraction of variance unexplained
-    wandb: bool = False
-    seed: int = 0
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
+    seed: Natural = 0  # of every draw
 
 
 GPT2_PRESET = {  # for --hpc
@@ -704,16 +709,7 @@ def hook_for(sae, asked: str) -> None:
 
 def refuse_settings(cfg: SAEConfig) -> None:
     """Settings that no SAE can be trained or judged by, in one line each, before anything is loaded."""
-    least = {"d_sae": 1, "steps": 1, "batch": 1, "buffer": 1, "dead_window": 1, "checkpoints": 0, "context": 2}
-    least |= {"heldout": 2, "seed": 0}
-    for field, smallest in least.items():
-        if getattr(cfg, field) < smallest:
-            fail(f"--{field.replace('_', '-')} is {smallest} or more, not {getattr(cfg, field)}")
-    if not 0 < cfg.lr < math.inf:  # nan too
-        fail(f"--lr is above 0, not {cfg.lr}")
-    for field in ("min_recovered", "max_fvu"):
-        if not math.isfinite(getattr(cfg, field)):
-            fail(f"--{field.replace('_', '-')} is a number, not {getattr(cfg, field)}")
+    check_ranges(cfg)  # of a variant too
     if cfg.sae and cfg.release:
         fail("--sae and --release both name a SAE: give one of them")
     if cfg.sae_id and not cfg.release:

@@ -53,6 +53,7 @@ BRIEF = BAR | {"delay": 2, "leave": False}  # for what is often done in a moment
 #%% Ranges of settings, declared where the setting is: launch.flags refuses what lies outside
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
+AtLeastTwo = Annotated[int, Ge(2)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
