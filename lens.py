@@ -905,7 +905,8 @@ def grid_figure(found: dict[str, Tensor], texts: dict[int, str], tokens: list[st
         hovertext=[["<br>".join(map(plain, cell)) for cell in layer] for layer in top_k_of_layers(found, texts)],
         hovertemplate="after %{y}, at %{x}<br>%{hovertext}<extra></extra>",
     )
-    fig.update_layout(height=200 + 45 * len(layers))
+    if len(layers) > 16:
+        fig.update_layout(height=200 + 36 * len(layers))
     return fig.update_yaxes(autorange=True)
 
 

@@ -145,7 +145,11 @@ if __name__ == "__main__":
         x=list(bins[:-1] + 0.05),
         hover="10^%{x:.1f} of tokens: %{y} features<extra></extra>",
     )
-    show(fig, "sae_probe/density")
+    show(
+        fig,
+        "sae_probe/density",
+        "Left: features that hardly ever fire; right: on every other token. A healthy dictionary has its bulk in between.",
+    )
 
 #%% ... and whether they point the same way
 if __name__ == "__main__":
@@ -158,7 +162,12 @@ if __name__ == "__main__":
         x=edges[:-1] + 0.01,
         dashed=["random directions"],
     )
-    show(fig, "sae_probe/decoder_cosine")
+    show(
+        fig,
+        "sae_probe/decoder_cosine",
+        "Right of the dashed line features point alike more than chance makes directions do: they share a "
+        "concept, or split one.",
+    )
 
 #%% Labelled tokens: the codes of this SAE and of a random-weight model's, neurons, every layer's residual stream
 if __name__ == "__main__":
@@ -249,12 +258,21 @@ if __name__ == "__main__":
             y=list(probes),
             value="AUROC - 0.5",
         )
-        return fig.update_layout(height=700).update_yaxes(dtick=1)
+        return fig.update_layout(height=max(500, 100 + 22 * len(probes))).update_yaxes(dtick=1)
 
     of_hook = [m for m in methods if not m.startswith(("dense", "difference")) or m.endswith(hook)]
-    show(concept_map(of_hook, [method_in_words(m) for m in of_hook], "method"), "sae_probe/probes")
+    show(
+        concept_map(of_hook, [method_in_words(m) for m in of_hook], "method"),
+        "sae_probe/probes",
+        "0.5: the concept is told without a mistake in entities that it was not learned on; 0: chance. Compare single "
+        "features with the whole stream, and with the shuffled labels.",
+    )
     of_layers = [f"dense {place}" for place in residual]
-    show(concept_map(of_layers, residual, "layer of a dense probe"), "sae_probe/layers")
+    show(
+        concept_map(of_layers, residual, "layer of a dense probe"),
+        "sae_probe/layers",
+        "Where in the model a concept can be read by a linear probe.",
+    )
 
 #%% What those features fire on
 if __name__ == "__main__":
@@ -277,7 +295,12 @@ if __name__ == "__main__":
 #%% ... and every feature on a page
 if __name__ == "__main__":
     title = f"{len(entries)} features: {subject.about}, {judged['n_tokens']:,} held-out tokens"
-    show_page(feature_page(list(entries.values()), title), "sae_probe/features")
+    show_page(
+        feature_page(list(entries.values()), title),
+        "sae_probe/features",
+        "Features that stand for a concept come first. Each shows how often and how strongly it fires, the texts in which it "
+        "does, and the tokens that it promotes.",
+    )
 
 #%% Other sparsities, widths, kinds and layers: what they cost, and whether they have the features that this one lacks
 if __name__ == "__main__" and not pretrained:
@@ -318,8 +341,9 @@ if __name__ == "__main__" and not pretrained:
             go.Scatter(
                 x=[point["l0"]],
                 y=[point["ce_recovered"]],
-                name=label,
-                mode="markers",
+                text=[label.removesuffix(f", {cfg.hook}")],
+                textposition="bottom center",
+                mode="markers+text",
                 marker={"size": 12},
                 hovertemplate=hover,
             )
@@ -328,9 +352,15 @@ if __name__ == "__main__" and not pretrained:
         title=f"What sparsity costs (reopened SAEs, {judged['n_tokens']:,} held-out tokens; {subject.name})",
         xaxis_title="L0 (features per token)",
         yaxis_title="cross-entropy recovered (mean ablation)",
-        showlegend=True,
+        showlegend=False,
     )
-    show(fig, "sae_probe/pareto")
+    l0s = [point["l0"] for point in variants.values()]
+    fig.update_xaxes(range=[0.6 * min(l0s), 1.3 * max(l0s)])  # room for the names
+    show(
+        fig,
+        "sae_probe/pareto",
+        "Left and high is good: few features at a token, and the model goes on nearly as before when they stand for its stream.",
+    )
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
