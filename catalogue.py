@@ -150,7 +150,12 @@ fig = imshow(
     diverging=False,
     value="score",
 )
-show(fig, "catalogue/heads")
+show(
+    fig,
+    "catalogue/heads",
+    "1 is a perfect head of the kind; it has the name only above the bar in its panel's title, which chance "
+    "or the floor sets.",
+)
 
 
 #%% What stands in the page of each head: its scores, what its value-output map carries most of, where it looks
@@ -286,7 +291,12 @@ if found:
         columns=1,
         value="pre-activation",
     )
-    show(fig, "catalogue/written_by")
+    show(
+        fig,
+        "catalogue/written_by",
+        "A row for the neurons of a layer, a column for each earlier part. Blue: it pushes them further the way "
+        "that they go.",
+    )
 
 
 #%% What stands in the page of each neuron

@@ -723,7 +723,12 @@ if __name__ == "__main__":
         columns=2,
     )
     fig.update_yaxes(showticklabels=False, title="", col=2)  # as in the first column
-    show(fig, "readers/auroc")
+    show(
+        fig,
+        "readers/auroc",
+        "Blue: the reader tells facts that were taught from those that were not; white: it cannot; red: it shows "
+        "what was taught as unlikely.",
+    )
 
 #%% ... and where each lens puts the right answer, taught and untaught
 if __name__ == "__main__":
@@ -740,7 +745,12 @@ if __name__ == "__main__":
         ylabel="percentile (0.5 is chance)",
         markers=True,
     )
-    show(fig, "readers/percentile")
+    show(
+        fig,
+        "readers/percentile",
+        "1: the right answer is the likeliest of its kind. A lens that sees what is known lifts the taught line "
+        "above the untaught.",
+    )
 
 #%% Which lens says what the model will say? KL of its final distribution from each layer's, on rows that no fit saw
 if __name__ == "__main__":
@@ -763,7 +773,12 @@ if __name__ == "__main__":
         ylabel="nats",
         markers=True,
     )
-    show(fig, "readers/kl")
+    show(
+        fig,
+        "readers/kl",
+        "0: the lens says what the model will say. The reader that is best here need not be the best of the "
+        "figure before.",
+    )
 
 #%% The null: the same readers, fitted anew, on a model of the same shape whose matrices are drawn at random
 if __name__ == "__main__":
@@ -801,7 +816,12 @@ if __name__ == "__main__":
             ylabel="share of facts",
             x=list(of_readers),
         )
-        show(fig, f"readers/causal_{task}")
+        show(
+            fig,
+            f"readers/causal_{task}",
+            "Causal: swapping what the reader found changes the model's answer to it. Idle: it reads right and "
+            "nothing follows.",
+        )
 
 #%% The conclusion
 if __name__ == "__main__":

@@ -672,7 +672,11 @@ if __name__ == "__main__" and cfg.models:
 
 #%% ... how their answers settle over the depth; and that conclusion
 if __name__ == "__main__" and cfg.models:
-    show(comparison_figure(studies), "reversal/cross_model")
+    show(
+        comparison_figure(studies),
+        "reversal/cross_model",
+        "Where a curve rises, that model's answers settle: compare at equal depth, not at equal layers.",
+    )
     depths = "; ".join(f"{study['model']} {says(study['depth'])}" for study in studies)
     worst_gate = max(study["last_layer_gate_error"] for study in studies)
     print(
@@ -722,7 +726,11 @@ if __name__ == "__main__":
         )
         if curve == "rank":
             fig.update_yaxes(type="log", autorange="reversed")
-        show(fig, f"reversal/{curve}")
+        show(
+            fig,
+            f"reversal/{curve}",
+            "A line for each direction that was asked and taught; right is the model's own answer.",
+        )
 
 #%% Does a fact run both ways? Asked against the direction it was taught, at the last layer and at any other
 if __name__ == "__main__":
@@ -746,7 +754,12 @@ if __name__ == "__main__":
         x=list(curves),
         errors={whole_answer: (high - mean, mean - low)},
     )
-    show(fig, "reversal/reversal")
+    show(
+        fig,
+        "reversal/reversal",
+        "A fact taught in one direction is known in that direction: the bar of the other one says how much it "
+        "runs both ways.",
+    )
 
 #%% The conclusion
 if __name__ == "__main__":
