@@ -152,10 +152,16 @@ def cells_of(source: str) -> tuple[list[int], list[Cell]]:
     """The first line of each cell, and the cells with the sentences of their markers; the first is what stands before."""
     starts = [1]
     cells = [Cell("")]
+    in_marker = False
     for number, text in enumerate(source.splitlines(), 1):
         if text.startswith("#%%"):
             starts.append(number)
             cells.append(Cell(text.removeprefix("#%%").strip()))
+            in_marker = True
+        elif in_marker and text.startswith("# "):  # a sentence that is longer than a line
+            cells[-1].sentence += text.removeprefix("#")
+        else:
+            in_marker = False
     return starts, cells
 
 
@@ -173,14 +179,26 @@ class Recorder:
         self.results = Path("results").absolute() / f"{script.stem}.json"
         self.command = shlex.join([script.name, *sys.argv[1:]])
         self.starts, self.cells = cells_of(script.read_text(encoding="utf-8"))
+        self.announced: Cell | None = None  # whose sentence was printed last
         self.finished = False
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.out, name)
 
     def write(self, text: str) -> int:
-        self.cell().unread += text
+        cell = self.cell()
+        if text.strip():
+            self.announce(cell)
+        cell.unread += text
         return self.out.write(text)
+
+    def announce(self, cell: Cell) -> None:
+        """In the terminal a cell's sentence, what is asked, stands before the first that it says."""
+        if cell is self.announced or not cell.sentence:
+            return
+        self.announced = cell
+        if not cell.sentence.startswith("..."):
+            self.out.write(f"\n{gray}{cell.sentence}{endc}\n")
 
     def cell(self) -> Cell:
         """The cell of the script that is being run, by the line that its module has reached."""
@@ -226,7 +244,10 @@ def recorder() -> Recorder | None:
 
 def tell(text: str) -> None:
     """Print for the terminal, not for the report, which shows what this is about."""
-    print(text, file=sys.stdout.out if isinstance(sys.stdout, Recorder) else sys.stdout)
+    run = recorder()
+    if run:
+        run.announce(run.cell())
+    print(text, file=run.out if run else sys.stdout)
 
 
 def finish_report() -> None:

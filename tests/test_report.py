@@ -62,8 +62,8 @@ def test_a_printed_table_is_a_table():
 
 
 def test_what_is_said_belongs_to_the_cell_whose_marker_stands_above():
-    starts, cells = cells_of("x\n#%% One\ny\n#%% Two\n")
-    assert starts == [1, 2, 4] and [cell.sentence for cell in cells] == ["", "One", "Two"]
+    starts, cells = cells_of("x\n#%% One\ny\n# a comment\n#%% Two,\n# and more\nz\n")
+    assert starts == [1, 2, 5] and [cell.sentence for cell in cells] == ["", "One", "Two, and more"]
     cell = Cell("One")
     cell.unread = "before"
     cell.add({"page": {}})
@@ -86,6 +86,8 @@ def test_a_report_tells_the_story_in_order(story, tmp_path):
     done = story("--word", "b")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].endswith("report: figs/story/index.html\x1b[0m")
+    assert done.stdout.index("First, a number") < done.stdout.index("1 < 2"), "what is asked stands before what is said"
+    assert done.stdout.count("First, a number") == 1 and "... as a line" not in done.stdout
     run = told(tmp_path)
     assert run["question"] == "What is asked? And more." and run["complete"]
     assert run["came_out"] == ["It works."]
