@@ -742,9 +742,11 @@ if __name__ == "__main__":
         f"'answers settle at 75-85% of depth', here at {says(study['depth'], percent=True)}{endc}"
     )
 
-#%% ... as bars, by the direction asked
+#%% ... as bars, by the direction asked; where all are 0 or 1 the table above says it better
 if __name__ == "__main__":
     mean, low, high = np.array([recall[group] for group in curves], float).T
+    some_in_between = bool(((mean > 0.02) & (mean < 0.98)).any())
+if __name__ == "__main__" and some_in_between:
     whole_answer = "whole answer said, 95% interval"
     fig = bar(
         {whole_answer: mean, "telling token top-1, at the best layer": list(best.values())},

@@ -55,7 +55,7 @@ FIGURES = {
     "stream stream_effects stream_cosines",
     "mamba": "training loss_repeated knock_outs after_copy hidden_attention",
     "logit_lens": "grid tuned_KL tuned_perplexity layers heads",
-    "reversal": "probability rank kl entropy reversal",
+    "reversal": "probability rank kl entropy",
     "patching": "attention direct_attribution tokens places heads head_places ablation_metric ablation_loss noise",
     "readers": "auroc percentile kl causal_forward",
     "circuits": "paths roles attribution faithfulness circuit",
