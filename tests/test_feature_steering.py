@@ -1,4 +1,4 @@
-"""steering.py: where it pushes and how far, and that its choice of SAE is sae_probe.py's."""
+"""feature_steering.py: where it pushes and how far, and that its choice of SAE is sae_probe.py's."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -10,12 +10,12 @@ from conftest import ROOT, one_line_error
 from tokenizers import Tokenizer
 
 import sae_probe
-import steering
+import feature_steering as steering
 from anatomy import harvest
 from llama_block import Llama, LlamaConfig
 from probes import subject_position
 from sae import SAEConfig
-from steering import (
+from feature_steering import (
     Asked,
     ContinentQuestions,
     continent_means,
@@ -187,4 +187,4 @@ def test_the_controls_go_as_far_as_the_edit():
 
 
 def test_a_misspelt_release_is_answered_with_its_neighbours(run):
-    one_line_error(run("steering.py", "--release", "gpt2-smal-res-jb"), "gpt2-smal-res-jb", "gpt2-small-res-jb")
+    one_line_error(run("feature_steering.py", "--release", "gpt2-smal-res-jb"), "gpt2-smal-res-jb", "gpt2-small-res-jb")
