@@ -207,7 +207,13 @@ def principal_difference(positive: Tensor, negative: Tensor) -> Tensor:
     n = min(len(positive), len(negative))
     differences = positive[:n] - negative[:n]
     _, _, axes = t.linalg.svd(differences, full_matrices=False)
-    return axes[0] * t.where(differences.mean(0) @ axes[0] < 0, -1.0, 1.0)
+    return towards(axes[0], positive, negative)
+
+
+def towards(unit: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """The direction, turned round where it points from the positives' mean to the negatives'."""
+    along = (positive.mean(0) - negative.mean(0)) @ unit
+    return -unit if along < 0 else unit
 
 
 def logistic_direction(positive: Tensor, negative: Tensor) -> Tensor:

@@ -211,17 +211,25 @@ show(
     "nothing, which must stay near 0.5.",
 )
 
-#%% ... every label by itself
+#%% ... every label by itself, which a menu chooses
+of_labels = np.array([[auroc[label][words] for words in METHODS.values()] for label in auroc])  # (label, method, layer)
+several = len(auroc) > 1
 fig = imshow(
-    np.array([auroc[label]["whole stream"] for label in auroc]) - 0.5,
-    title=f"Which label is told from the whole stream after how many blocks ({named})",
+    (of_labels if several else of_labels[0]) - 0.5,
+    title=f"What tells {'each label' if several else next(iter(auroc))}, after how many blocks ({named})",
     xlabel="blocks passed",
-    ylabel="label",
+    ylabel="probe",
     x=[str(i) for i in range(len(streams))],
-    y=list(auroc),
+    y=list(METHODS.values()),
+    menu=list(auroc) if several else None,
     value="AUROC - 0.5",
 )
-show(fig, "probing/labels", "Blue: told apart on groups that were not trained on; white: no better than chance.")
+show(
+    fig,
+    "probing/labels",
+    "Blue: told apart on groups that were not trained on; white: no better than chance; empty: no neurons before the "
+    "first block.",
+)
 
 #%% ... and every method with its interval, at each label's best layer
 bars = {}

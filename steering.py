@@ -64,6 +64,7 @@ from directions import (
     spaced,
     streams_of,
     text_cost,
+    towards,
     write,
 )
 from llama_block import Llama
@@ -102,10 +103,10 @@ class Config:
     held_out: Count = 64  # contrasts to judge them on, about other names, nouns or countries
     # of pushes, in distances of the classes' means at that layer; 1 is added
     strengths: Annotated[tuple[Positive, ...], Len(1)] = (0.5, 1.0, 2.0, 4.0, 8.0)
-    random: Count = 8  # directions at random, of the same length
+    random: Count = 6  # directions at random, of the same length
     written: Natural = 12  # tokens that are written behind a prompt
     temperature: NotNegative = 0.7  # of the text that is drawn; the other is greedy
-    prompts: Count = 12  # behind which text is written
+    prompts: Count = 8  # behind which text is written
     data: str | None = None  # the text that edits must not hurt; default as the model's
     rows: Count = 24  # of that text, 64 tokens each
     memory_gb: Positive = 1.0  # cap on activations of one run
@@ -241,7 +242,8 @@ low = dict(zip(places, streams_of(model, contrasts.negative, places, cfg.place, 
 found: dict[str, dict[str, Direction]] = {}  # by method, by hook
 for hook in places:
     if hook in from_file:
-        found.setdefault("from the file", {})[hook] = placed(from_file[hook], hook, high[hook], low[hook])
+        unit = towards(from_file[hook], high[hook], low[hook])
+        found.setdefault("from the file", {})[hook] = placed(unit, hook, high[hook], low[hook])
         continue
     for method, find in METHODS.items():
         unit = find(high[hook], low[hook])
@@ -427,7 +429,7 @@ headers = ["edit", "behind texts that have it not", "behind texts that have it",
 print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
 
 #%% What is written at five strengths, side by side: greedy, and drawn
-five = [0.0, *strengths[:4]] if len(strengths) > 4 else [0.0, *strengths]
+five = [0.0, *strengths[:5]]  # and none, to compare
 writings: dict[float, list[dict]] = {}  # by strength, what is written behind each prompt
 for strength in tqdm(five, desc="writing", **BRIEF):
     edit = adding(best, strength, device)
@@ -469,22 +471,29 @@ print(
 headers = ["strength", "score, greedy", "loss, greedy", "score, drawn", "loss, drawn"]
 print(cyan + tabulate(by_strength, headers=headers, floatfmt=".2f") + endc)
 
-#%% ... as lines: what is written changes, and how unlike the model it becomes
+#%% ... as lines: what is written changes
+shares = {how: [row[i] for row in by_strength] for how, i in (("greedy", 1), ("drawn", 3))}
 fig = line(
-    {headers[i]: [row[i] for row in by_strength] for i in range(1, 5)},
-    title=f"Text written under a push: does it say the target, and how unlikely is it to the plain model ({named})",
+    shares,
+    title=f"Does text that is written under a push have what is asked for ({named}; {scored})",
     xlabel="strength",
-    ylabel="share; loss in nats per token",
+    ylabel="score",
     x=five,
     markers=True,
-    dashed=["loss, greedy", "loss, drawn"],
 )
-show(
-    fig,
-    "steering/writing",
-    f"Solid: share of texts in which the score holds ({scored}). Dashed: the unpushed model's loss on them; where it "
-    "climbs, the push breaks the text.",
+show(fig, "steering/writing", f"By strength of the push, 0 being none: {scored}, on average over the prompts.")
+
+#%% ... and how unlike the model it becomes
+losses = {how: [row[i] for row in by_strength] for how, i in (("greedy", 2), ("drawn", 4))}
+fig = line(
+    losses,
+    title=f"How unlikely the written text is to the model without the push ({named})",
+    xlabel="strength",
+    ylabel="loss of the plain model, nats per token",
+    x=five,
+    markers=True,
 )
+show(fig, "steering/fluency", "Where the loss climbs far above that at strength 0, the push breaks the text.")
 
 #%% The direction in a file, the numbers for machines, and the conclusion
 key = model_key(cfg.model, [about, contrasts.positive, contrasts.negative, cfg.place, best_method, best_hook])

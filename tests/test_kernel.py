@@ -19,6 +19,8 @@ SMALL = {
     "logit_lens.py": "Config(tuned_steps=0)",
     "reversal.py": "Config(countries=8, forms=1, draws=50)",
     "circuits.py": "Config(n=4, held_out=4, ig_steps=1)",
+    "steering.py": "Config(n=8, held_out=8, strengths=(1.0,), random=1, written=2, prompts=1, rows=2)",
+    "probing.py": "Config(n=120, seeds=1)",
     "das.py": "Config(n=16, held_out=16, steps=3, ranks=(1,), random=2)",
 }
 
@@ -44,5 +46,7 @@ def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monk
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    assert len(figures) >= (3 if script in ("logit_lens.py", "das.py") else 4)  # logit_lens without its tuned lens
+    assert len(figures) >= (
+        3 if script in ("logit_lens.py", "das.py", "probing.py") else 4
+    )  # logit_lens without its tuned lens
     assert nbformat.validate(notebook) is None
