@@ -358,7 +358,10 @@ class Asked:
 
     @t.no_grad()
     def log_p(self, edit: Edit | None = None) -> Tensor:
-        """(prompt, class): log-probability that one of the target's, or of the other's, tokens comes next."""
+        """
+        (prompt, class): log-probability that one of the target's, or of the other's, tokens comes next; where no other
+        words are known, the other class is all else.
+        """
 
         def of_group(index: Tensor) -> Tensor:
             resid = self.model(self.tokens[index], stop_at_layer=0)
@@ -366,8 +369,9 @@ class Asked:
             log_p = run_from(self.model, resid, self.end[index], 0, edits).float().log_softmax(-1)
             rows = []
             for i, of_prompt in zip(index.tolist(), log_p):
-                of_classes = [of_prompt[ids].logsumexp(0) for ids in (self.target[i], self.other[i])]
-                rows.append(t.stack(of_classes))
+                target = of_prompt[self.target[i]].logsumexp(0)
+                other = of_prompt[self.other[i]].logsumexp(0) if self.other[i] else t.log1p(-target.exp())
+                rows.append(t.stack([target, other]))
             return t.stack(rows).cpu()
 
         index = t.arange(len(self), device=self.tokens.device)
@@ -459,11 +463,15 @@ def edit_gates(asked: Asked, direction: Direction, n: int = 4, written: int = 6)
     everywhere = ablating_everywhere(model, direction, device)
     last = layer_streams(model)[-1]
     push = adding(direction, 1.0, device)
+    moved = 0.0
     left = 0.0
     unlike = 0.0
     for ids, start in zip(asked.rows[:n], asked.start.tolist()):
         first = t.tensor([start])
         tokens = t.tensor([ids], device=device)
+        plain = model(tokens)
+        still = run_with_hooks(model, tokens, nothing.fwd_hooks(first))
+        moved = max(moved, ((still - plain).abs().max() / plain.abs().max()).item())
         with hooks(model, everywhere.fwd_hooks(first)):
             _, cache = run_with_cache(model, tokens, last)
         stream = cache[last][0, start:].float()
@@ -476,7 +484,7 @@ def edit_gates(asked: Asked, direction: Direction, n: int = 4, written: int = 6)
         behind = (logits.max(1).values - chosen) / logits.abs().max()
         unlike = max([unlike, *behind.tolist()])
     return {
-        "nothing_pushed": (asked.log_p(nothing) - asked.log_p()).abs().max().item(),
+        "nothing_pushed": moved,
         "left_of_what_is_projected_out": left,
         "written_against_one_run": unlike,
     }

@@ -223,6 +223,8 @@ def test_the_probability_of_a_class_is_the_sum_over_its_words(world):
     she, her, he = (world.tokenizer.token_to_id(word) for word in ("Ġshe", "Ġher", "Ġhe"))
     found = asked.log_p().exp()
     t.testing.assert_close(found[0], t.stack([p[she] + p[her], p[he]]), rtol=1e-4, atol=1e-7)
+    alone = Asked(world, [text], [(" she", " her")], [()]).log_p().exp()
+    t.testing.assert_close(alone[0], t.stack([p[she] + p[her], 1 - p[she] - p[her]]), rtol=1e-4, atol=1e-6)
     assert effect(t.tensor([[0.9, 0.1], [0.2, 0.5]]).log()) == {"p_target": pytest.approx(0.55), "turned": 0.5}
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import one_line_error
+from test_zero_layer import story
 
-SMALL = "--random 1 --strengths 1 --rows 2 --prompts 1 --written 2 --device cpu".split()
+SMALL = "--random 1 --strengths 1 --rows 2 --prompts 1 --written 2 --data story.txt --device cpu".split()
 NAMES = (("Mary", "John"), ("Anna", "Tom"), ("Emma", "Peter"), ("Alice", "Paul"), ("Laura", "Mark"), ("Kate", "David"))
 
 
@@ -34,6 +35,11 @@ def own_labels(folder: Path) -> str:
                 start = text.index(name)
                 rows.append({"text": text, "label": label, "start": start, "end": start + len(name)})
     return write_csv(folder / "labels.csv", rows)
+
+
+@pytest.fixture(autouse=True)
+def text(workdir):
+    (workdir / "story.txt").write_text(story(12000))
 
 
 def numbers_of(folder: Path, script: str) -> dict:
