@@ -503,10 +503,11 @@ save_direction(path, best, model=cfg.model, from_file=provenance, **made)
 again, _ = read_directions(str(path), model)
 assert t.allclose(again[best_hook], best.unit), "the file holds something else"
 numbers["direction_file"] = str(path)
-save_results("steering", cfg, **numbers)
 done = swept[best_method][row, at_1].item()
 by_chance = swept["random"][row, at_1].item()
 loss_added, kl = paid[best_method][at_1]
+numbers["best"] = {"p_target": done, "random": by_chance, "loss_added": loss_added, "kl": kl}
+save_results("steering", cfg, **numbers)
 numbers_said = (
     f"{kind} {by_itself['p_target']:.2f} -> {done:.2f} on held-out contrasts (random pushes as long {by_chance:.2f}, the "
     f"contrast in the prompt {in_the_prompt['p_target']:.2f}), for {loss_added:+.2f} nats and a KL of {kl:.2f} per token "
