@@ -2,7 +2,6 @@
 Talk to a model in the terminal; /lens shows what it was about to say, layer by layer, at each token of its last answer.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,42 +23,15 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     on_base,
 )
 from plots import show
-from data import end_ids, text_of
-from hooks import device_of
-from weights import about_bos, encode, open_model, text_tokenizer, token_text
+from data import text_of
+from weights import about_bos, encode, generate, open_model, text_tokenizer, token_text
 from launch import flags
 from lens import Lens, grid_figure, grid_table, read, require_exact_lens, slug, token_texts
 from llama_block import Llama
 
-import torch as t
 import torch.nn as nn
-from tokenizers import Tokenizer
 
 GATE_PROMPT = "Everyone knows that the capital of Japan is"
-
-
-#%% Answers, token by token
-@t.no_grad()
-def generate(model: nn.Module, ids: list[int], n: int) -> Iterator[int]:
-    """
-    Up to n greedy tokens, until the model ends its text or its context is full; transformers models keep their keys and
-    values, ours read all again.
-    """
-    room = model.cfg.n_ctx - len(ids)
-    keeps: dict = {}
-    if not isinstance(model.tokenizer, Tokenizer):
-        from transformers import DynamicCache
-
-        keeps = {"past_key_values": DynamicCache(), "use_cache": True}
-    ends = end_ids(text_tokenizer(model), model.folder)
-    unread = list(ids)
-    for _ in range(min(n, room)):
-        logits = model(t.tensor([unread], device=device_of(model)), **keeps)
-        token = int(logits[0, -1].argmax())
-        if token in ends:
-            return
-        yield token
-        unread = [token] if keeps else [*unread, token]
 
 
 #%% A conversation

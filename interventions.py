@@ -292,21 +292,21 @@ def text_of_cell(path: str, column: str, value: Any, model: nn.Module | None) ->
     return token_text(model, int(first))
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
+def read_table(path: Path, flag: str = "--pairs") -> list[dict[str, Any]]:
     """The rows of a JSON list of objects, or of a CSV file, whose separator is a comma, a semicolon or a tab."""
     try:
         text = path.read_bytes().decode("utf-8-sig")  # with or without the byte-order mark that Excel writes
     except OSError as error:
-        fail(f"--pairs {path} cannot be read: {error}")
+        fail(f"{flag} {path} cannot be read: {error}")
     except UnicodeDecodeError:
-        fail(f"--pairs {path} is not UTF-8 text: save it as UTF-8, for instance by iconv -f latin1 -t utf-8")
+        fail(f"{flag} {path} is not UTF-8 text: save it as UTF-8, for instance by iconv -f latin1 -t utf-8")
     if path.suffix.lower() == ".json":
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
-            fail(f"--pairs {path} cannot be read: {error}")
+            fail(f"{flag} {path} cannot be read: {error}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            fail(f"--pairs {path} is no list of objects such as {{'clean': ..., 'corrupt': ..., ...}}")
+            fail(f"{flag} {path} is no list of objects, one a row, with the columns as their keys")
         return rows
     header = text.split("\n", 1)[0]
     separator = max(",;\t", key=header.count)

@@ -7,9 +7,10 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
-from utils import find_folder, load_model, seed_of  # first: sets OpenMP's variables before torch is loaded
+from utils import fail, find_folder, load_model, seed_of  # first: sets OpenMP's variables before torch is loaded
 from hooks import in_batches
 from data import Corpus
 from anatomy import harvest
@@ -24,6 +25,7 @@ from world import (
     label_sentences,
     read_countries,
 )
+from interventions import read_table
 
 import numpy as np
 import torch as t
@@ -99,6 +101,111 @@ def subject_position(tokenizer, prompt: Prompt, n_bos: int) -> int:
     end_of_subject = prompt.text.index(subject) + len(subject)
     offsets = tokenizer.encode(prompt.text, add_special_tokens=False).offsets
     return n_bos + next(i for i, (_, end) in enumerate(offsets) if end >= end_of_subject)
+
+
+#%% Labels of one's own: texts, what each is, and of which stretch of it
+@dataclass
+class Example:
+    """A text, its label, the characters that the label is about (start, end), and the group that stands in one split."""
+
+    text: str
+    label: str
+    start: int
+    end: int
+    group: str
+
+
+def read_labels(path: str) -> list[Example]:
+    """
+    From a CSV file or a JSON list with the columns text and label, and if wanted start and end (characters; the whole
+    text without) and group. Without a group, examples of the same stretch of text stand in one split.
+    """
+    rows = read_table(Path(path), "--labels")
+    if not rows:
+        fail(f"--labels {path} holds no row")
+    for name in ("text", "label"):
+        if name not in rows[0]:
+            fail(f"--labels {path} has no column {name} among {', '.join(map(str, rows[0]))}")
+    if ("start" in rows[0]) != ("end" in rows[0]):
+        fail(f"--labels {path}: the columns start and end go together")
+    return [example_of(path, i + 1, row) for i, row in enumerate(rows)]
+
+
+def example_of(path: str, number: int, row: dict) -> Example:
+    """One row of --labels."""
+    text = str(row["text"] or "")
+    label = "" if row["label"] is None else str(row["label"]).strip()
+    if not text.strip() or not label:
+        fail(f"--labels {path}: row {number} lacks {'label' if text.strip() else 'text'}")
+    start, end = row.get("start"), row.get("end")
+    if start in (None, "") and end in (None, ""):
+        start, end = 0, len(text)
+    if not str(start).isdigit() or not str(end).isdigit() or not 0 <= int(start) < int(end) <= len(text):
+        fail(f"--labels {path}: row {number}: characters {start} to {end} are no stretch of a text of {len(text)}")
+    start, end = int(start), int(end)
+    group = row.get("group") or text[start:end].strip()
+    return Example(text, label, start, end, str(group))
+
+
+FEWEST_GROUPS = 4  # of a label and of the others: to train on, to choose on and to judge on
+
+
+def label_examples(tokenizer, examples: list[Example]) -> Labelled:
+    """
+    Every example at the last token of its stretch; a concept for each label against all others (of two labels one is
+    enough, the last by name). A split by group asks for several groups with each label and several without.
+    """
+    labels = sorted({example.label for example in examples})
+    if len(labels) < 2:
+        fail(f"every example has the label {labels[0]!r}: a probe needs two or more")
+    group = np.array([example.group for example in examples])
+    rows = []
+    pos = []
+    for encoding, example in zip(
+        tokenizer.encode_batch([e.text for e in examples], add_special_tokens=False), examples
+    ):
+        rows.append(encoding.ids)
+        pos.append(next(i for i, (_, end) in enumerate(encoding.offsets) if end >= example.end))
+    role = np.array([example.label for example in examples])
+    index = np.arange(len(examples))
+    concepts = {}
+    for label in labels[1:] if len(labels) == 2 else labels:
+        y = role == label
+        n_with = len(set(group[y]))
+        n_without = len(set(group[~y]))
+        if min(n_with, n_without) < FEWEST_GROUPS:
+            fail(
+                f"label {label!r} is that of {n_with} groups, others that of {n_without}: to split by group, "
+                f"{FEWEST_GROUPS} or more are needed of both (the column group says which examples belong together)"
+            )
+        concepts[label] = Concept(index, y, group)
+    return Labelled(rows, index, np.array(pos), role, concepts)
+
+
+def world_examples(task: str, n: int, seed: int) -> list[Example]:
+    """
+    Labels that the world makes known, of held-out sentences: the continent at a country, the gender at a name, the number
+    at the noun before the verb, which is not the one that the verb agrees with. A group is a country, a name, a noun.
+    """
+    rng = Random(seed_of(seed, "labels"))
+    if task == "continent":
+        facts = [
+            fact for kind in ("forward", "language", "currency") for fact in fact_prompts(read_countries(), kind, True)
+        ]
+        prompts = rng.sample(facts, min(n, len(facts)))
+        asked = [(prompt, prompt.labels["continent"], prompt.labels["country"]) for prompt in prompts]
+    else:
+        kind, column, entity = {"gender": ("gender", "gender", "name"), "number": ("agreement", "number", "subject")}[
+            task
+        ]
+        prompts = [DRAW[kind](rng, True) for _ in range(n)]
+        asked = [(prompt, prompt.labels[column], prompt.labels[entity]) for prompt in prompts]
+    examples = []
+    for prompt, label, entity in asked:
+        end = len(prompt.text) if task == "number" else prompt.text.index(entity) + len(entity)
+        start = 0 if task == "number" else end - len(entity)
+        examples.append(Example(prompt.text, label, start, end, entity))
+    return examples
 
 
 #%% The measure, and who is trained on
@@ -194,6 +301,17 @@ def make_trial(concept: Concept, seed: int) -> Trial:
     return Trial(concept, parts, resamples, shuffled_labels(concept, rng))
 
 
+def refuse_one_sided(trial: Trial, label: str) -> None:
+    """A part of the split in which every token has the label, or none, tells nothing."""
+    for name, part in vars(trial.parts).items():
+        y = trial.concept.y[part]
+        if not len(y) or y.all() or not y.any():
+            fail(
+                f"label {label!r}: of the groups dealt to {name}, all examples or none have it: give more groups with it "
+                "and without it"
+            )
+
+
 def judged(
     trial: Trial,
     y: np.ndarray,
@@ -268,8 +386,19 @@ def concepts_of_features(labelled: Labelled, codes: csr_matrix, seed: int) -> di
     return concepts
 
 
-def fit_probe(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Logistic regression on standardised columns; returns its score as a function."""
+@dataclass
+class LinearProbe:
+    """The log-odds of a label, as a linear function of z (..., column); weight (column) is its direction there."""
+
+    weight: np.ndarray
+    bias: float
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        return z @ self.weight + self.bias
+
+
+def fit_probe(x: np.ndarray, y: np.ndarray) -> LinearProbe:
+    """Logistic regression on standardised columns."""
     from sklearn.linear_model import LogisticRegression
 
     mean = x.mean(0)
@@ -277,10 +406,8 @@ def fit_probe(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray
     regression = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-2, class_weight="balanced")
     regression.fit((x - mean) / std, y)
 
-    def score(z: np.ndarray) -> np.ndarray:
-        return regression.decision_function((z - mean) / std)
-
-    return score
+    weight = regression.coef_[0] / std
+    return LinearProbe(weight, float(regression.intercept_[0] - mean @ weight))
 
 
 def ridge_map(x: Tensor, y: Tensor, penalty: float = 0.1) -> Callable[[Tensor], Tensor]:
@@ -363,6 +490,16 @@ def run_probes(
     if dense:
         found |= probe_shuffled(trial, list(dense.values())[-1])
     return found
+
+
+#%% The lines that probes of a layer find, in its own coordinates
+def probe_directions(concept: Concept, activations: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """{method: unit direction (d)} of the whole-layer probes on the training groups of one split."""
+    trial = make_trial(concept, seed)
+    x = activations[concept.index][trial.parts.train]
+    y = concept.y[trial.parts.train]
+    found = {"logistic probe": fit_probe(x, y).weight, "difference of means": x[y].mean(0) - x[~y].mean(0)}
+    return {method: direction / np.linalg.norm(direction) for method, direction in found.items()}
 
 
 #%% What the splits say together: runs are run_probes's answers for one concept, one run a split

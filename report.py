@@ -67,8 +67,10 @@ ORDER = (
     "patching",
     "circuits",
     "das",
-    "sae_probe",
     "steering",
+    "probing",
+    "sae_probe",
+    "feature_steering",
     "bench",
 )
 

@@ -377,5 +377,5 @@ if __name__ == "__main__":
     )
     print(
         f"Continents: the best single feature of any SAE here reaches {best_single:.2f}, "
-        f"a dense probe {worst_dense:.2f} or more. What happens when we push along them: steering.py.{endc}"
+        f"a dense probe {worst_dense:.2f} or more. What happens when we push along them: feature_steering.py.{endc}"
     )

@@ -20,7 +20,7 @@ GROUPS = {
     "d_model d_mlp d_expert d_state d_sae n_experts top_k shared positions rotary_share rope_base rms_eps qk_norm qkv_bias "
     "window norm_after expand d_conv dt_rank others architecture",
     "data": "data vocab english repeats task pairs clean corrupt answer wrong prompt prompts token n held_out heldout rows "
-    "context labels text",
+    "context labels text contrasts country positive negative target other judge direction",
     "method": "",
     "training": "steps tokens_per_step contexts context_steps accumulate lr muon_lr adamw_lr optimizer weight_decay "
     "schedule warmup decay clip autocast activation_checkpointing compile batch buffer dead_window",

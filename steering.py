@@ -1,420 +1,523 @@
 """
-What happens when we push along a model's directions? Countries are moved to other continents, features are edited, and
-an answer is traced to the features behind it.
+What happens when we push along a direction? Contrasts of texts give one at every layer, by difference of means, by
+principal component, by a logistic probe or by a feature; it is added, clamped and projected out while the model answers
+and writes. What that does is held against what it costs, against random directions and against the contrast in words.
+The methods are in directions.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BRIEF,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
     cyan,
     endc,
     fail,
+    gray,
     green,
     pick_device,
     purple,
     save_results,
+    seed_of,
     set_seed,
+    yellow,
 )
-from plots import bar, label_tokens, line, plain, show, visible
-from hooks import replace_input, run_with_hooks
-from data import refuse_empty, str_tokens
+from plots import imshow, line, plain, show
+from hooks import act_name
+from data import text_of
+from weights import about_bos, encode, model_key, open_model, text_tokenizer
 from launch import flags
-from world import Labelled, Prompt, fact_prompts, read_countries
-from interventions import loss_of, put
-from sae import (
-    GPT2_PRESET,
-    Attribution,
-    SAEConfig,
-    Subject,
-    change,
-    firing_order,
-    judge,
-    open_subject,
-    require_good_sae,
-    sparse,
-    with_sparsity,
-)
-from lens import knows_world
-from probes import (
-    TEST,
-    TRAIN,
-    concepts_of_features,
-    harvest_labelled,
-    labelled_tokens,
-    split,
-    subject_position,
+from world import judging_rows
+from lens import slug
+from interventions import in_words, missed_gates, share_out
+from sae import open_folder, text_for
+from directions import (
+    METHODS,
+    Asked,
+    Contrasts,
+    Direction,
+    Edit,
+    ablating_everywhere,
+    adding,
+    clamping,
+    draw_contrasts,
+    edit_gates,
+    effect,
+    feature_direction,
+    may_ask,
+    open_judge,
+    placed,
+    plain_loss,
+    projecting_out,
+    random_directions,
+    read_contrasts,
+    read_directions,
+    read_texts,
+    save_direction,
+    says,
+    spaced,
+    streams_of,
+    text_cost,
+    towards,
+    write,
 )
 from llama_block import Llama
 
-import numpy as np
+import plotly.graph_objects as go
 import torch as t
-import torch.nn as nn
-import torch.nn.functional as F
+from annotated_types import Len
 from tabulate import tabulate
-from torch import Tensor
 from tqdm import tqdm
 
 
-#%% Settings: the shell sets them by flags, a notebook edits them here; with equal SAEConfig's it is sae_probe.py's SAE
+#%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
-class Config(SAEConfig):
-    sentences: int = 150  # labelled sentences of each kind, by which features are chosen
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # of pushes, in mean distances of two continents; 1 is added
-    prompt: str = "The capital of France is"  # whose answer is traced to features
+class Config:
+    model: str = "models/world"  # a hub name, a short name or a folder
+    bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
+    # contrasts of the world, whose answers are known: women against men, the plural against the singular, a country
+    # against others
+    task: Literal["gender", "number", "country"] = "gender"
+    country: str = "Japan"  # to which --task country moves all others
+    # your own: a CSV or JSON file with the columns positive, negative and, if known, target and other (the words that a
+    # pushed model should say behind the negative, and those that it says by itself; | between several)
+    contrasts: str | None = None
+    positive: str | None = None  # or two files of texts, one a line: those that have something
+    negative: str | None = None  # and those that have not
+    target: tuple[str, ...] = ()  # words that a pushed model should say, for contrasts that do not say which
+    other: tuple[str, ...] = ()  # words that it should say no more
+    judge: str | None = None  # a Python file with judge(text), a number that says how much written text has it
+    direction: str | None = None  # a file of steering.py, probing.py or das.py instead of directions found here
+    sae: str | None = None  # a folder with a SAE, one feature of which joins the other methods
+    # where a text is read: at its last token, or the mean over it
+    place: Literal["last", "mean"] = "last"
+    # where the stream is edited: from a prompt's last token on and in all that is written, or everywhere
+    where: Literal["end", "all"] = "end"
+    n: Count = 64  # contrasts to find directions on
+    held_out: Count = 64  # contrasts to judge them on, about other names, nouns or countries
+    # of pushes, in distances of the classes' means at that layer; 1 is added
+    strengths: Annotated[tuple[Positive, ...], Len(1)] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    random: Count = 6  # directions at random, of the same length
+    written: Natural = 12  # tokens that are written behind a prompt
+    temperature: NotNegative = 0.7  # of the text that is drawn; the other is greedy
+    prompts: Count = 8  # behind which text is written
+    data: str | None = None  # the text that edits must not hurt; default as the model's
+    rows: Count = 24  # of that text, 64 tokens each
+    memory_gb: Positive = 1.0  # cap on activations of one run
+    wandb: bool = False  # numbers and figures go to Weights & Biases too
+    seed: Natural = 0
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
-if __name__ == "__main__":
-    cfg = flags(Config, __doc__, hpc=Config(**GPT2_PRESET))
-    device = pick_device(cfg.device)
-    set_seed(cfg.seed)
-    refuse_empty(cfg.prompt)
-    if cfg.sentences < 10:
-        fail("--sentences is 10 or more")
-    if not all(np.isfinite(cfg.strengths)) or not cfg.strengths:
-        fail("--strengths are one or more finite numbers")
+cfg = flags(Config, __doc__, hpc=Config(model="gpt2", bos=True, n=512, held_out=256, rows=128, memory_gb=24.0))
+device = pick_device(cfg.device)
+set_seed(cfg.seed)
+if bool(cfg.positive) != bool(cfg.negative):
+    fail("--positive and --negative go together: a file of texts each, one a line")
+if cfg.positive and cfg.contrasts:
+    fail("--contrasts, or --positive and --negative: give one of them")
 
-#%% The model, its text and the SAE, and the gate: nobody pushes along features that do not rebuild the activation
-if __name__ == "__main__":
-    if not (cfg.sae or cfg.release):
-        cfg = with_sparsity(cfg)
-    subject = open_subject(cfg, (Llama,), device)
-    model = subject.model
-    sae = subject.sae
-    hook = subject.hook
-    judged, codes = judge(model, sae, subject.rows, subject.first, subject.corpus.bos)
-    print(
-        f"{purple}=== {subject.about}: {cyan}L0 {judged['l0']:.1f}, "
-        f"{judged['ce_recovered']:.1%} of the cross-entropy recovered{purple} ==={endc}"
+#%% The model and the contrasts: some to find directions on, others to judge them on
+judge = open_judge(cfg.judge) if cfg.judge else None
+model = open_model(cfg.model, (Llama,), device, offload="off", bos=cfg.bos).requires_grad_(False)
+tokenizer = text_tokenizer(model)
+
+
+def own_contrasts() -> Contrasts:
+    if cfg.contrasts:
+        return read_contrasts(cfg.contrasts)
+    positive = read_texts(cfg.positive, "--positive")
+    negative = read_texts(cfg.negative, "--negative")
+    if positive == negative:
+        fail("--positive and --negative hold the same texts: there is no contrast")
+    return Contrasts(positive, negative, [()] * len(negative), [()] * len(negative))
+
+
+def shared_out(own: Contrasts) -> tuple[Contrasts, Contrasts]:
+    """Rows to find on and to judge on in turn; the flags' words where a row says none."""
+    target = [words or spaced(cfg.target) for words in own.target]
+    other = [words or spaced(cfg.other) for words in own.other]
+    negatives = share_out(list(zip(own.negative, target, other)), cfg.n, cfg.held_out)
+    positives = share_out(own.positive, cfg.n, cfg.held_out)
+    if not negatives[1] or not positives[1]:
+        fail("one text of each class: two or more are needed, to find a direction on some and judge it on others")
+    parts = []
+    for positive, rows in zip(positives, negatives):
+        negative, targets, others = (list(column) for column in zip(*rows))
+        parts.append(Contrasts(positive, negative, targets, others))
+    return parts[0], parts[1]
+
+
+if cfg.contrasts or cfg.positive:
+    about = Path(cfg.contrasts or cfg.positive).stem
+    contrasts, test_contrasts = shared_out(own_contrasts())
+else:
+    about = f"to {cfg.country}" if cfg.task == "country" else cfg.task
+    contrasts = draw_contrasts(model, cfg.task, cfg.country, cfg.n, cfg.seed, "find")
+    test_contrasts = draw_contrasts(model, cfg.task, cfg.country, cfg.held_out, cfg.seed, "test")
+has_words = all(test_contrasts.target) and all(contrasts.target)
+if not has_words and judge is None:
+    fail(
+        "what should a pushed model say? Give words by --target (and --other), columns target and other in --contrasts, "
+        "or a judge of what it writes by --judge"
     )
-    require_good_sae(judged, cfg, hook)
+for part in (contrasts, test_contrasts) if has_words else ():
+    for text, target, other in zip(part.negative, part.target, part.other):
+        if not may_ask(model, text, target, other):
+            fail(
+                f"behind {text!r} the words {target} and {other} do not begin with tokens of their own: choose others, "
+                "or end the text before a space"
+            )
+print(f"{purple}=== {about}: {len(contrasts)} contrasts to find on, {len(test_contrasts)} to judge on ==={endc}")
+for positive, negative in list(zip(contrasts.positive, contrasts.negative))[:2]:
+    print(f"{gray}has it  {positive!r}\nhas not {negative!r}{endc}")
+print(f"{gray}{about_bos(model)}{endc}")
 
-#%% Which feature stands for which concept: chosen on validation entities as in sae_probe.py, without its probes
-if __name__ == "__main__":
-    labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed, knows_world(model))
-    activations = harvest_labelled(model, labelled, [hook], subject.bos, device)[hook]  # (labelled token, d_in)
-    labelled_codes = sparse(sae.encode(activations.to(device)))
-    concepts_of = concepts_of_features(labelled, labelled_codes, cfg.seed)
-    feature_of = {concept: f for f, concepts in concepts_of.items() for concept in concepts}
-    for concept, f in feature_of.items():
-        print(f"{purple}{concept}{endc} {cyan}f{f}{endc}")
-
-
-#%% Steering: the prompts about test countries, and the directions from where a country is to each other continent
-@dataclass
-class Asked:
-    """Every prompt with one word after it, less the word's last token."""
-
-    tokens: Tensor  # (prompt, pos), padded on the right
-    places: Tensor  # (prompt, pos, 1): 1.0 from the country's last token on
-    last: Tensor  # (prompt) the prompt's last position, where the word begins to be said
-
-    @classmethod
-    def of(cls, rows: list[list[int]], starts: list[int], lengths: list[int], device: str) -> "Asked":
-        """rows: tokens of each prompt with what follows it; starts: of the push; lengths: of the prompts alone."""
-        tokens = nn.utils.rnn.pad_sequence([t.tensor(row) for row in rows], batch_first=True)
-        from_country = t.arange(tokens.shape[1]) >= t.tensor(starts)[:, None]
-        last = t.tensor(lengths) - 1
-        return cls(tokens.to(device), from_country.float()[..., None].to(device), last.to(device))
+#%% What the model does by itself, and when the same contrast stands in the words of the prompt
+kind = "probability of the target" if has_words else "the judge's mean"
 
 
-def word_tokens(tokenizer, text: str, word: str) -> list[int]:
-    """All tokens of a word that follows the text."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    whole = tokenizer.encode(f"{text} {word}", add_special_tokens=False).ids
-    if whole[: len(ids)] != ids or len(whole) == len(ids):
-        fail(f"the tokenizer joins the end of {text[-12:]!r} and {word!r} into one token: the word cannot be asked for")
-    return whole[len(ids) :]
+def ask(texts: list[str], part: Contrasts) -> Asked:
+    words = (part.target, part.other) if has_words else ([()] * len(texts), [()] * len(texts))
+    return Asked(model, texts, *words, where=cfg.where, memory_gb=cfg.memory_gb)
 
 
-class ContinentQuestions:
-    """
-    Prompts that ask for a country's continent; what the model answers when its stream is edited from the country on.
-    A continent is its whole word: the log-probabilities of all its tokens are summed.
-    """
-
-    def __init__(self, subject: Subject, prompts: list[Prompt], continents: list[str], device: str):
-        self.model = subject.model
-        self.hook = subject.hook
-        tokenizer = subject.tokenizer
-        starts = [subject_position(tokenizer, prompt, len(subject.bos)) for prompt in prompts]
-        asked = [subject.bos + tokenizer.encode(prompt.text, add_special_tokens=False).ids for prompt in prompts]
-        lengths = [len(row) for row in asked]
-        self.words = []  # by continent, (prompt, token) padded by -1
-        self.passes: list[tuple[Asked, list[int]]] = []  # rows, and the continents whose words are read from them
-        said_before: dict[str, int] = {}  # the pass of these rows: of one-token words it is one for all
-        for i, name in enumerate(continents):
-            words = [word_tokens(tokenizer, prompt.text, name) for prompt in prompts]
-            padded = nn.utils.rnn.pad_sequence([t.tensor(word) for word in words], True, -1)
-            self.words.append(padded.to(device))
-            rows = [row + word[:-1] for row, word in zip(asked, words)]
-            if str(rows) not in said_before:
-                said_before[str(rows)] = len(self.passes)
-                self.passes.append((Asked.of(rows, starts, lengths, device), []))
-            self.passes[said_before[str(rows)]][1].append(i)
-        right = [continents.index(prompt.labels["continent"]) for prompt in prompts]
-        self.right = t.tensor(right, device=device)  # (prompt)
-
-    def __len__(self) -> int:
-        return len(self.right)
-
-    @t.no_grad()
-    def answers(self, delta: Callable[[Tensor], Tensor] = t.zeros_like) -> Tensor:
-        """
-        (prompt, continent) log-probabilities less the right continent's, after delta(x) is added to the stream x from
-        the country on. For words of one token that is the difference of their logits.
-        """
-        said = t.empty(len(self), len(self.words), device=self.right.device)
-        for asked, continents in self.passes:
-            longest = max(self.words[i].shape[1] for i in continents)
-            log_p = self.log_p_after(asked, longest, delta)
-            for i in continents:
-                words = self.words[i]
-                by_token = log_p[:, : words.shape[1]].gather(2, words.clamp(min=0)[..., None])[..., 0]
-                said[:, i] = by_token.masked_fill(words < 0, 0.0).sum(1)
-        return said - said.gather(1, self.right[:, None])
-
-    def log_p_after(self, asked: Asked, n: int, delta: Callable[[Tensor], Tensor]) -> Tensor:
-        """Log-probabilities (prompt, n, d_vocab) where a word is said, whose positions alone are unembedded."""
-        prompt = t.arange(len(self), device=asked.last.device)[:, None]
-        places = asked.last[:, None] + t.arange(n, device=asked.last.device)
-        places = places.clamp(max=asked.tokens.shape[1] - 1)  # beyond the end nothing is said
-        undo = replace_input(self.model.unembed, lambda x: x[prompt, places])
-        try:
-            edit = put(lambda x: x + delta(x) * asked.places)
-            return run_with_hooks(self.model, asked.tokens, [(self.hook, edit)]).float().log_softmax(-1)
-        finally:
-            undo()
+def same_words(part: Contrasts) -> tuple[list[str], Contrasts]:
+    """The positive texts behind which the words of their negative can be asked for."""
+    n = min(len(part.positive), len(part))
+    kept = range(n)
+    if has_words:
+        kept = [i for i in range(n) if may_ask(model, part.positive[i], part.target[i], part.other[i])]
+    words = Contrasts([], [], [part.target[i] for i in kept], [part.other[i] for i in kept])
+    return [part.positive[i] for i in kept], words
 
 
-def require_telling_words(plain: Tensor) -> None:
-    """The gate: answers (prompt, continent) differ between continents, else every effect is zero by itself."""
-    spread = plain.std(1).max().item()
-    if not spread > 1e-4:
-        fail(
-            f"gate: without a push the model's answers differ between continents by {spread:.0e} nats: its tokenizer "
-            "or the model does not tell their words apart, and no effect on them can be read"
+def written_texts(asked: Asked, edit: Edit | None, n: int) -> list[str]:
+    """What is written greedily behind the first n prompts."""
+    texts = []
+    for ids, start in zip(asked.rows[:n], asked.start.tolist()):
+        texts.append(text_of(tokenizer, write(model, ids, cfg.written, edit, start)))
+    return texts
+
+
+def done_by(asked: Asked, edit: Edit | None) -> dict[str, float]:
+    """What an edit does: by the words that come next, or by the judge of what is written."""
+    if has_words:
+        return effect(asked.log_p(edit))
+    scores = [float(judge(text)) for text in written_texts(asked, edit, cfg.prompts)]
+    mean = sum(scores) / len(scores)
+    return {"p_target": mean, "turned": mean}
+
+
+asked = ask(contrasts.negative, contrasts)
+test_asked = ask(test_contrasts.negative, test_contrasts)
+positive_asked = ask(*same_words(test_contrasts))
+by_itself = done_by(test_asked, None)
+in_the_prompt = done_by(positive_asked, None)
+numbers = {"about": about, "measure": kind, "n": len(contrasts), "n_held_out": len(test_contrasts)}
+numbers |= {"by_itself": by_itself, "in_the_prompt": in_the_prompt}
+print(
+    f"{cyan}{kind}: {by_itself['p_target']:.3f} by itself, {in_the_prompt['p_target']:.3f} with the contrast in the "
+    f"prompt (held out){endc}"
+)
+
+#%% A direction at every layer by every method, measured on the contrasts that it was found on
+layers = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
+from_file, provenance = read_directions(cfg.direction, model) if cfg.direction else ({}, {})
+sae = open_folder(cfg.sae, device) if cfg.sae else None
+places = list(from_file) or layers
+if sae is not None:
+    sae_hook = sae.cfg.metadata.hook_name
+    if sae.cfg.d_in != model.cfg.d_model or "resid" not in str(sae_hook):
+        fail(f"--sae {cfg.sae} is of {sae_hook}, {sae.cfg.d_in} wide: here features of this model's stream are pushed")
+    places = list(dict.fromkeys([*places, sae_hook]))
+high = dict(zip(places, streams_of(model, contrasts.positive, places, cfg.place, cfg.memory_gb)))
+low = dict(zip(places, streams_of(model, contrasts.negative, places, cfg.place, cfg.memory_gb)))
+found: dict[str, dict[str, Direction]] = {}  # by method, by hook
+for hook in places:
+    if hook in from_file:
+        unit = towards(from_file[hook], high[hook], low[hook])
+        found.setdefault("from the file", {})[hook] = placed(unit, hook, high[hook], low[hook])
+        continue
+    for method, find in METHODS.items():
+        unit = find(high[hook], low[hook])
+        found.setdefault(method, {})[hook] = placed(unit, hook, high[hook], low[hook])
+if sae is not None:
+    unit, feature = feature_direction(sae, high[sae_hook], low[sae_hook])
+    found[f"feature {feature}"] = {sae_hook: placed(unit, sae_hook, high[sae_hook], low[sae_hook])}
+at_random: dict[str, list[Direction]] = {}
+for hook in places:
+    units = random_directions(model.cfg.d_model, cfg.random, seed_of(cfg.seed, hook))
+    at_random[hook] = [placed(unit, hook, high[hook], low[hook]) for unit in units]
+
+#%% Gates: a push of no length changes nothing, nothing is left of what is projected out, writing is one run
+widest = max((x for of_hook in found.values() for x in of_hook.values()), key=attrgetter("size"))
+if widest.size < 1e-6:
+    fail("the classes' means are the same at every layer: there is no contrast; try --place mean")
+gates = edit_gates(test_asked, widest)
+missed = missed_gates(gates, model)
+print(f"{cyan}gates: {in_words(gates)}{endc}")
+if missed:
+    fail(f"gate: {missed[0]} misses; edits of this model's stream cannot be believed")
+numbers |= {"gates": gates, "worst_gate": max(gates.values())}
+
+#%% Pushes of every strength at every layer, on the contrasts of finding and on held-out ones, and random ones as long
+strengths = sorted({1.0, *cfg.strengths})
+
+
+def pushed(of: Asked, directions: list[Direction], strength: float) -> dict[str, float]:
+    """What pushes along directions do, on average over them."""
+    effects = [done_by(of, adding(direction, strength, device)) for direction in directions]
+    return {name: sum(x[name] for x in effects) / len(effects) for name in effects[0]}
+
+
+swept: dict[str, t.Tensor] = {}  # by method, (hook, strength); nan where a method has no direction
+swept_on_find: dict[str, t.Tensor] = {}
+for method, of_hook in tqdm([*found.items(), ("random", at_random)], desc="pushes", **BRIEF):
+    grid = t.full((len(places), len(strengths)), t.nan)
+    on_find = grid.clone()
+    for row, hook in enumerate(places):
+        if hook not in of_hook:
+            continue
+        directions = of_hook[hook] if method == "random" else [of_hook[hook]]
+        for column, strength in enumerate(strengths):
+            grid[row, column] = pushed(test_asked, directions, strength)["p_target"]
+            if method != "random":
+                on_find[row, column] = pushed(asked, directions, strength)["p_target"]
+    swept[method] = grid
+    swept_on_find[method] = on_find
+at_1 = strengths.index(1.0)
+
+
+def best_on_find(method: str) -> float:
+    return swept_on_find[method][:, at_1].nan_to_num(-1).max().item()
+
+
+best_method = max(found, key=best_on_find)
+best_hook = places[int(swept_on_find[best_method][:, at_1].nan_to_num(-1).argmax())]
+best = found[best_method][best_hook]
+numbers |= {"strengths": strengths, "places": places, "swept": swept, "swept_on_find": swept_on_find}
+numbers |= {"best_method": best_method, "best_hook": best_hook}
+print(f"{purple}=== {kind}, held out, after a push of 1 (the distance of the classes' means at that layer) ==={endc}")
+table = []
+for row, hook in enumerate(places):
+    size = next(of_hook[hook].size for of_hook in found.values() if hook in of_hook)
+    table.append([hook, size, *(grid[row, at_1].item() for grid in swept.values())])
+print(cyan + tabulate(table, headers=["place", "distance", *swept], floatfmt=".3f") + endc)
+print(f"{gray}chosen where directions were found: {best_method} at {best_hook}{endc}")
+
+#%% ... as maps of layers and strengths
+named = f"{about}, {Path(cfg.model).name}, n = {len(test_asked)} held-out contrasts"
+fig = imshow(
+    t.stack(list(swept.values())),
+    title=f"{kind.capitalize()} after a push along each direction, by layer and strength ({named})",
+    xlabel="strength",
+    ylabel="place",
+    x=[f"{strength:g}" for strength in strengths],
+    y=[hook.replace("blocks.", "").replace(".hook_resid_pre", " pre") for hook in places],
+    panels=list(swept),
+    columns=2,
+    diverging=False,
+    value=kind,
+)
+show(
+    fig,
+    "steering/sweep",
+    f"Darker: the push does more. By itself {by_itself['p_target']:.2f}, with the contrast in the prompt "
+    f"{in_the_prompt['p_target']:.2f}; the last panel is the mean of {cfg.random} random directions.",
+)
+
+#%% What a push costs: text that has nothing to do with it, against what it does, at the chosen layer
+corpus = text_for(model, cfg.model, cfg.data, cfg.bos)
+text = judging_rows(corpus, cfg.rows, 64, cfg.seed).to(device)
+first = len(encode(model, ""))  # a beginning-of-text token is left as it is
+
+
+def cost_of(edit: Edit) -> list[float]:
+    return list(text_cost(model, text, edit, first, cfg.memory_gb))
+
+
+def mean_cost(edits: list[Edit]) -> list[float]:
+    """(loss added, KL) on average."""
+    return t.tensor([cost_of(edit) for edit in edits]).mean(0).tolist()
+
+
+here: dict[str, list[Direction]] = {
+    method: [of_hook[best_hook]] for method, of_hook in found.items() if best_hook in of_hook
+}
+here["random"] = at_random[best_hook]
+paid: dict[str, list[list[float]]] = {}  # by method and strength, (loss added, KL) in nats per token
+for method, directions in tqdm(here.items(), desc="costs", **BRIEF):
+    paid[method] = []
+    for strength in strengths:
+        paid[method].append(mean_cost([adding(direction, strength, device) for direction in directions]))
+numbers["cost"] = paid
+row = places.index(best_hook)
+print(f"{purple}=== At {best_hook}: {kind}, held out; loss added and KL on other text, nats per token ==={endc}")
+table = []
+for method in here:
+    for column, strength in enumerate(strengths):
+        table.append([method, strength, swept[method][row, column].item(), *paid[method][column]])
+table.append(["the contrast in the prompt", None, in_the_prompt["p_target"], 0.0, 0.0])
+print(cyan + tabulate(table, headers=["push", "strength", kind, "loss added", "KL"], floatfmt=".3f") + endc)
+
+#%% ... as lines: what is done for what is paid
+fig = go.Figure()
+for method in here:
+    fig.add_trace(
+        go.Scatter(
+            x=[kl for _, kl in paid[method]],
+            y=swept[method][row].tolist(),
+            name=plain(method),
+            mode="lines+markers",
+            line={"dash": "dash" if method == "random" else "solid"},
+            text=[f"strength {strength:g}" for strength in strengths],
+            hovertemplate=f"{plain(method)}, %{{text}}<br>KL %{{x:.3f}}<br>{kind} %{{y:.3f}}<extra></extra>",
         )
+    )
+for name, level in (("by itself", by_itself), ("contrast in the prompt", in_the_prompt)):
+    fig.add_hline(y=level["p_target"], line_dash="dot", annotation_text=name, annotation_position="bottom right")
+fig.update_layout(
+    title=f"What a push does for what it costs on other text ({named}, at {best_hook}, strengths {strengths[0]:g} to "
+    f"{strengths[-1]:g})",
+    xaxis_title="KL of the plain from the pushed model on other text, nats per token",
+    yaxis_title=kind,
+)
+fig.update_xaxes(type="log")
+show(
+    fig,
+    "steering/cost",
+    "Up and to the left is better: much is done and little is paid. Each point is a strength; dashed are random pushes "
+    "of the same lengths, dotted the model without any and the contrast said in words.",
+)
 
 
-def continent_means(activations: Tensor, labelled: Labelled, continents: list[str], seed: int, device: str) -> Tensor:
-    """(continent, d_in): the mean activation at the countries of each continent, over training countries."""
-    located = [labelled.concepts[f"in {name}"] for name in continents]  # one set of tokens, six questions
-    home = np.stack([concept.y for concept in located]).argmax(0)
-    part = split(located[0], seed)
-    means = []
-    for i in range(len(continents)):
-        tokens = located[0].index[(part == TRAIN) & (home == i)]
-        means.append(activations[tokens].mean(0))
-    return t.stack(means).to(device)
-
-
-def steering_directions(
-    sae, means: Tensor, right: Tensor, alive: list[int], seed: int
-) -> tuple[dict[str, list[Tensor]], list[int]]:
-    """
-    By kind, directions (prompt or 1, 1, d_in): of the first two kinds one for each target continent, of the random ones
-    ten that serve for every target. And the feature closest to each continent's mean. right (prompt): where each
-    prompt's country is.
-    """
-    generator = t.Generator().manual_seed(seed)
-    decoder = F.normalize(sae.W_dec.float(), dim=1)
-    apart = F.normalize(means - means.mean(0), dim=1)
-    closest = (decoder @ apart.T).argmax(0).tolist()
-    drawn = [alive[i] for i in t.randint(len(alive), (10,), generator=generator).tolist()]
-    random = t.randn(10, 1, 1, sae.cfg.d_in, generator=generator).to(means.device)
-    directions = {
-        "difference of means": [(mean - means[right])[:, None] for mean in means],
-        "closest feature": list(sae.W_dec[closest].float()[:, None, None]),
-        "random features": list(sae.W_dec[drawn].float()[:, None, None]),
-        "random directions": list(random),
+#%% Added, clamped, projected out at the layer and everywhere: what each does to those that have not and to those that have
+def edits_along(direction: Direction) -> dict[str, Edit]:
+    return {
+        "added": adding(direction, 1.0, device),
+        "taken off": adding(direction, -1.0, device),
+        "clamped to the positives' mean": clamping(direction, 1.0, device),
+        "clamped to the negatives' mean": clamping(direction, 0.0, device),
+        "projected out at its layer": projecting_out(direction, device),
+        "projected out everywhere": ablating_everywhere(model, direction, device),
     }
-    return directions, closest
 
 
-if __name__ == "__main__":
-    continents = [name.removeprefix("in ") for name in labelled.concepts if name.startswith("in ")]
-    located = labelled.concepts[f"in {continents[0]}"]
-    test_countries = set(located.group[split(located, cfg.seed) == TEST])
-    asked = [
-        prompt
-        for prompt in fact_prompts(read_countries(), "continent", True)
-        if prompt.labels["country"] in test_countries
-    ]
-    questions = ContinentQuestions(subject, asked, continents, device)
-    means = continent_means(activations, labelled, continents, cfg.seed, device)
-    distance = t.pdist(means).mean()  # of two continents: the unit of strength
-    directions, closest = steering_directions(sae, means, questions.right, firing_order(codes), cfg.seed)
+kinds: dict[str, list[tuple[float, float, float, float]]] = {}  # edit: of the direction, then of random ones
+for direction in [best, *at_random[best_hook]]:
+    for name, edit in edits_along(direction).items():
+        on_negatives = done_by(test_asked, edit)["p_target"]
+        on_positives = done_by(positive_asked, edit)["p_target"]
+        kinds.setdefault(name, []).append((on_negatives, on_positives, *cost_of(edit)))
+edits = {}
+for name, rows in kinds.items():
+    edits[name] = {"direction": list(rows[0]), "random": t.tensor(rows[1:]).mean(0).tolist()}
+numbers["edits"] = edits
+print(f"{purple}=== {best_method} at {best_hook} (mean of {cfg.random} random directions); {kind} ==={endc}")
+table = [["nothing", by_itself["p_target"], in_the_prompt["p_target"], 0.0, 0.0]]
+for name, x in edits.items():
+    cells = [f"{ours:.3f} ({other:.3f})" for ours, other in zip(x["direction"], x["random"])]
+    table.append([name, *cells])
+headers = ["edit", "behind texts that have it not", "behind texts that have it", "loss added", "KL"]
+print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
+
+#%% What is written at five strengths, side by side: greedy, and drawn
+five = [0.0, *strengths[:5]]  # and none, to compare
+writings: dict[float, list[dict]] = {}  # by strength, what is written behind each prompt
+for strength in tqdm(five, desc="writing", **BRIEF):
+    edit = adding(best, strength, device)
+    generator = t.Generator().manual_seed(seed_of(cfg.seed, "written"))  # the same draws at every strength
+    writings[strength] = []
+    for i in range(min(cfg.prompts, len(test_asked))):
+        ids = test_asked.rows[i]
+        start = int(test_asked.start[i])
+        greedy = write(model, ids, cfg.written, edit, start)
+        drawn = write(model, ids, cfg.written, edit, start, cfg.temperature, generator)
+        for how, answer in (("greedy", greedy), ("drawn", drawn)):
+            said = text_of(tokenizer, answer)
+            loss = plain_loss(model, ids, answer) if answer else 0.0
+            score = float(judge(said)) if judge else float(says(said, test_asked.words[i]))
+            writings[strength].append(
+                {"prompt": test_asked.texts[i], "how": how, "text": said, "loss": loss, "score": score}
+            )
 
 
-#%% Steering: countries are moved to another continent, against random features and directions of the same length
-def steering_effect(
-    questions: ContinentQuestions, plain: Tensor, directions: list[Tensor], length: Tensor, any_target: bool
-) -> tuple[float, float]:
-    """
-    Mean rise of logit(target) - logit(right), and the share of answers that become the target, over prompts about other
-    continents. Direction i moves to continent i; with any_target, each direction is tried for every target. plain: the
-    answers without a push.
-    """
-    rises = []
-    turned = []
-    for i, direction in enumerate(directions):
-        after = questions.answers(lambda x: length * F.normalize(direction, dim=-1))
-        for target in range(plain.shape[1]) if any_target else [i]:
-            elsewhere = questions.right != target
-            rises.append((after - plain)[elsewhere, target].mean().item())
-            turned.append((after.argmax(1) == target)[elsewhere].float().mean().item())
-    return float(np.mean(rises)), float(np.mean(turned))
+def mean_of(strength: float, what: str, how: str) -> float:
+    values = [x[what] for x in writings[strength] if x["how"] == how]
+    return sum(values) / len(values)
 
 
-if __name__ == "__main__":
-    unpushed = questions.answers()
-    require_telling_words(unpushed)
-    right_before = (unpushed.argmax(1) == questions.right).float().mean().item()
+scored = "judge" if judge else "says the target before the other"
+by_strength = []
+for strength in five:
+    scores = [mean_of(strength, what, how) for how in ("greedy", "drawn") for what in ("score", "loss")]
+    by_strength.append([strength, *scores])
+numbers |= {"writings": {f"{s:g}": x for s, x in writings.items()}, "written": by_strength}
+shown = writings[0.0][:6]  # three prompts, greedy and drawn
+for i, of_prompt in enumerate(shown):
+    print(f"{purple}{of_prompt['prompt']!r}, {of_prompt['how']}{endc}")
+    for strength in five:
+        print(f"{gray}{strength:4g} {cyan}{writings[strength][i]['text']!r}{endc}")
+print(
+    f"{purple}=== {len(writings[0.0]) // 2} prompts: {scored}; loss of the plain model on what was written, nats ==={endc}"
+)
+headers = ["strength", "score, greedy", "loss, greedy", "score, drawn", "loss, drawn"]
+print(cyan + tabulate(by_strength, headers=headers, floatfmt=".2f") + endc)
+
+#%% ... as lines: what is written changes
+shares = {how: [row[i] for row in by_strength] for how, i in (("greedy", 1), ("drawn", 3))}
+fig = line(
+    shares,
+    title=f"Does text that is written under a push have what is asked for ({named}; {scored})",
+    xlabel="strength",
+    ylabel="score",
+    x=five,
+    markers=True,
+)
+show(fig, "steering/writing", f"By strength of the push, 0 being none: {scored}, on average over the prompts.")
+
+#%% ... and how unlike the model it becomes
+losses = {how: [row[i] for row in by_strength] for how, i in (("greedy", 2), ("drawn", 4))}
+fig = line(
+    losses,
+    title=f"How unlikely the written text is to the model without the push ({named})",
+    xlabel="strength",
+    ylabel="loss of the plain model, nats per token",
+    x=five,
+    markers=True,
+)
+show(fig, "steering/fluency", "Where the loss climbs far above that at strength 0, the push breaks the text.")
+
+#%% The direction in a file, the numbers for machines, and the conclusion
+key = model_key(cfg.model, [about, contrasts.positive, contrasts.negative, cfg.place, best_method, best_hook])
+path = Path("checkpoints/directions") / f"{slug(cfg.model)}-{slug(about)}-{key}.safetensors"
+made = {"method": best_method, "contrasts": about, "n": len(contrasts), "place": cfg.place, "seed": cfg.seed}
+save_direction(path, best, model=cfg.model, from_file=provenance, **made)
+again, _ = read_directions(str(path), model)
+assert t.allclose(again[best_hook], best.unit), "the file holds something else"
+numbers["direction_file"] = str(path)
+done = swept[best_method][row, at_1].item()
+by_chance = swept["random"][row, at_1].item()
+loss_added, kl = paid[best_method][at_1]
+numbers["best"] = {"p_target": done, "random": by_chance, "loss_added": loss_added, "kl": kl}
+save_results("steering", cfg, **numbers)
+numbers_said = (
+    f"{kind} {by_itself['p_target']:.2f} -> {done:.2f} on held-out contrasts (random pushes as long {by_chance:.2f}, the "
+    f"contrast in the prompt {in_the_prompt['p_target']:.2f}), for {loss_added:+.2f} nats and a KL of {kl:.2f} per token "
+    f"on other text"
+)
+print(f"{gray}direction: {path} (--direction opens it again){endc}")
+if done > by_chance + 0.05:
     print(
-        f"{cyan}without a push {right_before:.1%} of the answers are right, {1 / len(continents):.1%} by chance{endc}"
+        f"{green}{best_method} at {best_hook} steers {about}: {numbers_said}. Gates: the worst misses by "
+        f"{max(gates.values()):.0e}. Probes on labels of your own: probing.py.{endc}"
     )
-    steered: dict[str, dict[float, tuple[float, float]]] = {}  # kind: strength: (rise, turned)
-    strengths = sorted({1.0, *cfg.strengths})
-    for kind, of_kind in tqdm(directions.items(), desc="steering", **BRIEF):
-        is_random = kind.startswith("random")
-        steered[kind] = {
-            strength: steering_effect(questions, unpushed, of_kind, strength * distance, any_target=is_random)
-            for strength in strengths
-        }
-    rise_at_1 = {kind: effects[1.0][0] for kind, effects in steered.items()}
-    best = max(("difference of means", "closest feature"), key=rise_at_1.get)
-    by_chance = max(rise_at_1["random features"], rise_at_1["random directions"])
-    numbers = {
-        "steering_effect": rise_at_1[best],
-        "steering_effect_random": by_chance,
-        "steering_direction": best,
-        "right_before": right_before,
-        "steering": {kind: {str(s): effect for s, effect in effects.items()} for kind, effects in steered.items()},
-    }
-    table = []
-    for kind, effects in steered.items():
-        rises = [rise for rise, _ in effects.values()]
-        turned = [share for _, share in effects.values()]
-        table.append([kind, *rises, *turned])
-    print(
-        f"{purple}=== {len(questions)} prompts about test countries, moved towards each other continent from the "
-        f"country on; strength 1 is the mean distance of two continents ({distance:.1f}) ==={endc}"
-    )
-    headers = ["", *(f"logits at {s:g}" for s in strengths), *(f"turned at {s:g}" for s in strengths)]
-    print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
-
-#%% ... as lines over the strength
-if __name__ == "__main__":
-    fig = line(
-        {kind: [rise for rise, _ in effects.values()] for kind, effects in steered.items()},
-        title=(
-            f"Steering continents at {hook} "
-            f"(n = {len(questions)} prompts x {len(continents) - 1} targets; {subject.name})"
-        ),
-        xlabel="strength (mean distances of two continents)",
-        ylabel="rise of logit(target) - logit(right)",
-        x=strengths,
-        markers=True,
-        dashed=["random features", "random directions"],
-    )
-    show(fig, "steering/steering")
-
-
-#%% Concept features added, clamped, ablated, projected out: the loss and the right continent, against other directions
-def same_length(edit: Callable[[Tensor], Tensor], direction: Tensor, x: Tensor) -> Tensor:
-    """As far from x as the edit goes, but along another direction."""
-    return edit(x).norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
-
-
-def log_p_right(answers: Tensor) -> float:
-    """Mean log-probability of the right continent among the continents; answers are logits less the right one's."""
-    return -answers.logsumexp(-1).mean().item()
-
-
-if __name__ == "__main__":
-    text = subject.rows[:24]
-    loss_before = loss_of(model, text, [])
-    elsewhere = directions["random features"][:2] + directions["random directions"][:2]
-    edits = []
-    for f in tqdm(dict.fromkeys([feature_of["country"], feature_of["name"], closest[0]]), desc="edits", **BRIEF):
-        largest = float(codes[:, [f]].max())
-        for how in ("add", "clamp", "ablate", "project"):
-            edit = partial(change, sae, f, how, amount=largest)
-            losses = []
-            moved = []
-            for delta in (edit, *(partial(same_length, edit, direction) for direction in elsewhere)):
-                on_text = put(lambda x: x + delta(x), subject.first)
-                losses.append(loss_of(model, text, [(hook, on_text)]) - loss_before)
-                moved.append(log_p_right(questions.answers(delta)) - log_p_right(unpushed))
-            name = f"f{f} {', '.join(concepts_of.get(f, []))}"
-            edits.append([name, how, losses[0], float(np.mean(losses[1:])), moved[0], float(np.mean(moved[1:]))])
-    numbers["edits"] = edits
-    headers = ["feature", "edit", "loss", "loss, random", "log p(right of the continents)", "random"]
-    print(cyan + tabulate(edits, headers=headers, floatfmt="+.4f") + endc)
-
-#%% One answer traced to features and to the SAE's error by gradient x activation, and by ablating each node for real
-if __name__ == "__main__":
-    tokens = t.tensor([subject.bos + subject.tokenizer.encode(cfg.prompt, add_special_tokens=False).ids], device=device)
-    with t.no_grad():
-        top = model(tokens)[0, -1].float().softmax(-1).topk(2)
-    answer, rival = (visible(token) for token in str_tokens(subject.tokenizer, top.indices))
-    one_hot = F.one_hot(top.indices, model.W_U.shape[1]).float()
-    traced = Attribution(model, sae, tokens, one_hot[0] - one_hot[1])
-    assert traced.moved < 1e-3 * max(1.0, traced.value.abs()), (
-        f"features + error do not rebuild the activation: the metric moves by {traced.moved}"
-    )
-    labels = label_tokens(str_tokens(subject.tokenizer, tokens[0]))
-    nodes = []  # [name, concept, gradient x activation, falls when ablated]
-    for i in traced.features.abs().flatten().topk(20).indices.tolist():
-        pos, f = divmod(i, sae.cfg.d_sae)
-        concept = ", ".join(concepts_of.get(f, []))
-        nodes.append([f"f{f} {labels[pos]}", concept, traced.features[pos, f].item(), traced.falls(pos, f)])
-    for pos, by_gradient in enumerate(traced.error.tolist()):
-        nodes.append([f"error {labels[pos]}", "", by_gradient, traced.falls(pos, None)])
-    by_gradient = [node[2] for node in nodes]
-    when_ablated = [node[3] for node in nodes]
-    agreement = float(np.corrcoef(by_gradient, when_ablated)[0, 1])
-    numbers["attribution"] = {
-        "prompt": cfg.prompt,
-        "answer": answer,
-        "over": rival,
-        "value": traced.value,
-        "from_features": traced.features.sum(),
-        "from_errors": traced.error.sum(),
-        "ablation_correlation": agreement,
-    }
-    print(
-        f"{purple}=== Why '{answer}' ({top.values[0]:.2f}) and not '{rival}' after {cfg.prompt!r}: "
-        f"{traced.value:.2f} logits; by gradient {traced.features.sum():.2f} from features, "
-        f"{traced.error.sum():.2f} from errors ==={endc}"
-    )
-    strongest = sorted(nodes, key=lambda node: -abs(node[3]))[:15]
-    headers = ["node", "concept", "gradient x activation", "falls when ablated"]
-    print(cyan + tabulate(strongest, headers=headers, floatfmt=".3f") + endc)
-
-#%% ... as bars, by gradient beside what ablation really does
-if __name__ == "__main__":
-    fig = bar(
-        {"gradient x activation": by_gradient, "ablated": when_ablated},
-        title=(
-            f"Nodes at {hook} behind '{plain(answer)}' over '{plain(rival)}' after {plain(repr(cfg.prompt))} "
-            f"(r = {agreement:.2f}; {subject.name})"
-        ),
-        xlabel="feature or error at token",
-        ylabel="logit difference",
-        x=[node[0] for node in nodes],
-    )
-    show(fig, "steering/attribution")
-
-#%% The numbers for machines, and the conclusion
-if __name__ == "__main__":
-    save_results("steering", cfg, **numbers)
-    print(
-        f"{green}Steering by {best}: {rise_at_1[best]:+.1f} logits for the target continent, at random "
-        f"{by_chance:+.1f}. '{answer}' over '{rival}': gradient and ablation of its nodes agree "
-        f"at r = {agreement:.2f}.{endc}"
-    )
+else:
+    print(f"{yellow}{best_method} at {best_hook} does no more than chance for {about}: {numbers_said}.{endc}")

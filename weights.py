@@ -30,7 +30,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 import data
-from hooks import HookPoint
+from hooks import HookPoint, device_of, run_with_hooks
 
 import psutil
 import torch as t
@@ -556,3 +556,49 @@ def answer_token(model: nn.Module, prompt: str, answer: str) -> int:
         f"--answer {answer!r} is several tokens here ({' + '.join(map(repr, texts))}): the lens follows one, "
         f"so give the first: --answer {texts[0]!r}"
     )
+
+
+#%% What a model goes on to say, token by token
+@t.no_grad()
+def generate(
+    model: nn.Module,
+    ids: list[int],
+    n: int,
+    hooks_from: Callable[[int], list[tuple]] | None = None,
+    temperature: float = 0.0,
+    generator: t.Generator | None = None,
+) -> Iterator[int]:
+    """
+    Up to n tokens, greedy, or drawn by a generator at a temperature, until the model ends its text or its context is
+    full; transformers models keep their keys and values, ours read all again. hooks_from(position) gives the hooks of a
+    pass whose first token stands at that position.
+    """
+    room = model.cfg.n_ctx - len(ids)
+    keeps: dict = {}
+    if not isinstance(model.tokenizer, Tokenizer):
+        from transformers import DynamicCache
+
+        keeps = {"past_key_values": DynamicCache(), "use_cache": True}
+    ends = data.end_ids(text_tokenizer(model), model.folder)
+    unread = list(ids)
+    position = 0  # of the first unread token
+    for _ in range(min(n, room)):
+        tokens = t.tensor([unread], device=device_of(model))
+        logits = run_with_hooks(model, tokens, hooks_from(position) if hooks_from else [], **keeps)[0, -1].float()
+        token = drawn_token(logits, temperature, generator)
+        if token in ends:
+            return
+        yield token
+        if keeps:
+            position += len(unread)
+            unread = [token]
+        else:
+            unread.append(token)
+
+
+def drawn_token(logits: Tensor, temperature: float, generator: t.Generator | None) -> int:
+    """Of logits (d_vocab): the likeliest at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p = (logits.cpu() / temperature).softmax(-1)
+    return int(t.multinomial(p, 1, generator=generator))

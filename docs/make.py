@@ -229,6 +229,20 @@ ROWS = [
         "the whole stream of {das[best][the whole stream][rank]} dimensions {das[best][the whole stream][iia][0]:.0%}; difference of means {das[best][means of the values][iia][0]:.0%}, the best of {das[random][draws]} random directions {das[random][largest]:.0%}",
         "uv run das.py",
     ),
+    (
+        "steering from men to women by a direction found on other names, pushed by the distance of the means: probability of she, her; loss added to other text, KL, nats per token",
+        "{steering[best][p_target]:.2f}; {steering[best][loss_added]:+.2f}, {steering[best][kl]:.2f} ({steering[best_method]}, {steering[best_hook]})",
+        "random directions of that length {steering[best][random]:.2f}; a woman's name in the prompt {steering[in_the_prompt][p_target]:.2f}; no push {steering[by_itself][p_target]:.2f}",
+        "uv run steering.py",
+    ),
+    (
+        "probes of the subject's number at another noun, subjects not trained on: AUROC after 0, 1 .. blocks",
+        "; ".join(f"{{probing[auroc][singular][whole stream][{i}]:.2f}}" for i in range(5)),
+        "shuffled labels "
+        + "; ".join(f"{{probing[auroc][singular][shuffled labels][{i}]:.2f}}" for i in range(5))
+        + "; one neuron, after its best block {probing[mean_at_best][1 neuron]:.2f}",
+        "uv run probing.py",
+    ),
 ]
 PICTURES = {
     "zero_layer": "zero_layer/loss",
@@ -243,6 +257,8 @@ PICTURES = {
     "circuits": "circuits/circuit",
     "sae_probe": "sae_probe/probes",
     "das": "das/accuracy",
+    "steering": "steering/cost",
+    "probing": "probing/layers",
 }
 START, END = "<!-- measured -->\n", "<!-- measured ends -->\n"
 

@@ -42,11 +42,11 @@ FLAGS = [
     ("sae_probe.py", ["--sentences", "0"], "--sentences"),
     ("sae_probe.py", ["--seeds", "0"], "--seeds"),
     ("sae_probe.py", ["--heldout", "0"], "--heldout"),
-    ("steering.py", ["--strengths", "nan"], "--strengths"),
-    ("steering.py", ["--prompt", " "], "--prompt is empty"),
-    ("steering.py", ["--sentences", "-1"], "--sentences"),
-    ("steering.py", ["--lr", "0"], "--lr"),
-    ("steering.py", ["--model", "./nowhere"], "no such model folder"),
+    ("feature_steering.py", ["--strengths", "nan"], "--strengths"),
+    ("feature_steering.py", ["--prompt", " "], "--prompt is empty"),
+    ("feature_steering.py", ["--sentences", "-1"], "--sentences"),
+    ("feature_steering.py", ["--lr", "0"], "--lr"),
+    ("feature_steering.py", ["--model", "./nowhere"], "no such model folder"),
     ("patching.py", ["--model", "./nowhere"], "no such model folder"),
     ("circuits.py", ["--model", "./nowhere"], "no such model folder"),
     ("circuits.py", ["--path", "L2H0 -> L1H0.q"], "no edge from L2H0 to L1H0.q"),
@@ -58,7 +58,9 @@ def test_a_flag_that_makes_no_sense_gets_one_line(run, script, flags, words):
     one_line_error(run(script, *flags), words)
 
 
-@pytest.mark.parametrize("script", ["logit_lens.py", "reversal.py", "sae_probe.py", "steering.py", "patching.py"])
+@pytest.mark.parametrize(
+    "script", ["logit_lens.py", "reversal.py", "sae_probe.py", "feature_steering.py", "patching.py"]
+)
 @pytest.mark.parametrize("flags", [["--seed", "many"], ["--colour", "red"], ["--device"]])
 def test_a_flag_of_another_kind_gets_one_line(run, script, flags):
     done = run(script, *flags)

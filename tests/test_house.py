@@ -29,6 +29,7 @@ FOUNDATIONS = (  # from below: each may import those before it
     "sae",
     "probes",
     "alignment",
+    "directions",
 )
 ARCHITECTURES = (
     "attn_only",

@@ -19,6 +19,8 @@ SMALL = {
     "logit_lens.py": "Config(tuned_steps=0)",
     "reversal.py": "Config(countries=8, forms=1, draws=50)",
     "circuits.py": "Config(n=4, held_out=4, ig_steps=1)",
+    "steering.py": "Config(n=8, held_out=8, strengths=(1.0,), random=1, written=2, prompts=1, rows=2)",
+    "probing.py": "Config(n=120, seeds=1)",
     "das.py": "Config(n=16, held_out=16, steps=3, ranks=(1,), random=2)",
     "catalogue.py": "Config(neurons=1, rows=8, shuffles=20)",
 }
@@ -45,10 +47,6 @@ def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monk
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    fewest = {
-        "logit_lens.py": 3,
-        "das.py": 3,
-        "catalogue.py": 2,
-    }  # the one without its tuned lens, the other mostly a page
+    fewest = {"logit_lens.py": 3, "das.py": 3, "probing.py": 3, "catalogue.py": 2}  # catalogue is mostly a page
     assert len(figures) >= fewest.get(script, 4)
     assert nbformat.validate(notebook) is None

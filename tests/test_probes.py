@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 import torch as t
 from conftest import ROOT
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer
 
 import world
 from anatomy import harvest
 from llama_block import Llama
 from probes import (
+    Example,
+    label_examples,
+    probe_directions,
+    refuse_one_sided,
+    world_examples,
     labelled_tokens,
     TEST,
     TRAIN,
@@ -262,3 +270,60 @@ def test_what_is_true_of_the_worlds_corpus_alone_is_not_asked_of_other_models(to
     assert "known both ways" in concepts
     of_others = labelled_tokens(tokenizer, corpus, 5, 0, knows_world=False).concepts
     assert set(concepts) - set(of_others) == {"known both ways"}
+
+
+# %% Labels of one's own
+def examples_of(groups: int, label_of) -> list[Example]:
+    """Two examples of every group, a number that the text says twice: read at the first."""
+    texts = [(f"say {i} and {i} {word}", str(i)) for i in range(10, 10 + groups) for word in ("now", "then")]
+    return [Example(text, label_of(int(number)), 4, 6, number) for text, number in texts]
+
+
+def test_an_example_is_read_at_the_last_token_of_its_stretch(tokenizer):
+    examples = [Example("The state of Saint Lucia lies", "a", 13, 24, str(i)) for i in range(4)]
+    examples += [Example("We saw Tom", "b", 0, 10, str(i)) for i in range(4, 8)]
+    labelled = label_examples(tokenizer, examples)
+    assert list(labelled.concepts) == ["b"] and labelled.concepts["b"].y.tolist() == [False] * 4 + [True] * 4
+    for example, row, pos in zip(examples, labelled.rows, labelled.pos):
+        assert tokenizer.decode(row[: pos + 1]) == example.text[: example.end]
+
+
+def test_several_labels_are_each_held_against_the_others(tokenizer):
+    labelled = label_examples(tokenizer, examples_of(30, lambda i: "abc"[i % 3]))
+    assert list(labelled.concepts) == ["a", "b", "c"]
+    assert sum(concept.y.astype(int) for concept in labelled.concepts.values()).tolist() == [1] * 60
+    assert all(len(set(concept.group)) == 30 for concept in labelled.concepts.values())
+
+
+def test_a_label_whose_groups_cannot_be_shared_out_gets_one_line(tokenizer):
+    with pytest.raises(SystemExit, match="label 'b' is that of 1 groups"):
+        label_examples(tokenizer, examples_of(30, lambda i: "b" if i == 12 else "a"))
+    concept = Concept(np.arange(8), np.arange(8) < 4, np.repeat(["a", "b"], 4))
+    with pytest.raises(SystemExit, match="label 'x': of the groups dealt to"):
+        refuse_one_sided(make_trial(concept, 0), "x")
+
+
+def test_labels_of_the_world_are_what_its_sentences_say():
+    for task, said in (("gender", {"man", "woman"}), ("number", {"plural", "singular"})):
+        examples = world_examples(task, 40, 0)
+        assert {example.label for example in examples} == said and len(examples) == 40
+    continent = {row["country"]: row["continent"] for row in read_countries()}
+    for example in world_examples("continent", 40, 0):
+        assert example.label == continent[example.group] and example.text[example.start : example.end] == example.group
+    for example in world_examples("number", 40, 0):
+        is_plural = f"{example.group}s " in example.text
+        assert example.end == len(example.text) and is_plural == (example.label == "plural")
+
+
+def test_a_probe_is_scikit_learns_pipeline_and_its_direction_the_gradient_of_its_score(either):
+    concept, x = either
+    parts = make_trial(concept, 2).parts
+    y = concept.y
+    regression = LogisticRegression(C=0.1, tol=1e-8, class_weight="balanced")
+    theirs = make_pipeline(StandardScaler(), regression).fit(x[parts.train], y[parts.train])
+    expected = roc_auc_score(y[parts.test], theirs.decision_function(x[parts.test]))
+    assert run_probes(concept, {}, {"here": x}, 2)["dense here"]["test"] == pytest.approx(expected, abs=2e-3)
+    direction = probe_directions(concept, x, 2)["logistic probe"]
+    score = theirs.decision_function(np.eye(x.shape[1])) - theirs.decision_function(np.zeros((1, x.shape[1])))
+    assert direction @ score / np.linalg.norm(score) > 0.999
+    assert np.linalg.norm(direction) == pytest.approx(1)

@@ -32,7 +32,9 @@ FLAGS = {
     "das": "--n 48 --held-out 48 --steps 16 --ranks 1 --random 2",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants "
     "--no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
-    "steering": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 "
+    "steering": "--n 24 --held-out 24 --random 2 --strengths 1 2 --rows 4 --prompts 2 --written 6",
+    "probing": "--n 240 --seeds 2",
+    "feature_steering": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 "
     "--architecture topk --min-recovered 0.1 --max-fvu 0.9",
     "catalogue": "--neurons 2 --neuron 3.117 --rows 24 --shuffles 100",
 }
@@ -61,7 +63,9 @@ FIGURES = {
     "circuits": "paths roles attribution faithfulness circuit",
     "das": "accuracy best rank",
     "sae_probe": "density decoder_cosine probes layers features",
-    "steering": "steering attribution",
+    "steering": "sweep cost writing fluency",
+    "probing": "layers labels methods",
+    "feature_steering": "steering attribution",
     "catalogue": "heads written_by catalogue",
 }
 
@@ -215,7 +219,7 @@ def check_sae_probe(n: dict, said: str, folder: Path) -> None:
     assert n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95
 
 
-def check_steering(n: dict, said: str, folder: Path) -> None:
+def check_feature_steering(n: dict, said: str, folder: Path) -> None:
     assert n["steering_effect"] > n["steering_effect_random"]
 
 
@@ -225,6 +229,34 @@ def check_catalogue(n: dict, said: str, folder: Path) -> None:
     assert "induction" in n["roles"]["L3H0"] and 0 <= n["neurons_above_null"] <= 9
     page = (folder / "figs/catalogue/catalogue.html").read_text()
     assert page.count('"kind":"head"') == 16 and '"id":"L3N117"' in page and "=== L3N117 ===" in said
+
+
+def check_steering(n: dict, said: str, folder: Path) -> None:
+    """Men become women for names not looked at, by a push that random ones of its length do not do."""
+    assert max(n["gates"].values()) < 1e-4
+    assert n["by_itself"]["p_target"] < 0.05 and n["in_the_prompt"]["p_target"] > 0.9
+    last = n["places"].index("blocks.3.hook_resid_pre")
+    at_1 = n["strengths"].index(1.0)
+    assert n["best_hook"] == "blocks.3.hook_resid_pre" and n["swept"][n["best_method"]][last][at_1] > 0.4
+    assert n["swept"]["random"][last][at_1] < 0.1
+    assert max(max(row) for row in n["swept"]["difference of means"][:1]) < 0.05, "the last tokens are the same word"
+    added, taken_off = (n["edits"][name]["direction"] for name in ("added", "taken off"))
+    assert added[0] == pytest.approx(n["swept"][n["best_method"]][last][at_1]) and taken_off[1] < 0.5 < added[1]
+    assert all(row[at_1][1] > 0 for row in n["cost"].values())
+    assert {x["text"].split()[0] for x in n["writings"]["0"]} <= {"he", "his"}
+    assert {x["text"].split()[0] for x in n["writings"]["2"]} <= {"she", "her"}
+    assert (folder / n["direction_file"]).is_file() and n["direction_file"] in said
+
+
+def check_probing(n: dict, said: str, folder: Path) -> None:
+    """The number of the subject reaches another noun in the middle of the model; labels that mean nothing never do."""
+    assert n["gates"]["read_among_others_and_alone"] < 1e-4
+    whole = n["auroc"]["singular"]["whole stream"]
+    assert whole[0] < 0.8 < 0.97 < whole[3] and n["at_best"]["singular"]["whole stream"]["blocks"] >= 2
+    shuffled = n["at_best"]["singular"]["shuffled labels"]
+    assert shuffled["low"] < 0.5 < shuffled["high"] and shuffled["auroc"] < 0.75
+    assert n["auroc"]["singular"]["1 neuron"][0] is None, "no neurons before the first block"
+    assert (folder / n["files"]["singular"]).is_file()
 
 
 CHECKS = {
@@ -243,6 +275,8 @@ CHECKS = {
     "sae_probe": check_sae_probe,
     "steering": check_steering,
     "catalogue": check_catalogue,
+    "probing": check_probing,
+    "feature_steering": check_feature_steering,
 }
 
 
@@ -343,6 +377,8 @@ def test_a_script_runs_says_what_is_true_and_its_figures_open(name, run, workdir
         pytest.skip("the figures are not opened: no chromium here (apt-get install chromium)")
 
 
-@pytest.mark.parametrize("script", ["attn_only", "tiny_transformer", "llama_block", "moe", "steering", "logit_lens"])
+@pytest.mark.parametrize(
+    "script", ["attn_only", "tiny_transformer", "llama_block", "moe", "feature_steering", "logit_lens"]
+)
 def test_an_empty_prompt_is_said_in_one_line(run, script):
     one_line_error(run(f"{script}.py", "--prompt", " ", "--device", "cpu"), "--prompt is empty")
