@@ -6,6 +6,8 @@ test of edges by suppressing features.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from utils import BAR, fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import act_name, ask_norm, block_norms, has_qkv, hook_points, hooks, run_with_cache
@@ -446,43 +448,34 @@ def keep(value: Tensor) -> Callable:
     return fn
 
 
-def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, live: bool) -> Tensor:
+Held = Literal["all", "patterns", "nothing"]
+
+
+def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, hold: Held) -> Tensor:
     """
     By how much every node's pre-activation or logit less the mean (node) changes in the model itself when a feature's
-    write is taken out of its MLP's output. live: all behind it follows. Else attention patterns, the scales of norms
-    and other MLPs' features and errors are held, so that only direct edges act.
+    write is taken out of its MLP's output. Held as they were are nothing; or attention patterns; or all: also the scales
+    of norms and what other MLPs write (but for the linear part of skip transcoders), so that only direct edges act.
     """
     layer, pos, number = nodes.features[feature].tolist()
     write = nodes.acts[feature] * frozen.coders[layer].W_dec[number]
-    seen = {}
-    edits = []
+    seen = {}  # by layer, what its transcoder would read now
 
-    def listen(at: int) -> Callable:
-        def fn(x: Tensor, hook: nn.Module) -> None:
-            seen[at] = x[0].float()
+    def listen(at: int, x: Tensor, hook: nn.Module) -> None:
+        seen[at] = x[0].float()
 
-        return fn
+    def take_out(at: int, y: Tensor, hook: nn.Module) -> Tensor:
+        out = y.clone()
+        if hold == "all":
+            passed = frozen.coders[at].skipped(seen[at] - frozen.mlp_in[at]) * frozen.is_text[:, None]
+            out[0] = (frozen.mlp_out[at] + passed).to(y.dtype)
+        if at == layer:
+            out[0, pos] -= write.to(y.dtype)
+        return out
 
-    def take_out(at: int) -> Callable:
-        def fn(y: Tensor, hook: nn.Module) -> Tensor:
-            out = y.clone()
-            if not live:
-                passed = frozen.coders[at].skipped(seen[at] - frozen.mlp_in[at]) * frozen.is_text[:, None]
-                out[0] = (frozen.mlp_out[at] + passed).to(y.dtype)
-            if at == layer:
-                out[0, pos] -= write.to(y.dtype)
-            return out
-
-        return fn
-
+    edits = holding(frozen, hold)
     for at, coder in enumerate(frozen.coders):
-        edits += [(coder.hook_in, listen(at)), (coder.hook_out, take_out(at))]
-        if not live:
-            edits.append((act_name("pattern", at), keep(frozen.patterns[at])))
-            edits.append((f"blocks.{at}.ln1.hook_scale", keep(frozen.before_attn[at].scale)))
-            edits.append((f"blocks.{at}.ln2.hook_scale", keep(frozen.before_mlp[at].scale)))
-    if not live:
-        edits.append(("ln_final.hook_scale", keep(frozen.final.scale)))
+        edits += [(coder.hook_in, partial(listen, at)), (coder.hook_out, partial(take_out, at))]
     with t.no_grad(), hooks(frozen.model, edits):
         logits = frozen.model(frozen.tokens[None])[0, -1].float()
     change = logits.new_zeros(len(nodes))
@@ -492,6 +485,19 @@ def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, live: bool) -
     moved = (logits - logits.mean()) - (frozen.logits - frozen.logits.mean())
     change[nodes.logit_slice] = moved[nodes.logits]
     return change
+
+
+def holding(frozen: LocalReplacement, hold: Held) -> list[tuple]:
+    """Hooks that keep attention patterns, and the scales of norms where all is held, as they were on the prompt."""
+    if hold == "nothing":
+        return []
+    edits = [(act_name("pattern", layer), keep(pattern)) for layer, pattern in enumerate(frozen.patterns)]
+    if hold == "patterns":
+        return edits
+    for layer in range(frozen.n_layers):
+        edits.append((f"blocks.{layer}.ln1.hook_scale", keep(frozen.before_attn[layer].scale)))
+        edits.append((f"blocks.{layer}.ln2.hook_scale", keep(frozen.before_mlp[layer].scale)))
+    return [*edits, ("ln_final.hook_scale", keep(frozen.final.scale))]
 
 
 def predicted_change(graph: AttributionGraph, feature: int, direct: bool) -> Tensor:

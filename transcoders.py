@@ -28,7 +28,7 @@ from hooks import act_name, hook_points, in_batches, run_with_hooks
 from data import Corpus
 from anatomy import harvest
 from layers import next_token_loss
-from sae import dead_feature_loss, fingerprint, learning_rate_factor, open_release, recovered, sparse, text_places
+from sae import fingerprint, keep_top, learning_rate_factor, open_release, recovered, sparse, text_places
 
 import numpy as np
 import torch as t
@@ -115,6 +115,18 @@ def transcoder_loss(
     return loss, (acts > 0).any(0), least.detach()
 
 
+def dead_feature_loss(coder: Transcoder, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+    """
+    AuxK (Gao et al. 2024), as sae.dead_feature_loss: the strongest dead features learn to say what the living leave
+    over, error (row, d_out). Only their columns are computed.
+    """
+    n_dead = int(dead.sum())
+    k_aux = x.shape[-1] // 2
+    only_dead = x @ coder.W_enc[:, dead] + coder.b_enc[dead]
+    said = keep_top(only_dead, min(k_aux, n_dead)) @ coder.W_dec[dead]
+    return min(1.0, n_dead / k_aux) * (said - error).pow(2).sum(-1).mean()
+
+
 def train_transcoders(
     pairs: Iterator[tuple[Tensor, Tensor]],
     d_sae: int,
@@ -195,7 +207,7 @@ class TranscoderConfig:
     k: Positive = 12.0  # features a token, mean of a batch
     steps: Count = 400
     batch: Count = 1024  # tokens per step
-    lr: Positive = 4e-3
+    lr: Positive = 5e-3
     dead_window: Count = 50  # steps without firing after which training counts a feature as dead
     context: Count = 64  # tokens per row
     # world, stdlib, a text file or folder, a hub dataset; default world for models/world, else stdlib
