@@ -6,6 +6,7 @@ form is attribute), prune, replacement_score, completeness_score and suppress.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,8 @@ device = pick_device(cfg.device)
 set_seed(cfg.seed)
 for prompt in cfg.prompts:
     refuse_empty(prompt)
+if cfg.context < 2:
+    fail("--context is 2 tokens or more: the first of a row is no text")
 if cfg.transcoders and cfg.release:
     fail("--transcoders and --release both name transcoders: give one of them")
 if cfg.release and not cfg.sae_ids:
@@ -134,8 +137,8 @@ judged, codes = judge_transcoders(model, coders, rows, FIRST, corpus.bos)
 headers = ["MLPs replaced", "L0", "FVU", "dead", "clean", "replaced", "mean instead", "recovered"]
 table = []
 for label, told in zip([*layers, "all at once"], judged):
-    table.append([label, *told.values()])
-print(f"{cyan}cross-entropies in nats{endc}")
+    table.append([label, *("-" if math.isnan(value) else value for value in told.values())])
+print(f"{cyan}cross-entropies in nats; recovered: '-' where the mean in its place costs nothing{endc}")
 print(tabulate(table, headers=headers, floatfmt=".3f"))
 numbers["judged"] = dict(zip([*layers, "all"], judged))
 of_all = judged[-1]
@@ -154,7 +157,9 @@ fig = bar(
     x=[*layers, "all at once"],
 )
 show(
-    fig, "attribution/judged", "Low blue beside high orange: the features carry nearly all that the model has of the MLP."
+    fig,
+    "attribution/judged",
+    "Low blue beside high orange: the features carry nearly all that the model has of the MLP.",
 )
 
 
@@ -253,7 +258,9 @@ def shares(x: Traced) -> t.Tensor:
 
 for prompt, x in zip(cfg.prompts, traced):
     strongest = [
-        node for node in x.pruned.influence.argsort(descending=True).tolist() if x.graph.nodes.place(node)[0] == "feature"
+        node
+        for node in x.pruned.influence.argsort(descending=True).tolist()
+        if x.graph.nodes.place(node)[0] == "feature"
     ][:6]
     told = ", ".join(f"{name_of(x, node)} {shares(x)[node]:.0%}" for node in strongest)
     print(f"{purple}{prompt}{endc} {cyan}{x.answers[0]}{endc}: {told}")
@@ -357,7 +364,8 @@ class Tested:
     by_edges: t.Tensor
     by_paths: t.Tensor
     held: t.Tensor  # measured with attention, norms and other MLPs held
-    patterns_held: t.Tensor  # measured with attention patterns alone held
+    frozen: t.Tensor  # measured with attention and norms held, as the graph has them
+    patterns: t.Tensor  # measured with attention alone held
     live: t.Tensor  # measured as the model runs
     is_logit: t.Tensor
 
@@ -376,13 +384,14 @@ def put_to_test(x: Traced) -> Tested:
             predicted_change(x.graph, feature, direct=True),
             predicted_change(x.graph, feature, direct=False),
             suppress(x.frozen, nodes, feature, hold="all"),
+            suppress(x.frozen, nodes, feature, hold="frozen"),
             suppress(x.frozen, nodes, feature, hold="patterns"),
             suppress(x.frozen, nodes, feature, hold="nothing"),
         ]
         parts.append(t.stack([change.cpu().double()[to] for change in changes] + [on_top[to].double()]))
         names += [f"{name_of(x, feature)} taken out: {name_of(x, node)}" for node in to.tolist()]
-    by_edges, by_paths, held, patterns_held, live, is_logit = t.cat(parts, 1)
-    return Tested(names, by_edges, by_paths, held, patterns_held, live, is_logit.bool())
+    by_edges, by_paths, held, frozen, patterns, live, is_logit = t.cat(parts, 1)
+    return Tested(names, by_edges, by_paths, held, frozen, patterns, live, is_logit.bool())
 
 
 def pearson(x: t.Tensor, y: t.Tensor) -> float:
@@ -398,11 +407,12 @@ for prompt, x in zip(cfg.prompts, tested):
     told = {
         "pairs": len(x.live),
         "held_error": ((x.by_edges - x.held).abs().max() / x.by_edges.abs().max()).item(),
-        "edges_patterns_held": pearson(x.by_edges, x.patterns_held),
-        "paths_patterns_held": pearson(x.by_paths, x.patterns_held),
+        "edges_frozen": pearson(x.by_edges, x.frozen),
+        "paths_frozen": pearson(x.by_paths, x.frozen),
+        "paths_patterns_held": pearson(x.by_paths, x.patterns),
         "paths_live": pearson(x.by_paths, x.live),
         "paths_live_spearman": float(spearmanr(array(x.by_paths), array(x.live)).statistic),
-        "paths_live_logits": pearson(x.by_paths[logits], x.live[logits]),
+        "paths_live_features": pearson(x.by_paths[~logits], x.live[~logits]),
     }
     numbers["edges"][prompt] = told
     table.append([prompt, *told.values()])
@@ -410,18 +420,19 @@ headers = [
     "prompt",
     "pairs",
     "edges, all held: error",
-    "edges, patterns held",
-    "paths, patterns held",
+    "edges, attention and norms held",
+    "paths, attention and norms held",
+    "paths, attention held",
     "paths, nothing held",
     "... Spearman",
-    "... logits alone",
+    "... features alone",
 ]
 print(
     tabulate(
         table,
         headers=headers,
-        floatfmt=["", "", ".0e", *[".2f"] * 5],
-        maxcolwidths=[30] + [None] * 7,
+        floatfmt=["", "", ".0e", *[".2f"] * 6],
+        maxcolwidths=[30] + [None] * 8,
         maxheadercolwidths=12,
     )
 )
@@ -435,20 +446,23 @@ else:
         f"by its hooks, so that the test is the model as it runs{endc}"
     )
 
-#%% ... as a scatter: predicted along all paths, and measured in the model as it runs
+#%% ... as a scatter: predicted along all paths, and measured with attention and norms held, and in the model as it runs
 fig = go.Figure()
-for i, (prompt, x) in enumerate(zip(cfg.prompts, tested)):
-    fig.add_trace(
-        go.Scatter(
-            x=signed_log(x.by_paths),
-            y=signed_log(x.live),
-            mode="markers",
-            name=f"{traced[i].answers[0].strip()}: correlation {numbers['edges'][prompt]['paths_live']:.2f}",
-            text=x.names,
-            customdata=t.stack([x.by_paths, x.live], 1).tolist(),
-            hovertemplate="%{text}<br>predicted %{customdata[0]:.3f}<br>measured %{customdata[1]:.3f}<extra></extra>",
+for i, x in enumerate(tested):
+    answer = traced[i].answers[0].strip()
+    for how, measured, symbol in (("attention and norms held", x.frozen, "circle"), ("as it runs", x.live, "x")):
+        fig.add_trace(
+            go.Scatter(
+                x=signed_log(x.by_paths),
+                y=signed_log(measured),
+                mode="markers",
+                marker={"symbol": symbol, "size": 7, "opacity": 0.7},
+                name=f"{answer}, {how}: correlation {pearson(x.by_paths, measured):.2f}",
+                text=x.names,
+                customdata=t.stack([x.by_paths, measured], 1).tolist(),
+                hovertemplate="%{text}<br>predicted %{customdata[0]:.3f}<br>measured %{customdata[1]:.3f}<extra></extra>",
+            )
         )
-    )
 fig.add_trace(go.Scatter(x=[-4, 4], y=[-4, 4], mode="lines", name="equal", line={"dash": "dash", "color": "#999"}))
 fig.update_layout(
     title=f"Does the graph foresee what a suppressed feature changes? ({about}; {cfg.suppressed} features of each graph)",
@@ -458,8 +472,8 @@ fig.update_layout(
 show(
     fig,
     "attribution/edges",
-    "Each dot is a suppressed feature and a node behind it; on the dashed line the graph is right. What it cannot know is "
-    "that attention patterns, norms and which features are active change too.",
+    "Each dot is a suppressed feature and a node behind it; on the dashed line the graph is right. Crosses: what it cannot "
+    "know is that norms and attention change too, and strong writes to the last position move the final norm most.",
 )
 
 #%% Beside the edge circuit of circuits.py: how much each layer's MLP carries there, and in the graphs
@@ -468,7 +482,7 @@ compared = cfg.circuit_pairs and knows_world(model) and cfg.prompts == Config().
 if compared:
     writers = Graph(model)
     numbers["beside_circuits"] = {}
-    for task, prompt, x in zip(TASKS, cfg.prompts, traced):
+    for task, x in zip(TASKS, traced):
         pairs = draw_pairs(model, task, cfg.circuit_pairs, cfg.seed, role="find")
         scores = eap_ig(model, writers, pairs, memory_gb=cfg.memory_gb).abs().sum(1)
         of_mlps = t.stack([scores[writers.writers.index(f"{layer} MLP")] for layer in layers])
@@ -489,7 +503,7 @@ save_results("attribution", cfg, **numbers)
 if cfg.export:
     folder = Path(cfg.export)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, x) in enumerate(zip(cfg.prompts, traced), 1):
+    for i, x in enumerate(traced, 1):
         words = [name_of(x, node) if x.pruned.nodes[node] else "" for node in range(len(x.graph.nodes))]
         words[x.graph.nodes.logit_slice] = x.answers
         told = export_graph(x.frozen, x.graph, x.pruned, words, x.tokens, f"graph-{i}", Path(name).name)
@@ -498,7 +512,7 @@ if cfg.export:
 lost = of_all["ce_replaced"] - of_all["ce_clean"]
 print(
     f"{green}With all {len(coders)} MLPs replaced by {of_all['l0']:.0f} features a token the model loses {lost:.2f} nats, where "
-    f"means in their place lose {of_all['ce_mean_ablated'] - of_all['ce_clean']:.2f} ({of_all['ce_recovered']:.0%} recovered)."
+    f"means in their place lose {of_all['ce_mean_ablated'] - of_all['ce_clean']:.2f}."
 )
 for prompt, x in zip(cfg.prompts, traced):
     told = numbers["graphs"][prompt]
@@ -506,7 +520,7 @@ for prompt, x in zip(cfg.prompts, traced):
     print(
         f"'{prompt}' becomes '{x.answers[0].strip()}' by way of {told['kept_nodes']} nodes (completeness "
         f"{told['completeness_score']:.2f}, replacement {told['replacement_score']:.2f}); what {cfg.suppressed} suppressed "
-        f"features change is foreseen with a correlation of {foreseen['paths_patterns_held']:.2f} if attention stays as "
-        f"it was, of {foreseen['paths_live']:.2f} if it may change."
+        f"features change is foreseen with a correlation of {foreseen['paths_frozen']:.2f} if attention and norms "
+        f"stay as they were, {foreseen['paths_patterns_held']:.2f} if norms change too, {foreseen['paths_live']:.2f} if all may."
     )
 print(f"Gates: parts sum to their node within {worst_gate:.0e}, edges to the model within {worst_held:.0e}.{endc}")

@@ -212,7 +212,7 @@ class Nodes:
 
 def likely_logits(logits: Tensor, share: float, most: int) -> tuple[Tensor, Tensor]:
     """The likeliest tokens, as many as hold this share of the probability, `most` at most; and their probabilities."""
-    probabilities, ids = logits.softmax(-1).topk(most)
+    probabilities, ids = logits.softmax(-1).topk(min(most, len(logits)))
     before = probabilities.cumsum(-1) - probabilities
     kept = before < share
     return ids[kept], probabilities[kept]
@@ -224,6 +224,8 @@ def find_nodes(frozen: LocalReplacement, share: float = 0.95, most: int = 10) ->
         pos, feature = acts.nonzero(as_tuple=True)
         places.append(t.stack([t.full_like(pos, layer), pos, feature], 1))
     features = t.cat(places)
+    if not len(features):
+        fail("no feature is active on this prompt (transcoders never see its first token): give a longer one")
     acts = t.cat([acts[acts != 0] for acts in frozen.acts])
     logits, probabilities = likely_logits(frozen.logits, share, most)
     return Nodes(features, acts, logits, probabilities, frozen.n_layers, len(frozen.tokens))
@@ -448,14 +450,15 @@ def keep(value: Tensor) -> Callable:
     return fn
 
 
-Held = Literal["all", "patterns", "nothing"]
+Held = Literal["all", "frozen", "patterns", "nothing"]
 
 
 def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, hold: Held) -> Tensor:
     """
     By how much every node's pre-activation or logit less the mean (node) changes in the model itself when a feature's
-    write is taken out of its MLP's output. Held as they were are nothing; or attention patterns; or all: also the scales
-    of norms and what other MLPs write (but for the linear part of skip transcoders), so that only direct edges act.
+    write is taken out of its MLP's output. Held as they were are nothing; or attention patterns; or what the graph
+    freezes, these and the scales of norms; or all: also what other MLPs write (but for the linear part of skip
+    transcoders), so that only direct edges act.
     """
     layer, pos, number = nodes.features[feature].tolist()
     write = nodes.acts[feature] * frozen.coders[layer].W_dec[number]
@@ -488,7 +491,7 @@ def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, hold: Held) -
 
 
 def holding(frozen: LocalReplacement, hold: Held) -> list[tuple]:
-    """Hooks that keep attention patterns, and the scales of norms where all is held, as they were on the prompt."""
+    """Hooks that keep attention patterns, and with frozen or all the scales of norms, as they were on the prompt."""
     if hold == "nothing":
         return []
     edits = [(act_name("pattern", layer), keep(pattern)) for layer, pattern in enumerate(frozen.patterns)]

@@ -67,6 +67,7 @@ ORDER = (
     "patching",
     "circuits",
     "sae_probe",
+    "attribution",
     "steering",
     "bench",
 )

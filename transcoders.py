@@ -98,15 +98,13 @@ def keep_strongest(acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return acts * (acts >= least), least
 
 
-def transcoder_loss(
-    coder: Transcoder, x: Tensor, y: Tensor, k: float, dead: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def transcoder_loss(coder: Transcoder, x: Tensor, y: Tensor, k: float, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     Squared error of what the MLP writes, y (row, d_out), summed over d_out, told from x (row, d_in) by k features a row
     (mean of the batch); plus a loss that brings the dead features (d_sae, bool) back to life. Also which features fired
     (d_sae), and the least activation that was kept.
     """
-    n_kept = int(k * len(x))
+    n_kept = max(1, int(k * len(x)))
     acts, least = keep_strongest(coder.pre_activations(x).relu(), n_kept)
     error = y - coder.decode(acts) - coder.skipped(x)
     loss = error.pow(2).sum(-1).mean()
@@ -268,6 +266,8 @@ def fit_transcoders(
     model: nn.Module, cfg: TranscoderConfig, corpus: Corpus, name: str, device: str
 ) -> list[Transcoder]:
     """The transcoders of these settings, trained or found finished under checkpoints/transcoders/<key>."""
+    if cfg.k > cfg.d_sae:
+        fail(f"--k {cfg.k:g} features of {cfg.d_sae} make no sense: --d-sae is as many or more")
     enters, written = places_of(model)
     metadata = {
         "model_name": name,
@@ -341,7 +341,7 @@ def save_transcoder(coder: Transcoder, folder: Path, metadata: dict) -> None:
 def read_transcoder(folder: Path, device: str) -> tuple[Transcoder, dict]:
     """A transcoder of SAELens's folder, and its metadata."""
     config = json.loads((folder / FILES[0]).read_text())
-    metadata = config["metadata"] if "metadata" in config else config  # older files have them side by side
+    metadata = config.get("metadata", config)  # older files have them side by side
     return build(config, metadata, load_file(folder / FILES[1]), str(folder), device), metadata
 
 
@@ -381,7 +381,7 @@ def names_of_model(folder: str | Path) -> tuple[str | None, str | None]:
     if first is None:
         fail(f"--transcoders {folder}: no {FILES[0]} there (SAELens's save_model writes it)")
     config = json.loads(first.read_text())
-    metadata = config["metadata"] if "metadata" in config else config
+    metadata = config.get("metadata", config)
     return metadata.get("model_name"), metadata.get("weights")
 
 

@@ -26,6 +26,8 @@ FOUNDATIONS = (  # from below: each may import those before it
     "graph",
     "sae",
     "probes",
+    "transcoders",
+    "attribution_graph",
 )
 ARCHITECTURES = (
     "attn_only",
