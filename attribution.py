@@ -142,6 +142,8 @@ print(f"{cyan}cross-entropies in nats; recovered: '-' where the mean in its plac
 print(tabulate(table, headers=headers, floatfmt=".3f"))
 numbers["judged"] = dict(zip([*layers, "all"], judged))
 of_all = judged[-1]
+numbers["nats_added"] = of_all["ce_replaced"] - of_all["ce_clean"]
+numbers["nats_added_by_means"] = of_all["ce_mean_ablated"] - of_all["ce_clean"]
 warn_of_bad_transcoders(judged, 0.8)
 
 #%% ... as bars
@@ -509,10 +511,10 @@ if cfg.export:
         told = export_graph(x.frozen, x.graph, x.pruned, words, x.tokens, f"graph-{i}", Path(name).name)
         (folder / f"graph-{i}.json").write_text(json.dumps(told))
     print(f"{gray}graphs: {folder}{endc}")
-lost = of_all["ce_replaced"] - of_all["ce_clean"]
 print(
-    f"{green}With all {len(coders)} MLPs replaced by {of_all['l0']:.0f} features a token the model loses {lost:.2f} nats, where "
-    f"means in their place lose {of_all['ce_mean_ablated'] - of_all['ce_clean']:.2f}."
+    f"{green}With all {len(coders)} MLPs replaced by {of_all['l0']:.0f} features a token the model loses "
+    f"{numbers['nats_added']:.2f} nats, where "
+    f"means in their place lose {numbers['nats_added_by_means']:.2f}."
 )
 for prompt, x in zip(cfg.prompts, traced):
     told = numbers["graphs"][prompt]
