@@ -44,6 +44,7 @@ from transcoders import (
     open_folders,
     open_releases,
     refuse_misfits,
+    refuse_settings,
     warn_of_bad_transcoders,
 )
 from attribution_graph import (
@@ -95,12 +96,7 @@ device = pick_device(cfg.device)
 set_seed(cfg.seed)
 for prompt in cfg.prompts:
     refuse_empty(prompt)
-if cfg.context < 2:
-    fail("--context is 2 tokens or more: the first of a row is no text")
-if cfg.transcoders and cfg.release:
-    fail("--transcoders and --release both name transcoders: give one of them")
-if cfg.release and not cfg.sae_ids:
-    fail("--release needs --sae-ids, the release's transcoder of every layer")
+refuse_settings(cfg)
 
 #%% The model, its text, and a transcoder for every layer: trained here and kept, or loaded
 name = cfg.model
@@ -110,8 +106,6 @@ if cfg.transcoders:
     name = cfg.model or named
     if name is None:
         fail("these transcoders do not name their model: give it by --model")
-if cfg.release and not cfg.model:
-    fail("--release: say by --model which model these transcoders belong to")
 name = name or "models/world"
 model = open_model(name, (Llama,), device, bos=cfg.bos).requires_grad_(False)
 corpus = text_for(model, name, cfg.data, cfg.bos)

@@ -215,6 +215,18 @@ class TranscoderConfig:
     seed: Natural = 0
 
 
+def refuse_settings(cfg: TranscoderConfig) -> None:
+    """Settings that say no one thing, or by which nothing can be trained, before anything is loaded."""
+    if cfg.k > cfg.d_sae:
+        fail(f"--k {cfg.k:g} features of {cfg.d_sae} make no sense: --d-sae is as many or more")
+    if cfg.context < 2:
+        fail("--context is 2 tokens or more: the first of a row is no text")
+    if cfg.transcoders and cfg.release:
+        fail("--transcoders and --release both name transcoders: give one of them")
+    if cfg.release and not (cfg.sae_ids and cfg.model):
+        fail("--release needs --sae-ids, the release's transcoder of every layer, and --model, which they belong to")
+
+
 IDENTITY = ("skip", "d_sae", "k", "steps", "batch", "lr", "dead_window", "seed")
 
 
@@ -266,8 +278,6 @@ def fit_transcoders(
     model: nn.Module, cfg: TranscoderConfig, corpus: Corpus, name: str, device: str
 ) -> list[Transcoder]:
     """The transcoders of these settings, trained or found finished under checkpoints/transcoders/<key>."""
-    if cfg.k > cfg.d_sae:
-        fail(f"--k {cfg.k:g} features of {cfg.d_sae} make no sense: --d-sae is as many or more")
     enters, written = places_of(model)
     metadata = {
         "model_name": name,
