@@ -391,6 +391,8 @@ def put_to_test(x: Traced) -> Tested:
 
 
 def pearson(x: t.Tensor, y: t.Tensor) -> float:
+    if len(x) < 3:
+        return math.nan
     return t.corrcoef(t.stack([x, y]))[0, 1].item()
 
 
@@ -411,7 +413,7 @@ for prompt, x in zip(cfg.prompts, tested):
         "paths_live_features": pearson(x.by_paths[~logits], x.live[~logits]),
     }
     numbers["edges"][prompt] = told
-    table.append([prompt, *told.values()])
+    table.append([prompt, *("-" if math.isnan(value) else value for value in told.values())])
 headers = [
     "prompt",
     "pairs",

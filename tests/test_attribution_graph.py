@@ -91,6 +91,30 @@ def test_an_edge_is_what_taking_the_feature_out_of_the_model_does_while_all_else
         assert change[later].abs().max() > 1e-2
 
 
+def test_with_less_held_it_is_a_plain_edit_of_the_model(traced):
+    frozen, graph = traced
+    nodes = graph.nodes
+    model = frozen.model
+    in_last = (nodes.features[:, 0] == 2) & (nodes.features[:, 1] == nodes.n_pos - 1)
+    feature = int(in_last.nonzero()[0, 0])
+    write = nodes.acts[feature] * frozen.coders[2].W_dec[nodes.features[feature, 2]]
+
+    def without(x, hook):
+        y = x.clone()
+        y[0, -1] -= write
+        return y
+
+    logits = run_with_hooks(model, TOKENS[None], [("blocks.2.hook_mlp_out", without)])[0, -1]
+    moved = (logits - logits.mean()) - (frozen.logits - frozen.logits.mean())
+    for hold in ("nothing", "patterns"):  # nothing attends behind the last layer
+        change = suppress(frozen, nodes, feature, hold=hold)
+        t.testing.assert_close(change[nodes.logit_slice], moved[nodes.logits], rtol=1e-4, atol=1e-5)
+    change = suppress(frozen, nodes, feature, hold="frozen")  # with the final norm held the edge is all there is
+    expected = -graph.adjacency[nodes.logit_slice, feature]
+    t.testing.assert_close(change[nodes.logit_slice], expected, rtol=1e-3, atol=1e-5)
+    assert (expected - moved[nodes.logits]).abs().max() > 1e-3
+
+
 def test_errors_and_embeddings_too_are_what_the_model_says(traced):
     """One error and one embedding changed in the model, all frozen: what every feature of the next layer reads moves so."""
     frozen, graph = traced

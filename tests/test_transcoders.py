@@ -201,7 +201,7 @@ def test_training_finds_what_is_read_and_what_is_written():
     [coder] = train_transcoders(sparse_world(3), 32, k=2, skip=False, steps=300, lr=1e-2, dead_window=30)
     x, y = next(sparse_world(3))
     missed = (y - coder(x)).pow(2).sum() / (y - y.mean(1)).pow(2).sum()
-    assert missed < 0.15
+    assert missed < 0.25
     generator = t.Generator().manual_seed(3)
     _, written = F.normalize(t.randn(2, 24, 16, generator=generator), dim=-1)
     cosines = written @ F.normalize(coder.W_dec, dim=1).T
