@@ -107,7 +107,7 @@ if cfg.transcoders:
     if name is None:
         fail("these transcoders do not name their model: give it by --model")
 name = name or "models/world"
-model = open_model(name, (Llama,), device, bos=cfg.bos).requires_grad_(False)
+model = open_model(name, (Llama,), device, dtype="float32", bos=cfg.bos).requires_grad_(False)  # edges are exact
 corpus = text_for(model, name, cfg.data, cfg.bos)
 rows = heldout_rows(corpus, cfg.heldout, cfg.context, corpus.bos is not None, cfg.seed).to(device)
 if cfg.transcoders:
@@ -248,7 +248,7 @@ def name_of(x: Traced, node: int) -> str:
 
 
 def shares(x: Traced) -> t.Tensor:
-    """(node) of the influence of all nodes of its row that could carry it: of the logits' input as a whole."""
+    """(node): the share of all that reaches the logits that comes from a node or by way of it."""
     return x.pruned.influence / x.graph.nodes.probabilities.sum()
 
 

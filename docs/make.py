@@ -217,11 +217,11 @@ ROWS = [
         "uv run attribution.py",
     ),
     (
-        "attribution graphs, a capital; an indirect object: completeness, replacement score; nodes kept of all features active",
+        "attribution graphs, a capital; an indirect object: completeness, replacement score, nodes kept by pruning",
         "; ".join(
             f"{{attribution[graphs][{prompt}][completeness_score]:.2f}}, "
             f"{{attribution[graphs][{prompt}][replacement_score]:.2f}}, "
-            f"{{attribution[graphs][{prompt}][kept_nodes]}} of {{attribution[graphs][{prompt}][active_features]}}"
+            f"{{attribution[graphs][{prompt}][kept_nodes]}} ({{attribution[graphs][{prompt}][active_features]}} features active)"
             for prompt in TRACED
         ),
         "1, 1 without errors",
