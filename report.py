@@ -66,11 +66,13 @@ ORDER = (
     "reversal",
     "patching",
     "circuits",
+    "catalogue",
     "das",
-    "steering",
     "probing",
+    "steering",
     "sae_probe",
     "feature_steering",
+    "attribution",
     "bench",
 )
 

@@ -628,7 +628,8 @@ def nearest(asked: str, names: list[str]) -> str:
     return ", ".join(difflib.get_close_matches(asked, names, 5, 0.3)) or f"none of {len(names)}"
 
 
-def open_release(release: str, sae_id: str, device: str):
+def open_release(release: str, sae_id: str, device: str, transcoder: bool = False):
+    """transcoder: what is asked for is one (transcoders.py), not an autoencoder."""
     known = known_releases()
     if "/" not in release and release not in known:
         fail(f"no release {release!r} in SAELens's registry; near: {nearest(release, list(known))}")
@@ -637,16 +638,19 @@ def open_release(release: str, sae_id: str, device: str):
     from sae_lens import SAE
 
     try:
-        return ready(SAE.from_pretrained(release, sae_id, device=device))
+        return ready(SAE.from_pretrained(release, sae_id, device=device), transcoder)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         fail(f"cannot fetch {release} {sae_id} (no network? --sae takes a local folder): {reason}")
 
 
-def ready(sae):
-    """Heads side by side, no gradients; what is not a plain autoencoder of one place is refused."""
-    if "transcoder" in sae.cfg.architecture():
-        fail(f"a {sae.cfg.architecture()} maps one place to another: not an autoencoder")
+def ready(sae, transcoder: bool = False):
+    """Heads side by side, no gradients; what is not a plain autoencoder of one place (or a transcoder) is refused."""
+    kind = sae.cfg.architecture()
+    if "transcoder" in kind and not transcoder:
+        fail(f"a {kind} maps one place to another, so it is no autoencoder: attribution.py --transcoders takes it")
+    if transcoder and "transcoder" not in kind:
+        fail(f"a {kind} is no transcoder: sae_probe.py takes it")
     if sae.cfg.normalize_activations == "expected_average_only_in":
         print(
             f"{yellow}this SAE wants scaled activations, and its file does not say by how much: "

@@ -16,7 +16,7 @@ from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 
 # the groups of --help, in their order; a setting that is in none of them belongs to the method
 GROUPS = {
-    "model": "model models base release sae sae_id hook bos dtype offload family tokenizer n_layers n_heads n_kv_heads "
+    "model": "model models base release sae sae_id transcoders sae_ids skip hook bos dtype offload family tokenizer n_layers n_heads n_kv_heads "
     "d_model d_mlp d_expert d_state d_sae n_experts top_k shared positions rotary_share rope_base rms_eps qk_norm qkv_bias "
     "window norm_after expand d_conv dt_rank others architecture",
     "data": "data vocab english repeats task pairs clean corrupt answer wrong prompt prompts token n held_out heldout rows "

@@ -22,6 +22,7 @@ BY_SEED = "; ".join(
 
 STANDARD = "sae_own_l1[variants][standard 1 x 512, blocks.2.hook_resid_pre]"
 SAELENS_L1 = f"{{{STANDARD}[l0]:.1f}}, {{{STANDARD}[ce_recovered]:.1%}}, {{{STANDARD}[fvu]:.3f}}, {{{STANDARD}[dead_fraction]:.1%}}"
+TRACED = ("The capital of Japan is", "Then Susan and Philip waited at the school. Susan handed the book to")
 
 # what, this repository's number, what the papers or libraries have, the command. Numbers stand as {file[key]:format}.
 ROWS = [
@@ -243,6 +244,43 @@ ROWS = [
         + "; one neuron, after its best block {probing[mean_at_best][1 neuron]:.2f}",
         "uv run probing.py",
     ),
+    (
+        "transcoders in the place of all MLPs at once: L0, cross-entropy added (the means in their place), FVU, dead",
+        "{attribution[judged][all][l0]:.1f}, {attribution[nats_added]:.2f} nats ({attribution[nats_added_by_means]:.2f}), {attribution[judged][all][fvu]:.3f}, {attribution[judged][all][dead_fraction]:.1%}",
+        "an exact replacement: 0 added",
+        "uv run attribution.py",
+    ),
+    (
+        "attribution graphs, a capital; an indirect object: completeness, replacement score, nodes kept by pruning",
+        "; ".join(
+            f"{{attribution[graphs][{prompt}][completeness_score]:.2f}}, "
+            f"{{attribution[graphs][{prompt}][replacement_score]:.2f}}, "
+            f"{{attribution[graphs][{prompt}][kept_nodes]}} ({{attribution[graphs][{prompt}][active_features]}} features active)"
+            for prompt in TRACED
+        ),
+        "1, 1 without errors",
+        "uv run attribution.py",
+    ),
+    (
+        "... parts against their node; edges against the model with all else held: largest error",
+        "; ".join(
+            f"{{attribution[graphs][{prompt}][gates][parts_sum_to_nodes]:.0e}}, "
+            f"{{attribution[edges][{prompt}][held_error]:.0e}}"
+            for prompt in TRACED
+        ),
+        "0",
+        "uv run attribution.py",
+    ),
+    (
+        "... what suppressed features change, foreseen against measured (Pearson): attention and norms held; attention held; nothing held",
+        "; ".join(
+            f"{{attribution[edges][{prompt}][paths_frozen]:.2f}}, {{attribution[edges][{prompt}][paths_patterns_held]:.2f}}, "
+            f"{{attribution[edges][{prompt}][paths_live]:.2f}}"
+            for prompt in TRACED
+        ),
+        "1, 1, 1; a graph is made for the first: in the indirect object's, the scales of norms change too, which outweighs what single features write",
+        "uv run attribution.py",
+    ),
 ]
 PICTURES = {
     "zero_layer": "zero_layer/loss",
@@ -259,6 +297,7 @@ PICTURES = {
     "das": "das/accuracy",
     "steering": "steering/cost",
     "probing": "probing/layers",
+    "attribution": "attribution/graph_1",
 }
 START, END = "<!-- measured -->\n", "<!-- measured ends -->\n"
 

@@ -30,6 +30,8 @@ FOUNDATIONS = (  # from below: each may import those before it
     "probes",
     "alignment",
     "directions",
+    "transcoders",
+    "attribution_graph",
 )
 ARCHITECTURES = (
     "attn_only",

@@ -18,6 +18,7 @@ SMALL = {
     "sae_probe.py": "Config(steps=50, batch=512, buffer=6000, d_sae=96, heldout=3000, sentences=20, seeds=1, variants=(), random_baseline=False, min_recovered=0.1, max_fvu=0.9)",
     "logit_lens.py": "Config(tuned_steps=0)",
     "reversal.py": "Config(countries=8, forms=1, draws=50)",
+    "attribution.py": "Config(steps=8, batch=256, d_sae=64, heldout=2000, suppressed=3, pages=5, circuit_pairs=0)",
     "circuits.py": "Config(n=4, held_out=4, ig_steps=1)",
     "steering.py": "Config(n=8, held_out=8, strengths=(1.0,), random=1, written=2, prompts=1, rows=2)",
     "probing.py": "Config(n=120, seeds=1)",

@@ -32,6 +32,7 @@ FLAGS = {
     "das": "--n 48 --held-out 48 --steps 16 --ranks 1 --random 2",
     "sae_probe": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 --seeds 1 --variants "
     "--no-random-baseline --architecture topk --min-recovered 0.1 --max-fvu 0.9",
+    "attribution": "--steps 40 --batch 512 --d-sae 128 --heldout 3000 --suppressed 6 --pages 20 --circuit-pairs 2 --export graphs",
     "steering": "--n 24 --held-out 24 --random 2 --strengths 1 2 --rows 4 --prompts 2 --written 6",
     "probing": "--n 240 --seeds 2",
     "feature_steering": "--steps 50 --batch 512 --buffer 6000 --d-sae 96 --heldout 3000 --sentences 25 "
@@ -63,6 +64,7 @@ FIGURES = {
     "circuits": "paths roles attribution faithfulness circuit",
     "das": "accuracy best rank",
     "sae_probe": "density decoder_cosine probes layers features",
+    "attribution": "judged features_L0 features_L3 graph_1 graph_2 where_1 where_2 edges",
     "steering": "sweep cost writing fluency",
     "probing": "layers labels methods",
     "feature_steering": "steering attribution",
@@ -219,6 +221,24 @@ def check_sae_probe(n: dict, said: str, folder: Path) -> None:
     assert n["probes"]["country"]["auroc"]["dense blocks.2.hook_resid_pre"] > 0.95
 
 
+def check_attribution(n: dict, said: str, folder: Path) -> None:
+    """The gates hold, and with attention held the graphs foresee what a suppressed feature does."""
+    capital, indirect_object = n["graphs"].values()
+    assert capital["answer"] == " Tokyo" and indirect_object["answer"] == " Philip"
+    for told in n["graphs"].values():
+        assert max(told["gates"].values()) < 1e-4
+        assert 0 < told["replacement_score"] < told["completeness_score"] < 1
+        assert 10 < told["kept_nodes"] < told["active_features"]
+    for told in n["edges"].values():
+        assert told["held_error"] < 1e-4
+        assert told["paths_frozen"] > 0.5
+    judged = n["judged"]
+    assert judged["all"]["ce_clean"] < judged["all"]["ce_replaced"] < judged["all"]["ce_mean_ablated"]
+    assert set(n["beside_circuits"]) == {"capitals", "ioi"}
+    exported = json.loads((folder / "graphs/graph-1.json").read_text())
+    assert len(exported["links"]) == capital["kept_edges"] and "Tokyo" in said.splitlines()[-4]
+
+
 def check_feature_steering(n: dict, said: str, folder: Path) -> None:
     assert n["steering_effect"] > n["steering_effect_random"]
 
@@ -273,6 +293,7 @@ CHECKS = {
     "circuits": check_circuits,
     "das": check_das,
     "sae_probe": check_sae_probe,
+    "attribution": check_attribution,
     "steering": check_steering,
     "catalogue": check_catalogue,
     "probing": check_probing,
