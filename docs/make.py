@@ -207,7 +207,7 @@ ROWS = [
         "uv run circuits.py",
     ),
     (
-        "... in three seeds of the world model, which answer alike: edges (the first of 13 sizes that keeps 90%, outside it the corrupt run); share of the way kept; edges between layers that two seeds share",
+        "... in three seeds of the world model, which answer alike: edges (the fewest that keep 90% where they were found, outside them the corrupt run); share of the way kept; edges between layers that two seeds share",
         BY_SEED,
         "one circuit would share all",
         "uv run circuits.py --sweep model=models/world,checkpoints/world_1,checkpoints/world_2",
