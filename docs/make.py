@@ -324,13 +324,17 @@ def named() -> dict[str, set[str]]:
     return found
 
 
-PAGE = {"readers": {"at_subject", "auroc_by_layer", "causal", "config", "kl", "random_weights"}}  # of docs/readers.md
+PAGE = {  # what docs/readers.md names
+    "readers": {"at_subject", "auroc_by_layer", "causal", "config", "kl", "random_weights"},
+    "readers_over_models": {"auroc", "mean_kl", "config"},
+}
 
 
 def collect() -> None:
     """Keep what the table names, where a run has made it anew; what a run left out stays as it was."""
-    for name, keys in named().items():
-        keys = keys | PAGE.get(name, set())
+    asked = named()
+    for name in sorted({*asked, *PAGE}):
+        keys = asked.get(name, set()) | PAGE.get(name, set())
         script = "sae_probe" if name == "sae_own_l1" else name
         if not (ROOT / f"results/{script}.json").exists():
             continue
@@ -401,6 +405,24 @@ def reader_rows(told: dict, null: dict) -> list[list[str]]:
     return rows
 
 
+def spread_says(x: list[float]) -> str:
+    mean, low, high = x
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def readers_over_seeds(n: dict) -> str:
+    """The table of docs/readers.md over the world model's three seeds, from docs/results/readers_over_models.json."""
+    tasks = list(n["auroc"])
+    layer = n["config"]["layer"]
+    rows = [[reader, *(spread_says(n["auroc"][task][reader]) for task in tasks)] for reader in n["auroc"][tasks[0]]]
+    kl = "; ".join(f"{what.removeprefix('KL, ')} {spread_says(x)}" for what, x in n["mean_kl"].items())
+    return (
+        f"\n**Over three seeds**, AUROC at the subject's last token after {layer} block, mean (lowest to highest):\n\n"
+        f"{as_table(['reader', *tasks], rows)}\n"
+        f"KL of the final distribution from the lens's, mean of the layers, nats: {kl}.\n"
+    )
+
+
 def readers_tables(n: dict) -> str:
     """The tables of docs/readers.md, from docs/results/readers.json."""
     layer = n["config"]["layer"]
@@ -437,7 +459,8 @@ def filled(page: str, between: str) -> str:
 
 
 def readers_page() -> str:
-    return filled("docs/readers.md", readers_tables(read("docs/results/readers.json")))
+    over_seeds = readers_over_seeds(read("docs/results/readers_over_models.json"))
+    return filled("docs/readers.md", readers_tables(read("docs/results/readers.json")) + over_seeds)
 
 
 def write_table() -> None:
