@@ -80,7 +80,7 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     assert all(better < raw for better, raw in zip(tuned["KL, tuned"][:-1], tuned["KL, raw"]))
     said = re.sub(r"\x1b\[[0-9;]*m", "", first.stdout)
     assert "' Tokyo' is top-1 to the end: after 4 of 4 blocks" in said
-    assert "put first, once" in said.splitlines()[-1]
+    assert "put first, once" in said.splitlines()[-2]
     drawn = set(re.findall(r"figs/logit_lens/(\w+).html", said))
     assert drawn == {"grid", "tuned_KL", "tuned_perplexity", "layers", "heads"}
 
