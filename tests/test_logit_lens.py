@@ -82,7 +82,7 @@ def test_the_script_tells_its_story_and_trains_the_tuned_lens_once(run, workdir)
     assert "' Tokyo' is top-1 to the end: after 4 of 4 blocks" in said
     assert "put first, once" in said.splitlines()[-2]
     drawn = set(re.findall(r"figs/logit_lens/(\w+).html", said))
-    assert drawn == {"grid", "tuned_KL", "tuned_perplexity", "layers", "heads"}
+    assert drawn == {"grid", "tuned_KL", "tuned_perplexity", "layers", "heads", "index"}
 
     again = run("logit_lens.py", *flags)
     assert again.returncode == 0, again.stderr[-2000:]
