@@ -11,6 +11,10 @@ from typing import Literal
 # The first half of this file, the model and how it is saved and reopened, can be read by itself: it uses utils, hooks
 # and layers alone.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    NotNegative,
+    Share,
     cyan,
     endc,
     fail,
@@ -23,10 +27,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     write_aside,
     yellow,
-    Count,
-    Natural,
-    NotNegative,
-    Share,
 )
 from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
 from hooked import Hooked

@@ -639,7 +639,7 @@ def gpu_streaming(device: str, gigabytes: float, card_gigabytes: float) -> dict[
 
 
 def bench_gpu() -> dict:
-    """All of it, in under ten minutes on a card of a cluster; each part is printed as it is measured."""
+    """All of it, on a card; each part is printed as it is measured."""
     device = "cuda"
     numbers: dict = {"card": t.cuda.get_device_name(0), "versions": versions()}
     gpt2 = TinyConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=3072, n_ctx=512, d_vocab=50257)
@@ -672,7 +672,7 @@ def bench_gpu() -> dict:
 #%% Settings: the shell sets them by flags, a notebook edits them here
 @dataclass
 class Config:
-    # measure on a CUDA card instead, in under ten minutes: training, patching, the lens, the default stories, the presets'
+    # measure on a CUDA card instead (meant for ten minutes; not yet run on one): training, patching, the lens, the default stories, the presets'
     # memory, a model larger than 12 GB; written to docs/results/gpu.json
     gpu: bool = False
     only: tuple[Literal["training", "scratch", "patching", "lens", "streaming"], ...] = PARTS  # what to measure

@@ -12,6 +12,11 @@ from typing import Literal
 
 # The model, the first half of this file, uses utils, hooks, layers and weights alone; the experiment uses the rest.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
     cyan,
     endc,
     fail,
@@ -23,11 +28,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     with_defaults,
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    Share,
 )
 from hooks import HookPoint, run_with_cache
 from hooked import Hooked

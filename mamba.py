@@ -12,6 +12,10 @@ from pathlib import Path
 
 # The model, the first half of this file, uses utils, hooks, hooked and weights alone; the experiment uses the rest.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    NotNegative,
+    Share,
     cyan,
     endc,
     fail,
@@ -25,10 +29,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     with_defaults,
-    Count,
-    Natural,
-    NotNegative,
-    Share,
 )
 from hooks import HookPoint, act_name, hooks, run_with_cache
 from hooked import Hooked

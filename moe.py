@@ -12,6 +12,9 @@ from typing import Literal
 
 # The model, the first part of this file, builds on llama_block, and uses utils, hooks, layers and weights alone.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    NotNegative,
     cyan,
     endc,
     fail,
@@ -21,9 +24,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     purple,
     save_results,
     set_seed,
-    Count,
-    Natural,
-    NotNegative,
 )
 from hooks import Cache, HookPoint, run_with_cache, run_with_hooks
 from layers import next_token_loss

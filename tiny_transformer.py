@@ -12,6 +12,10 @@ from typing import Literal
 
 # The model, the first half of this file, uses utils, hooks, layers and weights alone; the experiment uses the rest.
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    NotNegative,
+    Share,
     cyan,
     endc,
     fail,
@@ -23,10 +27,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     with_defaults,
-    Count,
-    Natural,
-    NotNegative,
-    Share,
 )
 from hooks import HookPoint, run_with_cache
 from hooked import Hooked

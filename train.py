@@ -22,6 +22,10 @@ from typing import ClassVar, Literal, NoReturn
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
+    Count,
+    Natural,
+    NotNegative,
+    Share,
     cyan,
     endc,
     fail,
@@ -32,10 +36,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     tec,
     write_aside,
     yellow,
-    Count,
-    Natural,
-    NotNegative,
-    Share,
 )
 from hooks import out_of_memory
 from layers import next_token_loss

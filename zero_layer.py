@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    Count,
+    Natural,
+    NotNegative,
+    Share,
     cyan,
     endc,
     fail,
@@ -21,10 +25,6 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     save_results,
     set_seed,
     yellow,
-    Count,
-    Natural,
-    NotNegative,
-    Share,
 )
 from hooks import HookPoint
 from hooked import Hooked
