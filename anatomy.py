@@ -23,6 +23,7 @@ from hooks import (
     residual_multiplier,
     run_with_cache,
 )
+from data import str_tokens, to_tokens
 
 import numpy as np
 import torch as t
@@ -30,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
 from scipy.sparse import csr_matrix
+from tokenizers import Tokenizer
 from torch import Tensor
 
 
@@ -43,6 +45,19 @@ def listening_gap(model: nn.Module, tokens: Tensor) -> float:
 
 
 #%% Repeated random tokens: what comes after the first copy can be known from the context alone
+@t.no_grad()
+def attention_patterns(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What every head attends to in tokens (1, pos): (layer x head, query, key)."""
+    _, cache = run_with_cache(model, tokens, "blocks.*.attn.hook_pattern")
+    return t.cat([cache["pattern", layer][0].float().cpu() for layer in range(model.cfg.n_layers)])
+
+
+def attention_in(model: nn.Module, tokenizer: Tokenizer, text: str) -> tuple[list[str], Tensor]:
+    """The tokens of a text, and what every head attends to in it: (layer x head, query, key)."""
+    tokens = to_tokens(tokenizer, text).to(device_of(model))
+    return str_tokens(tokenizer, tokens[0]), attention_patterns(model, tokens)
+
+
 def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
     """(batch, [bos] + 2 * half): random tokens, said twice. vocab: the number of tokens, or the ids to draw from."""
     generator = t.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,7 @@ from data import Corpus, find_tokens, load_corpus, load_tokenizer, refuse_empty,
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
 from anatomy import (
+    attention_in,
     catalogue,
     head_scores,
     heads_of_role,
@@ -1088,7 +1090,15 @@ if __name__ == "__main__":
 
 #%% Attention to hover: patterns of every head, a page to read the prompt by, and the norms of the best head's layer
 if __name__ == "__main__":
-    show_attention(patterns, prompt_tokens, head_names, about, "attn_only/attention", start=head_names.index(best))
+    show_attention(
+        patterns,
+        prompt_tokens,
+        head_names,
+        about,
+        "attn_only/attention",
+        start=head_names.index(best),
+        ask=partial(attention_in, model, tokenizer),
+    )
 
     best_norms = norms[best_layer]
     panels = {

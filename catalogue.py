@@ -23,7 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
     on_base,
 )
-from plots import catalogue_page, imshow, show, show_page, visible
+from plots import catalogue_page, imshow, neuron_context, show, show_page, visible
 from hooks import block_norms, has_qkv
 from weights import about_bos, open_model, token_text
 from launch import flags
@@ -300,14 +300,6 @@ if found:
 
 
 #%% What stands in the page of each neuron
-def context_of(neuron: dict, row: int, position: int) -> list:
-    """[label, words, shades in percent of the neuron's largest] around a place."""
-    around = slice(max(0, position - 14), position + 6)
-    activation = neuron["activation"][row]
-    shades = (100 * activation[around] / neuron["largest"]).round().int().tolist()
-    return [f"{activation[position]:+.2f}", words_of(rows[row, around]), shades]
-
-
 def in_numbers(parts: list[tuple[str, float]]) -> list[list[str]]:
     return [[part, f"{x:+.2f}"] for part, x in parts]
 
@@ -343,7 +335,7 @@ def neuron_entry(layer: int, neuron: dict, as_read: Tensor) -> dict:
         "named": "",
         "size": neuron["largest"],
         "lines": lines,
-        "contexts": [context_of(neuron, row, position) for _, row, position in places],
+        "contexts": [neuron_context(neuron, words_of(rows[row]), row, position) for _, row, position in places],
         "links": links,
     }
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ from hooked import Hooked
 from layers import HeadWeights, attend
 from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
-from anatomy import listening_gap
+from anatomy import attention_in, attention_patterns, listening_gap
 from data import bos_id, load_corpus, load_tokenizer, refuse_empty, str_tokens, text_of, to_tokens, write_folder
 from launch import flags
 from parts import (
@@ -941,12 +942,17 @@ if __name__ == "__main__":
 
 #%% Attention of every head on the prompt: maps, and a page to hover
 if __name__ == "__main__":
-    with t.no_grad():
-        _, of_prompt = run_with_cache(model, prompt, "blocks.*.attn.hook_pattern")
-    patterns = t.cat([of_prompt["pattern", layer][0].float().cpu() for layer in range(shape.n_layers)])
+    patterns = attention_patterns(model, prompt)
     head_names = [head_name(i, shape.n_heads) for i in range(len(patterns))]
     about = f"{'the model trained here' if not cfg.model else Path(cfg.model).name} on the prompt"
-    show_attention(patterns, str_tokens(tokenizer, prompt[0]), head_names, about, "llama_block/attention")
+    show_attention(
+        patterns,
+        str_tokens(tokenizer, prompt[0]),
+        head_names,
+        about,
+        "llama_block/attention",
+        ask=partial(attention_in, model, tokenizer),
+    )
 
 #%% RMSNorm against LayerNorm: what subtracting the mean would change in each layer's stream
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     on_base,
 )
 from plots import bar, imshow, label_tokens, line, show, show_attention
-from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed, run_with_cache
-from weights import about_bos, open_model, token_text
+from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
+from weights import about_bos, open_model, text_tokenizer, token_text
 from train import keep_freed_memory
 from launch import flags
-from anatomy import about_norms
+from anatomy import about_norms, attention_in, attention_patterns
 from world import corpus_for, judging_rows
 from interventions import (
     HEADS,
@@ -104,12 +104,6 @@ def texts(ids: t.Tensor) -> list[str]:
     return [token_text(model, int(i)) for i in ids]
 
 
-def attention_of(prompt: t.Tensor) -> t.Tensor:
-    """(1, pos) -> patterns of every head, (layer x head, query, key)."""
-    _, seen = run_with_cache(model, prompt, "blocks.*.attn.hook_pattern")
-    return t.cat([seen["pattern", layer][0].float().cpu() for layer in range(n_layers)])
-
-
 cfg.model = on_base(cfg.model, cfg.base)
 model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
@@ -144,11 +138,17 @@ if has_heads(model) and not is_streamed(model):
     others = {}
     for i in range(min(3, len(pairs))):
         one = pairs.take(slice(i, i + 1))
-        others[f"clean: {''.join(texts(one.clean[0]))}"] = (texts(one.clean[0]), attention_of(one.clean))
-        others[f"corrupt: {''.join(texts(one.corrupt[0]))}"] = (texts(one.corrupt[0]), attention_of(one.corrupt))
-    about_page = f"{Path(cfg.model).name} on clean and corrupt prompts"
+        for kind, prompt in {"clean": one.clean, "corrupt": one.corrupt}.items():
+            tokens = texts(prompt[0])
+            others[f"{kind}: {''.join(tokens)}"] = (tokens, attention_patterns(model, prompt))
     show_attention(
-        attention_of(shown.clean), texts(shown.clean[0]), every_head, about_page, "patching/attention", more=others
+        attention_patterns(model, shown.clean),
+        texts(shown.clean[0]),
+        every_head,
+        f"{Path(cfg.model).name} on clean and corrupt prompts",
+        "patching/attention",
+        more=others,
+        ask=partial(attention_in, model, text_tokenizer(model)),
     )
 
 #%% Baselines and gates: patching nothing must change nothing, patching everything must give the clean run

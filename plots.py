@@ -1,13 +1,15 @@
 """Figures: heatmaps, lines, bars, labels, and pages to read by. A notebook shows them, a script writes them."""
 
 import html
+import importlib.util
 import os
 import textwrap
-import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
+    STARTED,
     endc,
     gray,
     in_kernel,
@@ -33,9 +35,6 @@ LONGEST_LABEL = 14  # letters of a token
 
 
 #%% Showing: a notebook shows figures, a script writes them
-STARTED = time.time()
-
-
 def figure_path(name: str) -> Path:
     path = Path("figs") / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,12 +131,18 @@ def show(fig: go.Figure, name: str, reading: str = "") -> None:
     tell(f"{gray}figure: {path}{endc}")
 
 
+def show_in_frame(page: str) -> None:
+    """A page as a notebook shows it, in a frame of its own."""
+    from IPython.display import display
+
+    frame = f'<iframe srcdoc="{html.escape(page)}" width="100%" height="600"></iframe>'
+    display({"text/html": frame, "text/plain": "a page to read"}, raw=True)
+
+
 def show_page(page: str, name: str, reading: str = "") -> None:
     """Like show, for a self-contained HTML page."""
     if in_kernel():
-        from IPython.display import HTML, display
-
-        display(HTML(f'<iframe srcdoc="{html.escape(page)}" width="100%" height="500"></iframe>'))
+        show_in_frame(page)
         return
     path = figure_path(name)
     write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
@@ -403,6 +408,14 @@ def catalogue_page(entries: list[dict], title: str) -> str:
     return fill_page("catalogue", title, entries)
 
 
+def neuron_context(neuron: dict, words: list[str], row: int, position: int) -> list:
+    """[label, words, shades in percent of its largest]: a row's words around a place; neuron as neuron_catalogue has it."""
+    around = slice(max(0, position - 14), position + 6)
+    activation = neuron["activation"][row]
+    shades = (100 * activation[around] / neuron["largest"]).round().int().tolist()
+    return [f"{activation[position]:+.2f}", words[around], shades]
+
+
 def attention_page(
     tokens: list[str],
     patterns: Tensor,
@@ -442,10 +455,39 @@ def show_attention(
     name: str,
     start: int = 0,
     more: dict[str, tuple[list[str], Tensor]] | None = None,
+    ask: Callable[[str], tuple[list[str], Tensor]] | None = None,
 ) -> None:
     """
     Attention (head, query, key) on a prompt of any model, as a page: a small map of every head, and the text to hover.
-    start: the head that the page shows first. more: other prompts by name, with their tokens and patterns.
+    start: the head that the page shows first. more: other prompts by name, with their tokens and patterns. ask: gives
+    the tokens and patterns of any text; a notebook then has a box to type one in.
     """
-    page = attention_page(tokens, patterns, heads, f"Attention of {about}", start, more)
+    title = f"Attention of {about}"
+    page = attention_page(tokens, patterns, heads, title, start, more)
     show_page(page, name, "Pick a head by its small map; hover a token to see where it looks.")
+    if ask and in_kernel():
+        show_box(lambda text: attention_page(*ask(text), heads, title, start))
+
+
+def show_box(page_of: Callable[[str], str]) -> None:
+    """In a notebook, a box to type a prompt in: Enter shows the page that page_of makes of it, beneath the box."""
+    from IPython.display import display
+
+    if not importlib.util.find_spec("ipywidgets"):
+        print(f"{gray}a box to type a prompt in needs ipywidgets: uv sync --group notebook{endc}")
+        return
+    from ipywidgets import Layout, Output, Text
+
+    box = Text(placeholder="type a prompt, then Enter", continuous_update=False, layout=Layout(width="100%"))
+    beneath = Output()
+
+    def answer(typed: dict) -> None:
+        beneath.clear_output(wait=True)
+        with beneath:
+            try:
+                show_in_frame(page_of(typed["new"]))
+            except SystemExit as refused:  # fail's line
+                print(refused)
+
+    box.observe(answer, "value")
+    display(box, beneath)

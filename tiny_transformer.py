@@ -4,9 +4,9 @@ neurons catalogued.
 """
 
 import dataclasses
-import html
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ from layers import Attention
 from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
 from anatomy import (
+    attention_in,
     catalogue,
     ff_maps,
     fold_norm,
@@ -59,7 +60,18 @@ from parts import (
     tell_prompt,
     why_not_whole,
 )
-from plots import bar, imshow, label_tokens, plain, show, show_attention, show_page, visible
+from plots import (
+    bar,
+    catalogue_page,
+    imshow,
+    label_tokens,
+    neuron_context,
+    plain,
+    show,
+    show_attention,
+    show_page,
+    visible,
+)
 from train import TrainConfig, first_goes_on, language_loss, repeat_batches, train
 
 import numpy as np
@@ -607,7 +619,14 @@ if __name__ == "__main__":
         "tiny_transformer/next_token",
         "What the model says after the prompt.",
     )
-    show_attention(patterns, prompt_tokens, head_names, f"a {about}", "tiny_transformer/attention")
+    show_attention(
+        patterns,
+        prompt_tokens,
+        head_names,
+        f"a {about}",
+        "tiny_transformer/attention",
+        ask=partial(attention_in, model, model.tokenizer),
+    )
 
 #%% Which parts made that logit? Embedding, positions, every head x source token, every neuron, every bias
 if __name__ == "__main__":
@@ -707,24 +726,18 @@ def token_list(model: TinyTransformer, tokens: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    words = [str_tokens(model.tokenizer, row) for row in natural]
-    neurons = []
-    for layer in range(n_layers):
-        for found in neuron_catalogue(model, natural, layer):
-            peaks = [(act, words[row][max(0, pos - 10) : pos], words[row][pos]) for act, row, pos in found["peaks"]]
-            neurons.append(
-                {
-                    "name": f"L{layer}N{found['neuron']}",
-                    "peaks": peaks,  # (activation, ten tokens before, token), strongest first
-                    "raises": token_list(model, found["effect"].topk(6).indices),
-                    "lowers": token_list(model, (-found["effect"]).topk(6).indices),
-                }
-            )
+    words = [[visible(token) for token in str_tokens(model.tokenizer, row)] for row in natural]
+    neurons = [(layer, neuron) for layer in range(n_layers) for neuron in neuron_catalogue(model, natural, layer)]
     table = []
-    for neuron in neurons:
-        fires = [visible("".join(before[-3:])) + f"[{visible(token)}]" for _, before, token in neuron["peaks"][:3]]
+    for layer, neuron in neurons:
+        fires_at = []
+        for _, row, position in neuron["peaks"][:3]:
+            before = "".join(words[row][max(0, position - 3) : position])
+            fires_at.append(f"{before}[{words[row][position]}]")
         peak = f"{neuron['peaks'][0][0]:.1f}"
-        table.append([neuron["name"], peak, " | ".join(fires), neuron["raises"], neuron["lowers"]])
+        raises = token_list(model, neuron["effect"].topk(6).indices)
+        lowers = token_list(model, (-neuron["effect"]).topk(6).indices)
+        table.append([f"L{layer}N{neuron['neuron']}", peak, " | ".join(fires_at), raises, lowers])
     print(
         f"{purple}=== Neurons: top contexts in {len(natural)} x {ctx} held-out tokens; logit effect by the direct "
         f"path, weights with the final norm folded ==={endc}"
@@ -732,27 +745,27 @@ if __name__ == "__main__":
     print(tabulate(table, headers=["neuron", "peak", "fires at [token]", "raises", "lowers"]))
 
 
-#%% ... as a page to read
-def neuron_entry(neuron: dict) -> str:
-    entry = (
-        f"<h2>{neuron['name']}</h2><p>raises {html.escape(neuron['raises'])}"
-        f"<br>lowers {html.escape(neuron['lowers'])}</p>"
-    )
-    for act, before, token in neuron["peaks"]:
-        context = html.escape(visible("".join(before)))
-        entry += f"<pre>{act:6.2f} {context}<b>{html.escape(visible(token))}</b></pre>"
-    return entry
-
-
+#%% ... as a page to read and search
 if __name__ == "__main__":
-    page = (
-        "<!doctype html><meta charset='utf-8'><title>Neurons</title>"
-        "<style>body{font:15px sans-serif;margin:24px}b{background:#E69F00}</style>"
-        f"<h1>Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)</h1>"
-    )
-    page += "".join(neuron_entry(neuron) for neuron in neurons)
+    entries = []
+    for (layer, neuron), (name, _, _, raises, lowers) in zip(neurons, table):
+        places = [*neuron["peaks"], *neuron["dips"]]
+        entries.append(
+            {
+                "id": name,
+                "kind": "neuron",
+                "layer": layer,
+                "number": neuron["neuron"],
+                "named": "",
+                "size": neuron["largest"],
+                "lines": [["raises", raises], ["lowers", lowers]],
+                "contexts": [neuron_context(neuron, words[row], row, position) for _, row, position in places],
+                "links": [],
+            }
+        )
+    title = f"Neurons with the largest peak x output norm ({about}, {len(natural)} x {ctx} held-out tokens)"
     show_page(
-        page,
+        catalogue_page(entries, title),
         "tiny_transformer/neurons",
         "The texts that fire a neuron most, and the tokens that it raises and lowers when it does.",
     )

@@ -51,3 +51,48 @@ def test_every_cell_runs_in_a_kernel_and_shows_its_figures(script, workdir, monk
     fewest = {"logit_lens.py": 3, "das.py": 3, "probing.py": 3, "catalogue.py": 2}  # catalogue is mostly a page
     assert len(figures) >= fewest.get(script, 4)
     assert nbformat.validate(notebook) is None
+
+
+BOX = """
+import sys
+
+sys.argv[0] = "ipykernel_launcher.py"
+import ipywidgets
+import torch as t
+
+
+class Kept(ipywidgets.Text):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        boxes.append(self)
+
+
+boxes = []
+ipywidgets.Text = Kept
+from plots import show_attention
+from utils import fail
+
+
+def ask(text):
+    words = text.split()
+    if len(words) > 2:
+        fail("too long")
+    return words, t.ones(2, len(words), len(words)).tril() / 2
+
+
+show_attention(t.ones(2, 1, 1), ["first"], ["L0H0", "L0H1"], "a test", "test/attention", ask=ask)
+"""
+
+
+@pytest.mark.parametrize("typed, shown", [("typed words", "&quot;typed&quot;"), ("one two three", "too long")])
+def test_a_prompt_can_be_typed_in_a_notebook(typed, shown, workdir, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = [nbformat.v4.new_code_cell(source) for source in (BOX, f"boxes[0].value = {typed!r}")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    client = NotebookClient(
+        notebook, timeout=100, kernel_name="python3", resources={"metadata": {"path": str(workdir)}}
+    )
+    client.execute()
+    beneath = [widget for widget in client.widget_state.values() if widget["_model_name"] == "OutputModel"]
+    assert len(beneath) == 1
+    assert shown in str(beneath[0]["outputs"])
