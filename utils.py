@@ -14,7 +14,9 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,6 +42,7 @@ endc = "\033[0m"
 
 ROOT = Path(__file__).parent
 WORLD = ROOT / "models/world"
+STARTED = time.time()  # what was written before belongs to an earlier run
 
 # tqdm's settings: information on the left
 BAR = {
@@ -129,13 +132,31 @@ def versions() -> dict[str, str]:
     }
 
 
+def earlier_results(path: Path) -> Path:
+    """Where the results of the run before stand, beside those of the last one."""
+    return path.parent / "earlier" / path.name
+
+
+def keep_earlier(path: Path) -> None:
+    """Results that a process before this one wrote are kept for compare.py."""
+    if not path.is_file() or path.stat().st_mtime >= STARTED - 2:
+        return
+    kept = earlier_results(path)
+    kept.parent.mkdir(exist_ok=True)
+    write_aside(kept, lambda aside: shutil.copyfile(path, aside))
+
+
 def save_results(script: str, config: object, **numbers) -> None:
-    """Write results/<script>.json: the numbers at the top level, with the config and the versions that made them."""
+    """
+    Write results/<script>.json: the numbers at the top level, with the config and the versions that made them. What an
+    earlier run wrote there stands in results/earlier.
+    """
     path = Path("results") / f"{script}.json"
     everything = {**numbers, "config": dataclasses.asdict(config), "versions": versions()}
     text = json.dumps(finite(everything), indent=1, allow_nan=False)
     try:
         path.parent.mkdir(exist_ok=True)
+        keep_earlier(path)
         write_aside(path, lambda aside: aside.write_text(text + "\n"))
     except OSError as error:
         fail(f"{path} was not written, what stood there before is whole: {error.strerror or error}")
