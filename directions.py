@@ -3,12 +3,15 @@ Directions of the residual stream: read from texts that have something and texts
 projected out while a model answers and goes on to write, and kept in files with where they come from.
 """
 
+import math
+import re
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from utils import fail, seed_of  # first: sets OpenMP's variables before torch is loaded
 from hooks import (
@@ -99,11 +102,21 @@ def spaced(words: list[str] | tuple[str, ...]) -> tuple[str, ...]:
 
 
 #%% Contrasts of the world, whose answers are known: to a country, to women, to the plural
-def contrast_of(prompt: Prompt) -> tuple[str, str, str, str]:
-    """(text about a woman or with a plural subject, about a man or in the singular, its answer, the other's)"""
-    if prompt.labels.get("gender") == "woman" or prompt.labels.get("number") == "plural":
-        return prompt.text, prompt.corrupt, prompt.answer, prompt.wrong
-    return prompt.corrupt, prompt.text, prompt.wrong, prompt.answer
+class Contrast(NamedTuple):
+    """A text that has something, one that has not, and the words that each is answered with."""
+
+    positive: str
+    negative: str
+    target: str
+    other: str
+
+
+def contrast_of(task: str, prompt: Prompt) -> Contrast:
+    """Towards the woman, the plural, or (drawer_of_country) the country that the corrupt text names."""
+    is_positive = prompt.labels.get("gender") == "woman" or prompt.labels.get("number") == "plural"
+    if is_positive and task != "country":
+        return Contrast(prompt.text, prompt.corrupt, prompt.answer, prompt.wrong)
+    return Contrast(prompt.corrupt, prompt.text, prompt.wrong, prompt.answer)
 
 
 def country_facts(held_out: bool) -> list[Prompt]:
@@ -116,8 +129,9 @@ def country_facts(held_out: bool) -> list[Prompt]:
 
 def draw_contrasts(model: nn.Module, task: str, country: str, n: int, seed: int, role: str) -> Contrasts:
     """
-    n contrasts of the world: gender (women against men), number (plural against singular), country (one country against
-    any other). Those to find on and those to test on share no name, noun or other country, and of countries no phrasing.
+    n different contrasts of the world: gender (women against men), number (plural against singular), country (one
+    country against any other). Those to find on and those to test on share no name, noun or other country, and of
+    countries no phrasing.
     """
     rng = Random(seed_of(seed, f"contrasts {role}"))
     if task == "country":
@@ -128,17 +142,22 @@ def draw_contrasts(model: nn.Module, task: str, country: str, n: int, seed: int,
         draw = partial(DRAW[kind], held_out=True)
         entities = ENTITIES[kind]
     allowed = entities_for(role, entities, seed)
-    rows = []
+    drawn: dict[Contrast, None] = {}  # in the order in which they were drawn, each once
     for _ in range(100 * n):
-        if len(rows) == n:
+        if len(drawn) == n:
             break
         prompt = draw(rng)
-        row = contrast_of(prompt) if task != "country" else (prompt.corrupt, prompt.text, prompt.wrong, prompt.answer)
-        if allowed.issuperset(prompt.about) and may_ask(model, row[1], (row[2],), (row[3],)):
-            rows.append(row)
-    if len(rows) < n:
-        fail(f"only {len(rows)} of {n} contrasts of {task} fit this tokenizer: give your own with --contrasts")
-    positive, negative, target, other = (list(column) for column in zip(*rows))
+        contrast = contrast_of(task, prompt)
+        if not allowed.issuperset(prompt.about) or contrast in drawn:
+            continue
+        if may_ask(model, contrast.negative, (contrast.target,), (contrast.other,)):
+            drawn[contrast] = None
+    if len(drawn) < n:
+        fail(
+            f"there are {len(drawn)} different contrasts of {task} to {role} on that fit this tokenizer, {n} were asked "
+            f"for: ask for fewer, or give your own with --contrasts"
+        )
+    positive, negative, target, other = (list(column) for column in zip(*drawn))
     return Contrasts(positive, negative, [(word,) for word in target], [(word,) for word in other])
 
 
@@ -161,7 +180,7 @@ def drawer_of_country(country: str, held_out: bool) -> Callable[[Random], Prompt
 
 
 def may_ask(model: nn.Module, text: str, target: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """The classes begin with tokens of their own behind the text, and no token stands in both."""
+    """The classes begin with tokens of their own after the text, and no token stands in both."""
     targets = {first_token(model, text, word) for word in target}
     others = {first_token(model, text, word) for word in other}
     return None not in targets | others and not targets & others
@@ -193,7 +212,7 @@ def streams_of(
     return t.cat(list(in_batches(of_group, index, at_once)), 1)
 
 
-#%% Four ways from contrasts to a direction; positive and negative are (text, d), what comes out has length 1
+#%% Ways from contrasts to a direction: positive and negative are (text, d), what comes out is (d) and has length 1
 def mean_difference(positive: Tensor, negative: Tensor) -> Tensor:
     """From the mean of the negatives to that of the positives (Marks & Tegmark 2023, Rimsky et al. 2023)."""
     return F.normalize(positive.mean(0) - negative.mean(0), dim=0)
@@ -201,8 +220,8 @@ def mean_difference(positive: Tensor, negative: Tensor) -> Tensor:
 
 def principal_difference(positive: Tensor, negative: Tensor) -> Tensor:
     """
-    First principal component of the differences of pairs, each with its negative, so that their mean is zero; towards
-    the positives (Zou et al. 2023). Texts are paired in order.
+    First principal component of the differences of pairs, towards the positives (Zou et al. 2023). Each difference
+    counts with both signs, as in the paper, so their mean is zero and nothing is centred. Texts are paired in order.
     """
     n = min(len(positive), len(negative))
     differences = positive[:n] - negative[:n]
@@ -233,6 +252,7 @@ def feature_direction(sae, positive: Tensor, negative: Tensor) -> tuple[Tensor, 
     return F.normalize(sae.W_dec[feature].detach().float(), dim=0).cpu(), feature
 
 
+# each (positive, negative) -> direction; feature_direction needs an autoencoder, so steering.py calls it by itself
 METHODS = {
     "difference of means": mean_difference,
     "PCA of differences": principal_difference,
@@ -325,11 +345,11 @@ def ablating_everywhere(model: nn.Module, direction: Direction, device: str | t.
     return Edit(everywhere, partial(project_out, unit=direction.unit.to(device)))
 
 
-#%% What an edit does: the probability of a class of words behind prompts
+#%% What an edit does: the probability of a class of words after prompts
 class Asked:
     """
     Prompts with a target class and another class of words, by their first tokens. where: an edit begins at a prompt's
-    end ('end') or behind beginning-of-text ('all').
+    end ('end') or after beginning-of-text ('all').
     """
 
     def __init__(
@@ -370,7 +390,10 @@ class Asked:
             rows = []
             for i, of_prompt in zip(index.tolist(), log_p):
                 target = of_prompt[self.target[i]].logsumexp(0)
-                other = of_prompt[self.other[i]].logsumexp(0) if self.other[i] else t.log1p(-target.exp())
+                if self.other[i]:
+                    other = of_prompt[self.other[i]].logsumexp(0)
+                else:
+                    other = t.log1p(-target.clamp(max=-1e-7).exp())  # rounding can make the target's 0
                 rows.append(t.stack([target, other]))
             return t.stack(rows).cpu()
 
@@ -389,7 +412,7 @@ def effect(log_p: Tensor) -> dict[str, float]:
 def text_cost(model: nn.Module, rows: Tensor, edit: Edit, first: int, memory_gb: float = 1.0) -> tuple[float, float]:
     """
     (next-token loss added, KL of the plain model's distribution from the edited one), nats per token, on rows (row,
-    pos) of text that are edited from position `first` on.
+    pos) of text that are edited from position `first` on; what stands before is not counted.
     """
 
     def of_group(part: Tensor) -> tuple[float, float]:
@@ -403,7 +426,7 @@ def text_cost(model: nn.Module, rows: Tensor, edit: Edit, first: int, memory_gb:
     at_once = rows_that_fit(model, rows.shape[1], memory_gb, 3 * model.cfg.d_vocab)
     groups = list(in_batches(of_group, rows, at_once))
     added, kl = (sum(column) for column in zip(*groups))
-    return added / rows[:, 1:].numel(), kl / rows[:, first:].numel()
+    return added / rows[:, first + 1 :].numel(), kl / rows[:, first:].numel()
 
 
 #%% Text under an edit, and what a judge or the plain model says of it
@@ -426,17 +449,21 @@ def write(
 
 @t.no_grad()
 def plain_loss(model: nn.Module, ids: list[int], answer: list[int]) -> float:
-    """Mean loss in nats of the unedited model on an answer behind ids."""
+    """Mean loss in nats of the unedited model on an answer after ids."""
     tokens = t.tensor([ids + answer], device=device_of(model))
     log_p = model(tokens)[0, len(ids) - 1 : -1].float().log_softmax(-1)
     return -log_p[range(len(answer)), answer].mean().item()
 
 
+def first_said(text: str, words: tuple[str, ...]) -> float:
+    """At which character the first of some words stands, whole (' he' is not in ' her'); infinity where none does."""
+    found = [re.search(rf"{re.escape(word)}(?!\w)", text) for word in words]
+    return min((match.start() for match in found if match), default=math.inf)
+
+
 def says(text: str, classes: tuple[tuple[str, ...], tuple[str, ...]]) -> bool:
     """Whether a text says one of the first class's words before any of the second's."""
-    first = [text.find(word) for word in classes[0] if word in text]
-    second = [text.find(word) for word in classes[1] if word in text]
-    return bool(first) and (not second or min(first) < min(second))
+    return first_said(text, classes[0]) < first_said(text, classes[1])
 
 
 def open_judge(path: str) -> Callable[[str], float]:
@@ -450,44 +477,56 @@ def open_judge(path: str) -> Callable[[str], float]:
 
 
 #%% Gates: what must hold before an edit is believed
+def moved_by_nothing(model: nn.Module, tokens: Tensor, direction: Direction, first: Tensor) -> float:
+    """How far a push of no length moves the logits, as a share of the largest."""
+    nothing = adding(direction, 0.0, tokens.device)
+    plain = model(tokens)
+    pushed = run_with_hooks(model, tokens, nothing.fwd_hooks(first))
+    return ((pushed - plain).abs().max() / plain.abs().max()).item()
+
+
+def left_after_projecting_out(model: nn.Module, tokens: Tensor, direction: Direction, first: Tensor) -> float:
+    """What the last stream still has along a direction that was projected out everywhere, as a share of its length."""
+    last = layer_streams(model)[-1]
+    with hooks(model, ablating_everywhere(model, direction, tokens.device).fwd_hooks(first)):
+        _, cache = run_with_cache(model, tokens, last)
+    stream = cache[last][0, first.item() :].float()
+    along = einsum(stream, direction.unit.to(tokens.device), "pos d, d -> pos")
+    return (along.abs() / stream.norm(dim=1)).max().item()
+
+
+def unlike_one_run(model: nn.Module, ids: list[int], direction: Direction, first: Tensor, n: int) -> float:
+    """
+    Of n tokens written one by one under a push, with kept keys and values where the model has them: how far below the
+    largest logit of one run over all of them each lies, at most, as a share of that run's largest.
+    """
+    device = device_of(model)
+    push = adding(direction, 1.0, device)
+    answer = write(model, ids, n, push, first.item())
+    if not answer:  # it ends the text at once
+        return 0.0
+    row = t.tensor([ids + answer], device=device)
+    logits = run_with_hooks(model, row, push.fwd_hooks(first))[0, len(ids) - 1 : -1].float()
+    chosen = logits[range(len(answer)), answer]
+    below = (logits.max(1).values - chosen) / logits.abs().max()
+    return below.max().item()
+
+
 @t.no_grad()
 def edit_gates(asked: Asked, direction: Direction, n: int = 4, written: int = 6) -> dict[str, float]:
-    """
-    As the largest miss: a push of no length changes nothing; of what is projected out everywhere nothing is left (share
-    of the last stream's length); text that is written token by token, with kept keys and values where a model has them,
-    is what one run over all of it would choose (of the largest logit). n: prompts.
-    """
+    """The largest miss of each gate over the first n prompts."""
     model = asked.model
-    device = asked.tokens.device
-    nothing = adding(direction, 0.0, device)
-    everywhere = ablating_everywhere(model, direction, device)
-    last = layer_streams(model)[-1]
-    push = adding(direction, 1.0, device)
-    moved = 0.0
-    left = 0.0
-    unlike = 0.0
+    gates = {"nothing_pushed": 0.0, "left_of_what_is_projected_out": 0.0, "written_against_one_run": 0.0}
     for ids, start in zip(asked.rows[:n], asked.start.tolist()):
+        tokens = t.tensor([ids], device=asked.tokens.device)
         first = t.tensor([start])
-        tokens = t.tensor([ids], device=device)
-        plain = model(tokens)
-        still = run_with_hooks(model, tokens, nothing.fwd_hooks(first))
-        moved = max(moved, ((still - plain).abs().max() / plain.abs().max()).item())
-        with hooks(model, everywhere.fwd_hooks(first)):
-            _, cache = run_with_cache(model, tokens, last)
-        stream = cache[last][0, start:].float()
-        along = einsum(stream, direction.unit.to(device), "pos d, d -> pos")
-        left = max(left, (along.abs() / stream.norm(dim=1)).max().item())
-        answer = write(model, ids, written, push, start)
-        row = t.tensor([ids + answer], device=device)
-        logits = run_with_hooks(model, row, push.fwd_hooks(first))[0, len(ids) - 1 : -1].float()
-        chosen = logits[range(len(answer)), answer]
-        behind = (logits.max(1).values - chosen) / logits.abs().max()
-        unlike = max([unlike, *behind.tolist()])
-    return {
-        "nothing_pushed": moved,
-        "left_of_what_is_projected_out": left,
-        "written_against_one_run": unlike,
-    }
+        missed = (
+            moved_by_nothing(model, tokens, direction, first),
+            left_after_projecting_out(model, tokens, direction, first),
+            unlike_one_run(model, ids, direction, first, written),
+        )
+        gates = {gate: max(worst, miss) for (gate, worst), miss in zip(gates.items(), missed)}
+    return gates
 
 
 #%% Directions in a file

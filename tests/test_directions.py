@@ -234,7 +234,7 @@ def test_the_cost_is_a_loss_and_a_kl_by_torch(world):
     added, kl = text_cost(world, rows, edit, 1)
     plain = world(rows).log_softmax(-1)
     edited = run_with_hooks(world, rows, edit.fwd_hooks(t.ones(3, dtype=t.long))).log_softmax(-1)
-    losses = [F.nll_loss(log_p[:, :-1].flatten(0, 1), rows[:, 1:].flatten()) for log_p in (plain, edited)]
+    losses = [F.nll_loss(log_p[:, 1:-1].flatten(0, 1), rows[:, 2:].flatten()) for log_p in (plain, edited)]
     assert added == pytest.approx((losses[1] - losses[0]).item(), abs=1e-5)
     theirs = F.kl_div(edited[:, 1:], plain[:, 1:], reduction="sum", log_target=True) / 27
     assert kl == pytest.approx(theirs.item(), rel=1e-3) and kl > 0
@@ -303,11 +303,15 @@ def test_gates_hold_and_miss_where_writing_is_another_model(world, monkeypatch):
 def test_a_text_says_what_comes_first_in_it():
     classes = ((" she", " her"), (" he",))
     assert says(" and she saw he", classes) and not says(" and he saw her", classes) and not says(" it", classes)
+    assert says(" gave her book to him, and he", classes)
+    assert says(" the hero and she", classes) and not says(" here she", ((" he",), (" she",)))  # whole words alone
+    assert says(" she.", classes) and says(" here, he", ((" he",), (" she",)))
 
 
 # %% Contrasts
 def test_contrasts_of_the_world_differ_in_what_they_say_and_share_no_name(world):
     find, test = (draw_contrasts(world, "gender", "", 20, 0, role) for role in ("find", "test"))
+    assert len(set(zip(find.positive, find.negative))) == len(find) == 20
     for part in (find, test):
         assert all(any(f" {name} " in text for name in WOMEN) for text in part.positive)
         assert all(any(f" {name} " in text for name in MEN) for text in part.negative)
