@@ -79,9 +79,10 @@ def interchange(
 @dataclass
 class Case:
     """
-    predicted: the causal model's answer to base, once the variable has the value that it has in source. edited: base
-    with that value in the text itself. candidates: the answers among which the model decides; none: all tokens. places:
-    behind which character each ends, in base and in source. entities: which it is about.
+    value: the variable's in source. predicted: the causal model's answer to base once the variable has that value.
+    edited: base with that value in the text itself. candidates: the answers among which the model decides; none: all
+    tokens. places: after which character each ends, in base and in source. entities: what the two are about, names,
+    nouns or countries; intervals come from a bootstrap of them.
     """
 
     base: str
@@ -149,7 +150,7 @@ def position_of(model: nn.Module, text: str, end: int) -> int | None:
 
 
 def first_token(model: nn.Module, text: str, answer: str) -> int | None:
-    """Of the answer behind the text; None where it merges with it."""
+    """The first token of the answer where it follows the text; None where it merges with the text's last."""
     ids = encode(model, text)
     whole = encode(model, text + answer)
     if whole[: len(ids)] != ids or len(whole) == len(ids):
@@ -216,15 +217,13 @@ CAUSAL_MODELS = {
 
 
 def places_around(text: str, word: str, last: bool = False) -> dict[str, int]:
-    """Where places end in a text that says the word: what stands before it, itself, what comes after it, the text."""
+    """Where places end in a text that says the word: what stands before it, itself, the next word if any, the text."""
     found = [*re.finditer(rf" {word}\b", text)][-1 if last else 0]
+    ends = {"before": found.start(), "subject": found.end()}
     next_word = re.match(r"\W*\w+", text[found.end() :])
-    return {
-        "before": found.start(),
-        "subject": found.end(),
-        "after": found.end() + next_word.end(),
-        "end": len(text),
-    }
+    if next_word:
+        ends["after"] = found.end() + next_word.end()
+    return ends | {"end": len(text)}
 
 
 def both_places(base: dict[str, int], source: dict[str, int], *names: str) -> dict[str, tuple[int, int]]:
@@ -232,7 +231,7 @@ def both_places(base: dict[str, int], source: dict[str, int], *names: str) -> di
 
 
 def draw_country(rng: Random, facts: dict[str, list[Prompt]]) -> Case:
-    """facts: by country, of its capital and of all else. One source in four is about the base's own country."""
+    """facts: by country, of its capital and of all else. A source in four, or more, is about the base's own country."""
     country = rng.choice(list(facts))
     other = country if rng.random() < 0.25 else rng.choice(list(facts))
     base = rng.choice([fact for fact in facts[country] if fact.task == "forward"])
@@ -246,8 +245,8 @@ def draw_country(rng: Random, facts: dict[str, list[Prompt]]) -> Case:
         predicted=f" {source.labels['capital']}",
         candidates=(),
         places=both_places(
-            places_around(f"{base.text} .", re.escape(country)) | {"end": len(base.text)},
-            places_around(f"{source.text} .", re.escape(other)) | {"end": len(source.text)},
+            places_around(base.text, re.escape(country)),
+            places_around(source.text, re.escape(other)),
             "before",
             "subject",
             "end",
@@ -357,8 +356,8 @@ def facts_by_country() -> dict[str, list[Prompt]]:
 
 def draw_cases(model: nn.Module, variable: str, n: int, seed: int, role: str) -> Cases:
     """
-    n cases of a variable of the world whose texts fit the model's tokenizer; those to find on and those to test on share
-    no country, name or subject noun.
+    n different cases of a variable of the world whose texts fit the model's tokenizer; those to find on and those to
+    test on share no country, name or subject noun.
     """
     rng = Random(seed_of(seed, f"interchange {role}"))
     entities, draw = drawn_from(variable)
@@ -368,10 +367,13 @@ def draw_cases(model: nn.Module, variable: str, n: int, seed: int, role: str) ->
         if len(cases) == n:
             break
         case = draw(rng)
-        if allowed.issuperset(case.entities) and case_fits(model, case):
+        if allowed.issuperset(case.entities) and case not in cases and case_fits(model, case):
             cases.append(case)
     if len(cases) < max(1, n):
-        fail(f"only {len(cases)} of {n} cases of {variable} fit this tokenizer: give your own with --pairs")
+        fail(
+            f"there are {len(cases)} different cases of {variable} to {role} on that fit this tokenizer, {n} were asked "
+            f"for: ask for fewer, or give your own with --pairs"
+        )
     return as_tokens(model, cases)
 
 
@@ -406,7 +408,8 @@ def cases_of_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> C
         if mask.any(1).all():
             places[name] = (mask * position).amax(1)
     places["end"] = pairs.answer_pos
-    number = [str(i // 2) for i in range(len(pairs))]  # make_pairs keeps those of one length in order
+    # both ways of a pair are as long, and make_pairs sorts by length and keeps the order, so they stay neighbours
+    number = [str(i // 2) for i in range(len(pairs))]
     return Cases(
         base=pairs.clean,
         source=pairs.corrupt,
@@ -488,9 +491,11 @@ class InterchangeRuns:
         return t.cat(list(in_batches(of_group, self.cases.index, self.at_once)))
 
     def with_shuffled_sources(self, seed: int) -> "InterchangeRuns":
-        """Every case gets another's source, which says nothing about what is predicted."""
+        """Every case gets the source of another, which says nothing about what is predicted."""
         order = t.randperm(len(self.cases), generator=t.Generator().manual_seed(seed)).to(self.base.device)
-        return replace(self, source={place: x[:, order] for place, x in self.source.items()})
+        from_case = t.empty_like(order)
+        from_case[order] = order.roll(1)  # one round through all of them, so that none keeps its own
+        return replace(self, source={place: x[:, from_case] for place, x in self.source.items()})
 
 
 @t.no_grad()
@@ -519,13 +524,13 @@ def interchange_runs(model: nn.Module, cases: Cases, memory_gb: float = 1.0) -> 
 def interchange_gates(runs: InterchangeRuns, few: Tensor) -> dict[str, float]:
     """
     What must hold before an interchange is believed, as the largest miss over the largest logit: of nothing it is the
-    base run; of the whole stream where the answer is due, behind the last block, the source run; a rotation of full
+    base run; of the whole stream where the answer is due, after the last block, the source run; a rotation of full
     rank moves all; runs from the middle are the plain form's. few: the cases (index) that are asked.
     """
     model, cases = runs.model, runs.cases
     some = cases.take(few)
     d_model = model.cfg.d_model
-    place = list(cases.base_places)[-1]
+    place = "end"
     layer = model.cfg.n_layers // 2
     generator = t.Generator().manual_seed(0)
     rotation = random_subspace(d_model, d_model, generator).to(runs.base.device)
@@ -569,7 +574,7 @@ def fit_das(
     """
     Orthonormal columns (d_model, rank) that make the model, after the interchange of the stream before `layer` at a
     place, answer as the causal model predicts: least cross-entropy over the candidates, by Adam from a random start.
-    Geiger et al. 2024, https://arxiv.org/abs/2303.02536, whose rotation these are the first rows of.
+    Geiger et al. 2024, https://arxiv.org/abs/2303.02536: the first columns of the rotation there.
     """
     generator = t.Generator().manual_seed(seed)
     cases = runs.cases
@@ -610,6 +615,8 @@ def means_subspace(x: Tensor, values: list[str], rank: int) -> Tensor:
     for value in sorted(set(values)):
         is_value = t.tensor([v == value for v in values], device=x.device)
         means.append(x[is_value].float().mean(0))
+    if len(means) < 2:
+        fail(f"all cases have the value {values[0]}: means need two")
     return principal_subspace(t.stack(means), rank)
 
 

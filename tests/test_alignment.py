@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from alignment import (
     interchange_runs,
     interchanged,
     means_subspace,
+    places_around,
     principal_subspace,
     random_subspace,
     read_subspaces,
@@ -162,6 +164,8 @@ def test_das_finds_the_subspace_in_which_the_variable_is_known_to_lie(layer, pla
     assert test_runs.right(layer, place, nothing)[test.changes].float().mean() < 0.3
     elsewhere_found = fit_das(runs, layer, elsewhere, rank=2, steps=20)
     assert not test_runs.right(layer, elsewhere, elsewhere_found)[test.changes].any()
+    numbered = replace(runs, source={place: find.index.view(1, -1, 1)}).with_shuffled_sources(0).source[place].flatten()
+    assert not (numbered == find.index).any() and numbered.sort().values.equal(find.index)  # each goes to another
     shuffled = fit_das(runs.with_shuffled_sources(0), layer, place, rank=2, steps=150, batch=64, lr=0.05)
     assert test_runs.right(layer, place, shuffled)[test.changes].float().mean() < 0.3
 
@@ -281,6 +285,22 @@ def test_the_means_of_two_values_span_their_difference():
     found = means_subspace(x, values, 4)
     assert found.shape == (D, 1)
     assert abs(found[:, 0] @ difference / difference.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_places_around_a_word_are_found_at_the_end_of_a_text_too():
+    text = "They live in New Japan and like Japan"
+    assert [text[:end] for end in places_around(text, "Japan").values()] == [
+        "They live in New",
+        "They live in New Japan",
+        "They live in New Japan and",
+        text,
+    ]
+    assert places_around(text, "Japan", last=True) == {"before": len(text) - 6, "subject": len(text), "end": len(text)}
+
+
+def test_means_need_two_values():
+    with pytest.raises(SystemExit, match="means need two"):
+        means_subspace(t.randn(4, 3), ["a"] * 4, 1)
 
 
 def test_principal_components_keep_the_variance_that_sklearn_says():
