@@ -26,30 +26,52 @@ from tabulate import tabulate
 from torch import Tensor
 
 
+# What the functions here are given is what reversal.py's make_questions and ask return.
+# frame has a row for each question, numbered from 0:
+#     country (its number), task (asked forward or reverse), part (taught forward, reverse or both), taught (asked in a
+#     direction that was taught), form (the phrasing), filler ('plain', or a sentence stands in front), text, said (the
+#     answer), control (the row of the same question about another country);
+#     recall (1: the whole answer is said), margin, depth and margin_depth (layer / layers), and lens.milestones: the
+#     layer at which the answer settles (semantic), at which a word for its category is named (category), at which a
+#     piece of the prompt dominates (copied), nan where none does; and RULES, each true or false.
+# found has the lens's reading after every block: ids and logp (layer, question, k), the k likeliest tokens; rank,
+#     (0 is top), answer_logp, entropy, kl and cosine (layer, question). texts: {token: its text}.
+
+
 #%% Means with intervals: countries are what is drawn again, not questions
-def bootstrap(frame: pd.DataFrame, column: str, draws: int) -> np.ndarray:
+def mean_by_country(frame: pd.DataFrame, column: str) -> pd.Series:
+    return frame[column].astype(float).groupby(frame.country).mean().dropna()
+
+
+def means_of_draws(by_country: np.ndarray, draws: int) -> np.ndarray:
     """
-    (1 + draws) the mean over countries, each the mean of its questions; first as it is, then of countries drawn again
-    with replacement.
+    by_country (country, column), nan where a country has no value -> (1 + draws, column): the means over countries,
+    first as they are, then of countries drawn again with replacement, the same for all columns.
     """
-    by_country = frame[column].astype(float).groupby(frame.country).mean().dropna().to_numpy()
     n = len(by_country)
     if not n:
-        return np.full(draws + 1, np.nan)
+        return np.full((1 + draws, by_country.shape[1]), np.nan)
     drawn = np.random.default_rng(0).integers(n, size=(draws, n))
-    return np.array([by_country.mean(), *by_country[drawn].mean(1)])
+    chosen = by_country[np.concatenate([np.arange(n)[None], drawn])]  # (draw, country, column)
+    totals = np.nansum(chosen, 1)
+    counts = (~np.isnan(chosen)).sum(1)
+    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
 
 
 def interval(frame: pd.DataFrame, column: str, draws: int, minus: pd.DataFrame | None = None) -> list[float]:
     """
-    [mean, 2.5%, 97.5%] over a bootstrap of countries, each the mean of its questions; minus: the same of other
-    questions is taken off (paired where the countries are the same).
+    [mean, 2.5%, 97.5%] over a bootstrap of countries, each the mean of its questions. minus: the same of other
+    questions is taken off; the countries of both are drawn together, so those in both are paired.
     """
-    means = bootstrap(frame, column, draws)
+    columns = {"of": mean_by_country(frame, column)}
     if minus is not None:
-        means = means - bootstrap(minus, column, draws)
-    low, high = np.quantile(means[1:], [0.025, 0.975])
-    return [float(means[0]), float(low), float(high)]
+        columns["minus"] = mean_by_country(minus, column)
+    means = means_of_draws(pd.DataFrame(columns).to_numpy(), draws)
+    x = means[:, 0] - means[:, 1] if minus is not None else means[:, 0]
+    if np.isnan(x[0]):
+        return [np.nan] * 3
+    low, high = np.nanquantile(x[1:], [0.025, 0.975])
+    return [float(x[0]), float(low), float(high)]
 
 
 def says(x: list[float | None], percent: bool = False) -> str:
@@ -105,6 +127,7 @@ def write_tables(path: Path, frame: pd.DataFrame, found: dict[str, Tensor], text
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told"
 BAND = (0.75, 0.85)  # of the depth
 MARGIN = 0.05  # a smaller difference of shares is none
+FORM_MARGIN = 0.1  # the same between the best and the worst of several phrasings
 ENOUGH = 0.1  # share of answers that must settle, or be said, before more is said of them
 ENOUGH_COUNTRIES = 10  # for a bootstrap over them
 PATTERNS = {
@@ -118,16 +141,16 @@ PATTERNS = {
         "embedding, which has read no more than the last token, does not count)"
     ),
     "early punctuation": (
-        "the share of layers at which the top-1 is punctuation is larger in the first half than in the second, by more "
-        f"than {MARGIN:.0%}"
+        "the share of layers at which the top-1 is punctuation is larger in the first half (the embedding and the middle "
+        f"layer included) than in the second, by more than {MARGIN:.0%}"
     ),
     "reversal asymmetry": (
         f"recall differs by direction by more than {MARGIN:.0%}: of facts asked against the one direction they were "
         "taught in minus facts taught in both; where it is not known what was taught, reverse minus forward"
     ),
     "sensitivity to form": (
-        "recall in the phrasing that is best minus recall in the one that is worst is more than 10%; which they are is "
-        "chosen on one half of the countries and measured on the other"
+        "recall in the phrasing that is best minus recall in the one that is worst is more than "
+        f"{FORM_MARGIN:.0%}; which they are is chosen on one half of the countries and measured on the other"
     ),
 }
 
@@ -171,7 +194,8 @@ def late_settling(fair: pd.DataFrame, n_layers: int, draws: int) -> dict:
     _, low, high = depth
     step = 1 / n_layers
     coarse = step > BAND[1] - BAND[0]
-    if high < BAND[0] or low - coarse * step > BAND[1]:
+    hidden = step if coarse else 0.0
+    if high < BAND[0] or low - hidden > BAND[1]:
         return finding(depth, settled, FAILS, f"{share:.1%} of the answers settle", percent=False)
     if coarse:
         why = f"one of {n_layers} layers is {step:.0%} of the depth, more than the band"
@@ -257,7 +281,7 @@ def sensitivity_to_form(fair: pd.DataFrame, draws: int) -> dict:
         asked.append(rows[rows.country.isin(measured.index)])
         chosen.append("all alike" if best == worst else f"best {best!r}, worst {worst!r}")
     difference = interval(pd.concat(differences), "difference", draws)
-    verdict = above(difference, 0.1)
+    verdict = above(difference, FORM_MARGIN)
     why = "; ".join(dict.fromkeys(chosen))
     best_recall = fair.groupby("form").recall.mean().max()
     if fair.form.nunique() <= fair.task.nunique():

@@ -34,6 +34,13 @@ def test_intervals_resample_countries():
     assert abs((high - low) / 2 - 1.96 * 0.5 / 10) < 0.015  # 400 questions, but 100 countries
     assert rv.interval(frame, "same", 100) == [1, 1, 1]
     assert rv.interval(frame, "x", 100, frame) == [0, 0, 0]  # paired
+    others = frame.assign(country=frame.country + 1000)  # the same means, of other countries: not paired
+    mean, low, high = rv.interval(frame, "x", 2000, others)
+    assert mean == 0
+    assert abs((high - low) / 2 - 1.96 * (2 * 0.05**2) ** 0.5) < 0.02
+    some = frame[frame.country >= 50]
+    mean, low, high = rv.interval(frame, "x", 2000, some)
+    assert low < mean == 0 < high
     assert np.isnan(rv.interval(frame.assign(x=np.nan), "x", 10)).all()
 
 
