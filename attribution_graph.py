@@ -68,13 +68,13 @@ class LocalReplacement:
         self.n_layers = model.cfg.n_layers
         self.is_text = text_places(tokens[None], 1, bos)[0]
         self.has_mid = act_name("resid_mid", 0) in hook_points(model)  # else attention and MLP read the same stream
-        logits, cache = run_with_cache(model, tokens[None], self.names())
+        logits, cache = run_with_cache(model, tokens[None], self.hook_names())
         self.logits = logits[0, -1].float()
         self.embed = cache["resid_pre", 0][0].float()
         self.patterns = [cache["pattern", layer][0].float() for layer in range(self.n_layers)]
-        self.before_attn = [self.norm(cache, "ln1", layer) for layer in range(self.n_layers)]
-        self.before_mlp = [self.norm(cache, "ln2", layer) for layer in range(self.n_layers)]
-        self.final = self.norm(cache, "ln_final", None)
+        self.before_attn = [self.frozen_norm(cache, "ln1", layer) for layer in range(self.n_layers)]
+        self.before_mlp = [self.frozen_norm(cache, "ln2", layer) for layer in range(self.n_layers)]
+        self.final = self.frozen_norm(cache, "ln_final", None)
         self.gains = [attn_gain(model, layer, cache["z", layer][0]) for layer in range(self.n_layers)]
         self.mlp_in = [cache[coder.hook_in][0].float() for coder in coders]
         self.mlp_out = [cache[coder.hook_out][0].float() for coder in coders]
@@ -83,14 +83,15 @@ class LocalReplacement:
         rebuilt = [coder(x) * text for coder, x in zip(coders, self.mlp_in)]
         self.errors = t.stack([y - made for y, made in zip(self.mlp_out, rebuilt)])
 
-    def names(self) -> list[str]:
+    def hook_names(self) -> list[str]:
         names = [act_name("resid_pre", 0), "ln_final.hook_scale"]
         for layer, coder in enumerate(self.coders):
             names += [act_name("pattern", layer), act_name("z", layer), coder.hook_in, coder.hook_out]
             names += [f"blocks.{layer}.ln1.hook_scale", f"blocks.{layer}.ln2.hook_scale"]
         return names
 
-    def norm(self, cache: dict[str, Tensor], name: str, layer: int | None) -> FrozenNorm:
+    def frozen_norm(self, cache: dict[str, Tensor], name: str, layer: int | None) -> FrozenNorm:
+        """name: ln1 or ln2 of a layer, or ln_final (layer None)."""
         owner = self.model if layer is None else self.model.blocks[layer]
         place = name if layer is None else f"blocks.{layer}.{name}"
         shape = ask_norm(getattr(owner, name), self.model.cfg.d_model, self.model.W_U)
@@ -119,25 +120,26 @@ class LocalReplacement:
         x = sources[0]
         for layer, coder in enumerate(self.coders):
             mid = x + self.attention(x, layer)
-            read = self.read(mid if self.has_mid else x, layer)
+            read = self.read_by_coder(mid if self.has_mid else x, layer)
             reads.append(read)
             x = mid + sources[1 + layer] + text * (coder.b_dec + coder.skipped(read))
         return [*reads, self.final(x)]
 
-    def read(self, x: Tensor, layer: int) -> Tensor:
+    def read_by_coder(self, x: Tensor, layer: int) -> Tensor:
+        """What a layer's transcoder reads of the stream x (pos, d_model): its norm, before or after the weight."""
         if self.coders[layer].hook_in.endswith("hook_normalized"):
             return self.before_mlp[layer].normalized(x)
         return self.before_mlp[layer](x)
 
-    def sources(self) -> Tensor:
-        """What they are on this prompt."""
+    def sources_here(self) -> Tensor:
+        """run's sources (1 + layer, pos, d_model) as they are on this prompt."""
         by_layer = [acts @ coder.W_dec for acts, coder in zip(self.acts, self.coders)]
         return t.cat([self.embed[None], t.stack(by_layer) + self.errors])
 
     @t.no_grad()
     def gap(self) -> float:
         """Gate: by how much the unembedding of its run misses the model's own logits, relative to the largest."""
-        end = self.run(self.sources())[-1][-1]
+        end = self.run(self.sources_here())[-1][-1]
         logits = self.model.unembed(end[None, None].to(self.model.W_U.dtype))[0, 0].float()
         return ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
 
@@ -226,7 +228,7 @@ def find_nodes(frozen: LocalReplacement, share: float = 0.95, most: int = 10) ->
     features = t.cat(places)
     if not len(features):
         fail("no feature is active on this prompt (transcoders never see its first token): give a longer one")
-    acts = t.cat([acts[acts != 0] for acts in frozen.acts])
+    acts = t.cat([of_layer[of_layer != 0] for of_layer in frozen.acts])
     logits, probabilities = likely_logits(frozen.logits, share, most)
     return Nodes(features, acts, logits, probabilities, frozen.n_layers, len(frozen.tokens))
 
@@ -309,7 +311,7 @@ def plain_attribute(frozen: LocalReplacement, nodes: Nodes) -> AttributionGraph:
     """One backward pass from each target; a source's part is what it writes times the gradient where it writes it."""
     targets = targets_of(frozen, nodes)
     written, source_of, pos_of = writes_of(frozen, nodes)
-    sources = frozen.sources().requires_grad_()
+    sources = frozen.sources_here().requires_grad_()
     reads = frozen.run(sources)
     adjacency = t.zeros(len(nodes), len(nodes), device=written.device)
     for target, node in enumerate(targets.node.tolist()):
@@ -325,7 +327,7 @@ def attribute(frozen: LocalReplacement, nodes: Nodes, batch: int = 64) -> Attrib
     """plain_attribute, with the backward passes of `batch` targets of one layer at once."""
     targets = targets_of(frozen, nodes)
     written, source_of, pos_of = writes_of(frozen, nodes)
-    sources = frozen.sources().requires_grad_()
+    sources = frozen.sources_here().requires_grad_()
     reads = frozen.run(sources)
     adjacency = t.zeros(len(nodes), len(nodes), device=written.device)
     groups = [
@@ -348,7 +350,7 @@ def attribute(frozen: LocalReplacement, nodes: Nodes, batch: int = 64) -> Attrib
 @t.no_grad()
 def with_constants(frozen: LocalReplacement, nodes: Nodes, targets: Targets, adjacency: Tensor) -> AttributionGraph:
     """Beside the parts: what a target reads when all sources are zero, which is what biases give it."""
-    reads = frozen.run(t.zeros_like(frozen.sources()))
+    reads = frozen.run(t.zeros_like(frozen.sources_here()))
     constants = adjacency.new_zeros(len(nodes))
     values = adjacency.new_zeros(len(nodes))
     for target, node in enumerate(targets.node.tolist()):
@@ -385,13 +387,13 @@ def logit_weights(graph: AttributionGraph) -> Tensor:
 
 @dataclass
 class Pruned:
-    nodes: Tensor  # (node, bool)
-    edges: Tensor  # (target, source, bool)
+    nodes: Tensor  # bool (node): which are kept
+    edges: Tensor  # bool (target, source)
     influence: Tensor  # (node), before pruning
 
 
 def least_kept(sizes: Tensor, share: float) -> Tensor:
-    """The size from which on the largest hold this share of the sum."""
+    """The size from which on the largest hold this share of the sum: the rule by which nodes and edges are kept."""
     ordered = sizes.flatten().sort(descending=True).values
     reached = ordered.cumsum(0) / ordered.sum()
     return ordered[min(int(t.searchsorted(reached, share)), len(ordered) - 1)]
@@ -405,18 +407,21 @@ def prune(graph: AttributionGraph, node_share: float = 0.8, edge_share: float = 
     nodes = graph.nodes
     weights = logit_weights(graph)
     of_nodes = influence(graph.adjacency, weights)
+    if not of_nodes.any():
+        fail("nothing on this prompt has any influence on the logits: there is no graph to prune")
     kept = of_nodes >= least_kept(of_nodes, node_share)
     kept[nodes.embed_slice.start :] = True
     between = graph.adjacency * kept[:, None] * kept[None]
     of_targets = influence(between, weights) + weights
     of_edges = shares_of_input(between) * of_targets[:, None]
     edges = (of_edges >= least_kept(of_edges, edge_share)) & (of_edges > 0)
+    is_feature = t.zeros_like(kept)
+    is_feature[: nodes.n_features] = True
+    is_error = t.zeros_like(kept)
+    is_error[nodes.error_slice] = True
     while True:
-        inner = t.zeros_like(kept)
-        inner[: nodes.embed_slice.start] = True
-        leads_nowhere = inner & ~edges.any(0)
-        inner[nodes.n_features :] = False
-        unreached = inner & ~edges.any(1)
+        leads_nowhere = (is_feature | is_error) & ~edges.any(0)
+        unreached = is_feature & ~edges.any(1)
         gone = kept & (leads_nowhere | unreached)
         if not gone.any():
             return Pruned(kept, edges, of_nodes)
@@ -433,7 +438,10 @@ def replacement_score(graph: AttributionGraph) -> float:
 
 
 def completeness_score(graph: AttributionGraph) -> float:
-    """The share of nodes' inputs that is no error's, mean of the nodes weighted by their influence."""
+    """
+    The share of nodes' inputs that is no error's, mean of the nodes weighted by their influence. Errors and embeddings,
+    which have no inputs, count as complete (as in circuit-tracer).
+    """
     weights = logit_weights(graph)
     of_nodes = influence(graph.adjacency, weights) + weights
     from_errors = shares_of_input(graph.adjacency)[:, graph.nodes.error_slice].sum(1)
@@ -450,15 +458,18 @@ def keep(value: Tensor) -> Callable:
     return fn
 
 
-Held = Literal["all", "frozen", "patterns", "nothing"]
+Held = Literal[
+    "nothing",  # the model runs on freely
+    "patterns",  # attention patterns are as they were on the prompt
+    "frozen",  # these and the scales of norms: what the graph freezes
+    "all",  # also what other MLPs write, but for the linear part of skip transcoders: only direct edges act
+]
 
 
 def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, hold: Held) -> Tensor:
     """
     By how much every node's pre-activation or logit less the mean (node) changes in the model itself when a feature's
-    write is taken out of its MLP's output. Held as they were are nothing; or attention patterns; or what the graph
-    freezes, these and the scales of norms; or all: also what other MLPs write (but for the linear part of skip
-    transcoders), so that only direct edges act.
+    write is taken out of its MLP's output. hold: what stays as it was on the prompt.
     """
     layer, pos, number = nodes.features[feature].tolist()
     write = nodes.acts[feature] * frozen.coders[layer].W_dec[number]
@@ -482,9 +493,11 @@ def suppress(frozen: LocalReplacement, nodes: Nodes, feature: int, hold: Held) -
     with t.no_grad(), hooks(frozen.model, edits):
         logits = frozen.model(frozen.tokens[None])[0, -1].float()
     change = logits.new_zeros(len(nodes))
-    for node, (at, place, f) in enumerate(nodes.features.tolist()):
-        moved = seen[at][place] - frozen.mlp_in[at][place]
-        change[node] = moved @ frozen.coders[at].W_enc[:, f]
+    at_layer, place, number = nodes.features.T
+    for at, coder in enumerate(frozen.coders):
+        of_layer = (at_layer == at).nonzero()[:, 0]
+        moved = (seen[at] - frozen.mlp_in[at])[place[of_layer]]
+        change[of_layer] = einsum(moved, coder.W_enc[:, number[of_layer]], "feature d_in, d_in feature -> feature")
     moved = (logits - logits.mean()) - (frozen.logits - frozen.logits.mean())
     change[nodes.logit_slice] = moved[nodes.logits]
     return change
@@ -520,7 +533,7 @@ def predicted_change(graph: AttributionGraph, feature: int, direct: bool) -> Ten
 
 
 def later_nodes(nodes: Nodes, feature: int) -> Tensor:
-    """(node, bool): those that a feature can reach: later layers at its position or behind it, and the logits."""
+    """bool (node): those that a feature can reach: later layers at its position or after it, and the logits."""
     layer, pos, _ = nodes.features[feature].tolist()
     reached = t.zeros(len(nodes), dtype=t.bool, device=nodes.features.device)
     reached[: nodes.n_features] = (nodes.features[:, 0] > layer) & (nodes.features[:, 1] >= pos)
@@ -534,32 +547,68 @@ def cantor(x: int, y: int) -> int:
     return (x + y) * (x + y + 1) // 2 + y
 
 
+def feature_entry(nodes: Nodes, node: int, layer: int, pos: int) -> dict:
+    number = int(nodes.features[node, 2])
+    return {
+        "node_id": f"{layer}_{number}_{pos}",
+        "jsNodeId": f"{layer}_{number}-0",
+        "layer": str(layer),
+        "feature": cantor(layer, number),
+        "feature_type": "cross layer transcoder",
+        "activation": nodes.acts[node].item(),
+    }
+
+
+def error_entry(layer: int, pos: int) -> dict:
+    return {
+        "node_id": f"{layer}_-1_{pos}",
+        "jsNodeId": f"{layer}_-1-{pos}",
+        "layer": str(layer),
+        "feature": -1,
+        "feature_type": "mlp reconstruction error",
+    }
+
+
+def embedding_entry(token: int, pos: int) -> dict:
+    return {
+        "node_id": f"E_{token}_{pos}",
+        "jsNodeId": f"E_{token}-{pos}",
+        "layer": "E",
+        "feature": pos,
+        "feature_type": "embedding",
+    }
+
+
+def logit_entry(nodes: Nodes, node: int, pos: int, word: str) -> dict:
+    at = node - nodes.logit_slice.start
+    token = int(nodes.logits[at])
+    probability = nodes.probabilities[at].item()
+    top = str(nodes.n_layers + 1)
+    return {
+        "node_id": f"{top}_{token}_{pos}",
+        "jsNodeId": f"L_{token}-{pos}",
+        "layer": top,
+        "feature": token,
+        "feature_type": "logit",
+        "token_prob": probability,
+        "is_target_logit": at == 0,
+        "clerp": f'Output "{word}" (p={probability:.3f})',
+        "influence": None,
+    }
+
+
 def node_entry(frozen: LocalReplacement, nodes: Nodes, node: int, words: list[str], share: float) -> dict:
     """share: the cumulative share of influence at which the node comes, the most influential first."""
     kind, layer, pos = nodes.place(node)
     entry = {"ctx_idx": pos, "run_idx": 0, "reverse_ctx_idx": 0, "clerp": "", "influence": share, "activation": None}
     entry |= {"token_prob": 0.0, "is_target_logit": False}
     if kind == "feature":
-        number = int(nodes.features[node, 2])
-        entry |= {"node_id": f"{layer}_{number}_{pos}", "jsNodeId": f"{layer}_{number}-0", "layer": str(layer)}
-        entry |= {"feature": cantor(layer, number), "feature_type": "cross layer transcoder"}
-        entry["activation"] = nodes.acts[node].item()
+        return entry | feature_entry(nodes, node, layer, pos)
     if kind == "error":
-        entry |= {"node_id": f"{layer}_-1_{pos}", "jsNodeId": f"{layer}_-1-{pos}", "layer": str(layer)}
-        entry |= {"feature": -1, "feature_type": "mlp reconstruction error"}
+        return entry | error_entry(layer, pos)
     if kind == "embedding":
-        token = int(frozen.tokens[pos])
-        entry |= {"node_id": f"E_{token}_{pos}", "jsNodeId": f"E_{token}-{pos}", "layer": "E"}
-        entry |= {"feature": pos, "feature_type": "embedding"}
-    if kind == "logit":
-        at = node - nodes.logit_slice.start
-        token = int(nodes.logits[at])
-        probability = nodes.probabilities[at].item()
-        top = str(nodes.n_layers + 1)
-        entry |= {"node_id": f"{top}_{token}_{pos}", "jsNodeId": f"L_{token}-{pos}", "layer": top}
-        entry |= {"feature": token, "feature_type": "logit", "token_prob": probability, "is_target_logit": at == 0}
-        entry |= {"clerp": f'Output "{words[node]}" (p={probability:.3f})', "influence": None}
-    return entry
+        return entry | embedding_entry(int(frozen.tokens[pos]), pos)
+    return entry | logit_entry(nodes, node, pos, words[node])
 
 
 def export_graph(
