@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 #%% The transcoder: an encoder with a threshold, a decoder, and where asked for a linear map beside them
 @dataclass
-class Shape:
+class TranscoderShape:
     d_in: int
     d_sae: int
     d_out: int
@@ -57,7 +57,7 @@ class Transcoder(nn.Module):
 
     def __init__(self, d_in: int, d_sae: int, d_out: int, skip: bool, hook_in: str = "", hook_out: str = ""):
         super().__init__()
-        self.cfg = Shape(d_in, d_sae, d_out)
+        self.cfg = TranscoderShape(d_in, d_sae, d_out)
         self.hook_in = hook_in
         self.hook_out = hook_out
         self.W_enc = nn.Parameter(F.normalize(t.randn(d_in, d_sae), dim=0))
@@ -125,6 +125,9 @@ def dead_feature_loss(coder: Transcoder, x: Tensor, error: Tensor, dead: Tensor)
     return min(1.0, n_dead / k_aux) * (said - error).pow(2).sum(-1).mean()
 
 
+THRESHOLD_MEMORY = 0.98  # of the exponential mean over steps that a threshold is
+
+
 def train_transcoders(
     pairs: Iterator[tuple[Tensor, Tensor]],
     d_sae: int,
@@ -137,9 +140,9 @@ def train_transcoders(
     """
     One transcoder for each layer, minimising the objective over pairs (x, y), each (layer, row, d). They are trained on
     x and y scaled to a mean norm of sqrt(d), and returned for unscaled ones. Decoder rows are kept at unit length; the
-    threshold is the mean over steps of the least activation that was kept.
+    threshold is the mean over the last steps of the least activation that was kept.
     """
-    x, y = next(pairs)
+    x, y = next(pairs)  # says the scales, and where the biases begin
     n_layers, _, d_in = x.shape
     d_out = y.shape[-1]
     scale_in = d_in**0.5 / x.norm(dim=-1).mean(-1)  # (layer)
@@ -163,7 +166,7 @@ def train_transcoders(
             loss.backward()
             nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
             idle[layer] = t.where(fired, 0.0, idle[layer] + 1)
-            follow(coder.threshold, least, 0.0 if step == 0 else 0.98)
+            follow(coder.threshold, least, 0.0 if step == 0 else THRESHOLD_MEMORY)
         optimizer.step()
         optimizer.zero_grad()
         for coder in coders:
@@ -215,6 +218,16 @@ class TranscoderConfig:
     seed: Natural = 0
 
 
+# what does not change a training by itself: of the model and the data, fit_transcoders names what they are
+NOT_OF_TRAINING = ("model", "transcoders", "release", "sae_ids", "context", "data", "bos", "heldout")
+
+
+def of_training(cfg: TranscoderConfig) -> dict[str, object]:
+    """The settings that decide what a training ends with: transcoders of the same ones are found again."""
+    names = [setting.name for setting in fields(TranscoderConfig) if setting.name not in NOT_OF_TRAINING]
+    return {name: getattr(cfg, name) for name in names}
+
+
 def refuse_settings(cfg: TranscoderConfig) -> None:
     """Settings that say no one thing, or by which nothing can be trained, before anything is loaded."""
     if cfg.k > cfg.d_sae:
@@ -227,12 +240,9 @@ def refuse_settings(cfg: TranscoderConfig) -> None:
         fail("--release needs --sae-ids, the release's transcoder of every layer, and --model, which they belong to")
 
 
-IDENTITY = ("skip", "d_sae", "k", "steps", "batch", "lr", "dead_window", "seed")
-
-
 #%% Training on a model's text, or finding what was trained before
 def places_of(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The hooks of what enters each MLP (behind the norm's division, before its weight) and of what it writes."""
+    """The hooks of what enters each MLP (after the norm's division, before its weight) and of what it writes."""
     layers = range(model.cfg.n_layers)
     enters = [f"blocks.{layer}.ln2.hook_normalized" for layer in layers]
     written = [act_name("mlp_out", layer) for layer in layers]
@@ -268,6 +278,10 @@ def mlp_pairs(
         is_text = text_places(rows, 1, bos)
         x = t.stack([found[name][is_text] for name in enters])
         y = t.stack([found[name][is_text] for name in written])
+        if x.shape[1] < size:
+            fail(
+                f"{len(rows)} rows of text hold {x.shape[1]} tokens, fewer than a batch of {size}: --batch is too large"
+            )
         order = t.randperm(x.shape[1], generator=generator).to(x.device)
         for start in range(0, len(order) - size + 1, size):
             chosen = order[start : start + size]
@@ -286,7 +300,7 @@ def fit_transcoders(
         "weights": fingerprint(model),
         "data": corpus.key,
     }
-    identity = metadata | {field: getattr(cfg, field) for field in IDENTITY}
+    identity = metadata | of_training(cfg)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     kind = "skip" if cfg.skip else "plain"
     folder = Path("checkpoints/transcoders") / f"{kind}_{cfg.k:g}_{cfg.d_sae}_{digest}"
@@ -363,14 +377,19 @@ def build(config: dict, metadata: dict, weights: dict[str, Tensor], source: str,
     norm = config.get("normalize_activations", "none")
     if norm != "none":
         fail(f"{source} normalises its input ({norm}), so that its features are not linear in it: not read here")
+    if config.get("apply_b_dec_to_input", False):
+        fail(f"{source} takes its decoder's bias from its input (apply_b_dec_to_input): not read here")
+    if config.get("reshape_activations", "none") != "none":
+        fail(f"{source} reshapes its input ({config['reshape_activations']}): not read here")
     missing = [key for key in ("hook_name", "hook_name_out") if not metadata.get(key)]
     if missing:
         fail(f"{source} does not say where it belongs: put {' and '.join(missing)} into its {FILES[0]}")
     d_in, d_sae = weights["W_enc"].shape
     d_out = weights["W_dec"].shape[1]
     coder = Transcoder(d_in, d_sae, d_out, "skip" in architecture, metadata["hook_name"], metadata["hook_name_out"])
-    threshold = {"threshold": coder.threshold} if "jumprelu" not in architecture else {}
-    coder.load_state_dict(weights | threshold)
+    if "jumprelu" not in architecture:
+        weights = weights | {"threshold": coder.threshold}  # a ReLU's, zero
+    coder.load_state_dict(weights)
     return coder.to(device).float().requires_grad_(False).eval()
 
 
@@ -380,14 +399,18 @@ def open_folders(folder: str | Path, device: str) -> list[Transcoder]:
     found = sorted(path.parent for path in folder.glob("**/cfg.json") if (path.parent / FILES[1]).is_file())
     if not found:
         fail(f"--transcoders {folder}: no {' and '.join(FILES)} there (SAELens's save_model writes them)")
-    read = [read_transcoder(path, device) for path in found]
-    return in_order([coder for coder, _ in read], str(folder))
+    coders, metadata = zip(*(read_transcoder(path, device) for path in found))
+    for key in ("model_name", "weights"):
+        named = {str(of_layer.get(key)) for of_layer in metadata}
+        if len(named) > 1:
+            fail(f"--transcoders {folder}: its layers are of several models ({key}: {', '.join(sorted(named))})")
+    return in_order(list(coders), str(folder))
 
 
 def names_of_model(folder: str | Path) -> tuple[str | None, str | None]:
     """The model that a folder's transcoders name, and the fingerprint of its weights, where they have them."""
     folder = Path(find_folder(str(folder)))
-    first = min(folder.glob("**/cfg.json"), default=None)
+    first = min((path for path in folder.glob("**/cfg.json") if (path.parent / FILES[1]).is_file()), default=None)
     if first is None:
         fail(f"--transcoders {folder}: no {FILES[0]} there (SAELens's save_model writes it)")
     config = json.loads(first.read_text())
@@ -420,14 +443,18 @@ def refuse_misfits(model: nn.Module, coders: list[Transcoder], tokens: Tensor, w
         fail(f"the transcoders were trained on other weights ({weights}) than this model's ({fingerprint(model)})")
     if len(coders) != model.cfg.n_layers:
         fail(f"{len(coders)} transcoders for a model of {model.cfg.n_layers} layers: one of every layer is needed")
-    known = hook_points(model)
+    widths = {}
     for coder in coders:
-        for hook, width in ((coder.hook_in, coder.cfg.d_in), (coder.hook_out, coder.cfg.d_out)):
-            if hook not in known:
-                fail(f"the transcoders belong at {hook}, which this model has not: give their model by --model")
-            found = harvest(model, tokens, [hook])[hook].shape[-1]
-            if found != width:
-                fail(f"a transcoder has {width} numbers at {hook}, this model {found}: give its model by --model")
+        widths |= {coder.hook_in: coder.cfg.d_in, coder.hook_out: coder.cfg.d_out}
+    known = hook_points(model)
+    for hook in widths:
+        if hook not in known:
+            fail(f"the transcoders belong at {hook}, which this model has not: give their model by --model")
+    found = harvest(model, tokens, list(widths))
+    for hook, width in widths.items():
+        has = found[hook].shape[-1]
+        if has != width:
+            fail(f"a transcoder has {width} numbers at {hook}, this model {has}: give its model by --model")
 
 
 #%% Judging: the MLPs of held-out text replaced, one by one and all at once

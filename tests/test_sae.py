@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,6 +282,13 @@ def test_the_key_of_a_finished_sae_stays_what_it_was():
         "data": "world",
     } | {field: getattr(cfg, field) for field in IDENTITY}
     assert key_of(cfg, identity) == "batchtopk_14_512_blocks.2.hook_resid_pre_2a39318c"
+
+
+def test_settings_that_change_a_training_change_its_key():
+    """A setting that is added must be said to be one of the training, or none."""
+    of_the_model = {"model", "base", "sae", "release", "sae_id", "hook", "context", "data", "bos"}
+    of_what_follows = {"checkpoints", "heldout", "min_recovered", "max_fvu", "wandb"}
+    assert {setting.name for setting in fields(SAEConfig)} == set(IDENTITY) | of_the_model | of_what_follows
 
 
 def test_the_stream_is_shuffled_and_complete(loaded):

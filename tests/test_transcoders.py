@@ -26,6 +26,7 @@ from transcoders import (
     judge_transcoders,
     keep_strongest,
     mlp_pairs,
+    of_training,
     names_of_model,
     open_folders,
     places_of,
@@ -132,6 +133,15 @@ def test_what_is_no_transcoder_of_every_layer_is_refused_in_one_line(tmp_path, t
         build({"architecture": "transcoder", "normalize_activations": "layer_norm"}, {}, weights, "x", "cpu")
     with pytest.raises(SystemExit, match="put hook_name_out into"):
         build({"architecture": "transcoder"}, {"hook_name": "blocks.0.ln2.hook_normalized"}, weights, "x", "cpu")
+    placed = {"hook_name": "blocks.0.ln2.hook_normalized", "hook_name_out": "blocks.0.hook_mlp_out"}
+    with pytest.raises(SystemExit, match="decoder's bias from its input"):
+        build({"architecture": "transcoder", "apply_b_dec_to_input": True}, placed, weights, "x", "cpu")
+    with pytest.raises(SystemExit, match="reshapes its input"):
+        build({"architecture": "transcoder", "reshape_activations": "hook_z"}, placed, weights, "x", "cpu")
+    for layer in range(2):
+        save_transcoder(random_coder(False, layer), tmp_path / f"mixed/{layer}", {"model_name": f"model {layer}"})
+    with pytest.raises(SystemExit, match="of several models .model_name: model 0, model 1"):
+        open_folders(tmp_path / "mixed", "cpu")
     rows = token_rows(0)[:1]
     with pytest.raises(SystemExit, match="1 transcoders for a model of 2 layers"):
         refuse_misfits(tiny, [random_coder(False)], rows)
@@ -140,6 +150,19 @@ def test_what_is_no_transcoder_of_every_layer_is_refused_in_one_line(tmp_path, t
         refuse_misfits(tiny, both, rows)
     with pytest.raises(SystemExit, match="other weights"):
         refuse_misfits(tiny, both, rows, weights="0")
+
+
+def test_a_batch_that_no_text_fills_is_refused(tiny):
+    enters, written = places_of(tiny)
+    pairs = mlp_pairs(tiny, enters, written, token_rows, 10_000, None, 0)
+    with pytest.raises(SystemExit, match="fewer than a batch of 10000: --batch is too large"):
+        next(pairs)
+
+
+def test_settings_that_change_a_training_change_its_name():
+    """A setting that is added counts as one of the training, unless it is listed as none."""
+    names = set(of_training(TranscoderConfig()))
+    assert names == {"skip", "d_sae", "k", "steps", "batch", "lr", "dead_window", "seed"}
 
 
 def test_an_autoencoder_is_no_transcoder():
