@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     HARMLESS,
@@ -220,29 +220,39 @@ def split_qkv(x: Tensor, heads: HeadShape) -> tuple[Tensor, Tensor, Tensor]:
     return by_head.split([heads.n_heads, heads.n_kv_heads, heads.n_kv_heads])
 
 
+LOOKED_UP = ("W_E", "W_pos")  # a row for each token or position: not a map that is multiplied by
+
+
+def as_out_in(x: Tensor, part: str, heads: HeadShape) -> Tensor:
+    """A matrix as nn.Linear keeps it, (out, in); a bias as it is. GPT-2's blocks keep theirs as (in, out)."""
+    in_out = heads.in_out and x.ndim == 2 and part not in (*LOOKED_UP, "W_U")
+    return x.mT if in_out else x
+
+
 def pieces_of(x: Tensor, parts: tuple[str, ...], heads: HeadShape) -> dict[str, Tensor]:
     """
     {part: its weights as the field writes them}: W_Q, W_K, W_V (head, d_model, d_head), W_O (head, d_head, d_model),
     b_Q, b_K, b_V (head, d_head), W_in (d_model, d_mlp), W_U (d_model, d_vocab); what has no such form, as in the file.
     """
-    rows = x.mT if heads.in_out and x.ndim == 2 and parts[0] not in ("W_E", "W_pos") else x  # (out, in)
+    rows = as_out_in(x, parts[0], heads)
+    is_matrix = x.ndim == 2
     kinds = tuple(part.replace("b_", "W_", 1) for part in parts)
-    if kinds == QKV:
-        return {part: piece.mT if x.ndim == 2 else piece for part, piece in zip(parts, split_qkv(rows, heads))}
-    if len(parts) == 2 and x.ndim <= 2:  # Phi-3: the gates' rows, then the neurons'
-        return {part: piece.mT if x.ndim == 2 else piece for part, piece in zip(parts, rows.chunk(2))}
-    if len(parts) == 2:  # of all experts in one
+    if kinds == QKV:  # (all heads' queries, keys and values, d_model) or a bias
+        pieces = split_qkv(rows, heads)
+    elif len(parts) == 2 and x.ndim <= 2:  # Phi-3: the gates' rows, then the neurons'
+        pieces = rows.chunk(2)
+    elif len(parts) == 2:  # of all experts in one
         return {" and ".join(parts): x}
-    (part,) = parts
-    if kinds[0] in QKV and heads.n_heads:
+    elif kinds[0] in QKV and heads.n_heads:  # (head x d_head, d_model)
         n_heads = heads.n_heads if kinds[0] == "W_Q" else heads.n_kv_heads
-        by_head = rows.unflatten(0, (n_heads, -1))
-        return {part: by_head.mT if x.ndim == 2 else by_head}
-    if part == "W_O":
-        return {part: rows.unflatten(1, (heads.n_heads, -1)).permute(1, 2, 0)}
-    if part.startswith("W_") and part not in ("W_E", "W_pos") and x.ndim == 2:
-        return {part: rows.mT}
-    return {part: x}
+        pieces = [rows.unflatten(0, (n_heads, -1))]
+    elif parts[0] == "W_O":  # (d_model, head x d_head)
+        return {"W_O": rows.unflatten(1, (heads.n_heads, -1)).permute(1, 2, 0)}
+    elif parts[0].startswith("W_") and parts[0] not in LOOKED_UP and is_matrix:
+        pieces = [rows]
+    else:
+        return {parts[0]: x}
+    return {part: piece.mT if is_matrix else piece for part, piece in zip(parts, pieces)}
 
 
 #%% The legend: one pass over the files, one tensor in memory at a time
@@ -260,38 +270,52 @@ class Kind:
     head_norms: dict[int, list[float]] = field(default_factory=dict)  # {layer: of each head}, of attention's weights
 
 
+class TensorRow(NamedTuple):
+    """A tensor of the files."""
+
+    name: str
+    shape: str
+    dtype: str
+    norm: float
+    parts: str  # what it is in the field's words; '' if that is not known
+
+
 @dataclass
 class Legend:
     name: str
     config: Any  # transformers'
     heads: HeadShape
     kinds: list[Kind]
-    tensors: list[list]  # [name, shape, dtype, norm, parts] of every tensor
+    tensors: list[TensorRow]
 
     def has(self, part: str) -> bool:
         return any(kind.part == part for kind in self.kinds)
 
-    def head_norms(self, part: str) -> list[list[float]]:
-        """(layer, head) of W_Q, W_K, W_V or W_O; empty where the files do not hold them head by head."""
-        by_layer = next((kind.head_norms for kind in self.kinds if kind.part == part), {})
-        return [by_layer[layer] for layer in sorted(by_layer)]
+    def norms_by_head(self, part: str) -> dict[int, list[float]]:
+        """{layer: of each head} of W_Q, W_K, W_V or W_O; empty where the files do not hold them head by head."""
+        by_layer = {}
+        for kind in self.kinds:
+            if kind.part == part:
+                by_layer |= kind.head_norms
+        return dict(sorted(by_layer.items()))
 
     @property
     def unnamed(self) -> list[str]:
-        return [tensor[0] for tensor in self.tensors if not tensor[4]]
+        return [tensor.name for tensor in self.tensors if not tensor.parts]
 
 
 def place_in_order(kind: Kind) -> tuple[int, str, bool]:
-    """As the stream meets the parts; a bias stands behind its weights."""
+    """As the stream meets the parts. b_Q comes after W_Q, ln1.bias after ln1; 'W_gate and W_in' stands as W_gate does."""
+    is_bias = kind.part.startswith("b_") or kind.part.endswith(".bias")
     weights = f"W_{kind.part.removeprefix('b_')}" if kind.part.startswith("b_") else kind.part.removesuffix(".bias")
     first = weights.split()[0]
     place = ORDER.index(first) if first in ORDER else len(ORDER)
-    return place, kind.owner, kind.part.startswith("b_") or kind.part.endswith(".bias")
+    return place, kind.owner, is_bias
 
 
-def by_layer_and_name(tensor: tuple[str, Tensor]) -> tuple:
+def by_layer_and_name(tensor: TensorRow) -> tuple:
     """Sorts as people count: layer 2 before layer 10."""
-    return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in tensor[0].split("."))
+    return tuple((part.isdigit(), int(part) if part.isdigit() else part) for part in tensor.name.split("."))
 
 
 def shape_of(x: Tensor) -> str:
@@ -309,14 +333,12 @@ def read_legend(name: str) -> Legend:
     kinds: dict[tuple, Kind] = {}
     tensors = []
     for theirs, x in read_tensors(folder):
+        dtype = str(x.dtype).removeprefix("torch.")
         if HARMLESS.search(theirs):
-            tensors.append(
-                [theirs, shape_of(x), str(x.dtype).removeprefix("torch."), norm_of(x), "(no weight: a buffer)"]
-            )
+            tensors.append(TensorRow(theirs, shape_of(x), dtype, norm_of(x), "(no weight: a buffer)"))
             continue
         parts = parts_of_name(theirs, norms_behind)
         owner = owner_of_name(theirs)
-        dtype = str(x.dtype).removeprefix("torch.")
         squares = 0.0
         pieces = pieces_of(x, parts, heads) if parts else {"": x}
         for part, piece in pieces.items():
@@ -330,10 +352,11 @@ def read_legend(name: str) -> Legend:
                 norm = norm_of(piece)
             kind.norms.append(norm)
             squares += norm**2
-        tensors.append([theirs, shape_of(x), dtype, math.sqrt(squares), " ".join(part for part in pieces if part)])
+        named = " ".join(part for part in pieces if part)
+        tensors.append(TensorRow(theirs, shape_of(x), dtype, math.sqrt(squares), named))
     tensors.sort(key=by_layer_and_name)
-    named = [kind for kind in kinds.values() if kind.part]
-    return Legend(name, config, heads, sorted(named, key=place_in_order), tensors)
+    known = [kind for kind in kinds.values() if kind.part]
+    return Legend(name, config, heads, sorted(known, key=place_in_order), tensors)
 
 
 #%% The legend in words: the stream, norms, positions, heads, neurons, experts
@@ -537,10 +560,10 @@ def legend_table(legend: Legend) -> list[list]:
 
 
 def print_legend(legend: Legend) -> None:
-    shape = legend.config
+    config = legend.config
     print(
-        f"{purple}=== {legend.name}: {shape.num_hidden_layers} layers, d_model {shape.hidden_size}, d_vocab "
-        f"{shape.vocab_size}, {shape.model_type} ==={endc}"
+        f"{purple}=== {legend.name}: {config.num_hidden_layers} layers, d_model {config.hidden_size}, d_vocab "
+        f"{config.vocab_size}, {config.model_type} ==={endc}"
     )
     for said in about_model(legend):
         print(f"{cyan}{said}{endc}")
@@ -551,16 +574,16 @@ def print_legend(legend: Legend) -> None:
         f".mlp.W_gate, .mlp.W_in, .mlp.W_out, model.ln_final{endc}"
     )
     if not legend.has("W_Q"):
-        print(f"{yellow}no W_Q, W_K, W_V head by head: no tensor of a {shape.model_type} model is one{endc}")
+        print(f"{yellow}no W_Q, W_K, W_V head by head: no tensor of a {config.model_type} model is one{endc}")
     if legend.unnamed:
         print(f"{yellow}{len(legend.unnamed)} tensors have no name of the field's, first {legend.unnamed[0]}{endc}")
 
     rows = []
-    for name, in_file, dtype, norm, parts in legend.tensors:
-        block = BLOCK.match(name)
+    for tensor in legend.tensors:
+        block = BLOCK.match(tensor.name)
         if len(legend.tensors) > MOST_ROWS and block and block["layer"] != "0":
             continue
-        rows.append([name, in_file, dtype, norm, parts])
+        rows.append(tensor)
     print(tabulate(rows, headers=["tensor", "shape", "dtype", "norm", "part"], floatfmt=".2f"))
     left_out = len(legend.tensors) - len(rows)
     if left_out:
@@ -571,13 +594,14 @@ def legend_numbers(legend: Legend) -> dict:
     """For results/<script>.json."""
     n_experts, top_k = experts_of(legend.config)
     kinds = []
-    for row, kind in zip(legend_table(legend), legend.kinds):
-        kinds.append([*row[:6], min(kind.norms), max(kind.norms)])
+    for kind in legend.kinds:
+        about = [kind.part, kind.owner, kind.tensor, kind.in_file, kind.here, kind.dtype]
+        kinds.append([*about, len(kind.norms), min(kind.norms), max(kind.norms)])
     return {
         "legend": about_model(legend),
         "names": kinds,
         "tensors": legend.tensors,
-        "head_norms": {part: legend.head_norms(part) for part in (*QKV, "W_O")},
+        "head_norms": {part: list(legend.norms_by_head(part).values()) for part in (*QKV, "W_O")},
         "n_experts": n_experts,
         "top_k": top_k,
     }
@@ -585,14 +609,14 @@ def legend_numbers(legend: Legend) -> dict:
 
 def show_head_norms(legend: Legend, script: str) -> None:
     """figs/<script>/weight_norms: the norms of every head's four matrices, by layer."""
-    parts = [part for part in (*QKV, "W_O") if legend.head_norms(part)]
+    parts = [part for part in (*QKV, "W_O") if legend.norms_by_head(part)]
     if not parts:
         return
-    n_layers = len(legend.head_norms(parts[0]))
-    norms = t.full((len(parts), n_layers, legend.heads.n_heads), t.nan)
+    layers = sorted({layer for part in parts for layer in legend.norms_by_head(part)})  # those that have attention
+    norms = t.full((len(parts), len(layers), legend.heads.n_heads), t.nan)
     for i, part in enumerate(parts):
-        by_head = t.tensor(legend.head_norms(part))  # (layer, head)
-        norms[i, :, : by_head.shape[1]] = by_head
+        for layer, of_heads in legend.norms_by_head(part).items():
+            norms[i, layers.index(layer), : len(of_heads)] = t.tensor(of_heads)
     fig = imshow(
         norms,
         f"Frobenius norm of each head's weights ({plain(Path(legend.name).name)}; {legend.heads.n_kv_heads} heads of keys "
@@ -600,7 +624,7 @@ def show_head_norms(legend: Legend, script: str) -> None:
         xlabel="head",
         ylabel="layer",
         x=[f"H{head}" for head in range(legend.heads.n_heads)],
-        y=[f"L{layer}" for layer in range(n_layers)],
+        y=[f"L{layer}" for layer in layers],
         panels=parts,
         diverging=False,
         value="norm",
@@ -707,16 +731,19 @@ def prompt_numbers(story: PromptStory) -> dict:
         "write_shares": parts.shares,
         "write_cosines": parts.cosines[:, -1],
         "write_effects": parts.effects,
-        "writes_missed": parts.missed,
-        "effects_missed": parts.effects_missed,
+        "gates": {"writes_missed": parts.missed, "effects_missed": parts.effects_missed},
     }
 
 
 def show_prompt(story: PromptStory, about: str, script: str) -> None:
     """figs/<script>/stream, stream_effects and stream_cosines."""
-    parts = story.parts
-    said = plain(visible(story.next_tokens[0][0]))
     where = f"at the last of {len(story.texts)} tokens ({plain(about)})"
+    show_writes(story.parts, where, script)
+    show_effects(story, where, script)
+    show_cosines(story.parts, where, script)
+
+
+def show_writes(parts: StreamParts, where: str, script: str) -> None:
     fig = bar(
         {
             "norm, of the final stream's": parts.norms / parts.stream.norm(),
@@ -732,6 +759,11 @@ def show_prompt(story: PromptStory, about: str, script: str) -> None:
         f"{script}/stream",
         "A part can be long and yet lie across the final stream; what lies along it sums to the whole.",
     )
+
+
+def show_effects(story: PromptStory, where: str, script: str) -> None:
+    parts = story.parts
+    said = plain(visible(story.next_tokens[0][0]))
     fig = bar(
         {"direct effect": [*parts.effects.tolist(), parts.constant]},
         f"Direct effect of each part's write on the logit of '{said}' less the mean logit ({parts.logit:.2f} in all), "
@@ -745,6 +777,9 @@ def show_prompt(story: PromptStory, about: str, script: str) -> None:
         f"{script}/stream_effects",
         "What each part adds to the logit of the token that the model says; together they are the logit.",
     )
+
+
+def show_cosines(parts: StreamParts, where: str, script: str) -> None:
     fig = imshow(
         parts.cosines,
         f"Cosine of every two writes to the stream, and of each with the final stream, {where}",

@@ -87,7 +87,7 @@ def names_its_parts(model: nn.Module, folder: Path) -> bool:
         return False
     for part in ("W_Q", "W_K", "W_V", "W_O"):
         theirs = t.stack([getattr(block.attn, part).float().norm(dim=(1, 2)) for block in model.blocks])
-        found = t.tensor(legend.head_norms(part))
+        found = t.tensor(list(legend.norms_by_head(part).values()))
         if len(theirs[0]) != len(found[0]):  # the bridge repeats keys and values for the heads that share them
             found = found.repeat_interleave(len(theirs[0]) // len(found[0]), 1)
         if not t.allclose(found, theirs, rtol=1e-4):

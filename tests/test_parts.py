@@ -59,7 +59,7 @@ def test_the_legend_is_our_own_class_s_weights(mixtral):
     for part in ("W_Q", "W_K", "W_V", "W_O"):
         weights = getattr(model, part)  # (layer, head, in, out)
         assert rows[part][3] == "x".join(map(str, weights.shape[1:]))
-        t.testing.assert_close(t.tensor(legend.head_norms(part)), weights.norm(dim=(2, 3)).detach())
+        t.testing.assert_close(t.tensor(list(legend.norms_by_head(part).values())), weights.norm(dim=(2, 3)).detach())
     assert rows["W_out, expert"][1:6] == [
         "model.layers.*.block_sparse_moe.experts.*.w2.weight",
         "32x48",
@@ -80,9 +80,20 @@ def test_layers_stand_in_their_order(tmp_path):
     hf = tiny_hf("Llama", **MIXTRAL | {"num_hidden_layers": 11})
     legend = read_legend(str(save_folder(hf, tmp_path)))
     ours = Llama.from_hf(hf)
-    t.testing.assert_close(t.tensor(legend.head_norms("W_K")), ours.W_K.norm(dim=(2, 3)).detach())
+    t.testing.assert_close(t.tensor(list(legend.norms_by_head("W_K").values())), ours.W_K.norm(dim=(2, 3)).detach())
     first_of_layers = [row[0] for row in legend.tensors if row[0].endswith("input_layernorm.weight")]
     assert first_of_layers == [f"model.layers.{layer}.input_layernorm.weight" for layer in range(11)]
+
+
+def test_an_unembedding_of_its_own_is_read_the_right_way_round(tmp_path):
+    """GPT-2's blocks keep (in, out), its lm_head, where the file has one, (out, in)."""
+    hf = tiny_hf("GPT2", n_embd=12, n_head=2, n_layer=1, n_positions=16, vocab_size=260, tie_word_embeddings=False)
+    legend = read_legend(str(save_folder(hf, tmp_path)))
+    here = {kind.part: (kind.in_file, kind.here) for kind in legend.kinds}
+    assert here["W_U"] == ("260x12", "12x260")
+    assert here["W_E"] == ("260x12", "260x12")
+    assert here["W_in"] == ("12x48", "12x48")
+    assert here["W_out"] == ("48x12", "48x12")
 
 
 @pytest.mark.parametrize("rope", [{}, {"rope_type": "llama3", "factor": 8.0}])
