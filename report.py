@@ -54,7 +54,7 @@ CLASSES = {
 ESCAPE = re.compile("(\x1b\\[[0-9;]*m)")
 
 # the order in which the stories are best read; a report names the next
-ORDER = (
+STORIES = (
     "zero_layer",
     "attn_only",
     "tiny_transformer",
@@ -81,8 +81,8 @@ def fill_page(name: str, title: str, data: list | dict) -> str:
     """A page of pages/ with its title and its data, which can hold any text: it cannot end the script."""
     text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = (PAGES / f"{name}.html").read_text(encoding="utf-8")
-    filled = {"TITLE": html.escape(title), "DATA": text}
-    return re.sub("TITLE|DATA", lambda place: filled[place[0]], page)  # in one pass: a title can hold DATA
+    filled = {"{{TITLE}}": html.escape(title), "{{DATA}}": text}
+    return re.sub("{{TITLE}}|{{DATA}}", lambda place: filled[place[0]], page)  # in one pass: a title can hold {{DATA}}
 
 
 #%% What was printed, as pieces with a style, and its tables as tables
@@ -114,12 +114,12 @@ def in_parts(text: str) -> list[dict]:
     """Text as {"text": pieces} and {"table": {header, rows}}, in its order; a table ends at an empty or coloured line."""
     lines = text.split("\n")
     parts: list[dict] = []
-    words: list[str] = []
+    lines_before: list[str] = []  # a table, or the end
     at = 0
     while at < len(lines):
         below = lines[at + 1] if at + 1 < len(lines) else ""
         if not (is_rule(below) and lines[at].strip()):
-            words.append(lines[at])
+            lines_before.append(lines[at])
             at += 1
             continue
         columns = column_ends(below)
@@ -129,10 +129,10 @@ def in_parts(text: str) -> list[dict]:
         while at < len(lines) and lines[at].strip() and not ESCAPE.search(lines[at]):
             rows.append([lines[at][start:end].strip() for start, end in columns])
             at += 1
-        parts.append({"text": styled("\n".join(words))})
+        parts.append({"text": styled("\n".join(lines_before))})
         parts.append({"table": {"header": header, "rows": rows}})
-        words = []
-    parts.append({"text": styled("\n".join(words))})
+        lines_before = []
+    parts.append({"text": styled("\n".join(lines_before))})
     return [part for part in parts if "table" in part or "".join(piece for _, piece in part["text"]).strip()]
 
 
@@ -205,7 +205,10 @@ class Recorder:
             self.out.write(f"\n{gray}{cell.sentence}{endc}\n")
 
     def cell(self) -> Cell:
-        """The cell of the script that is being run, by the line that its module has reached."""
+        """
+        The cell of the script that is being run: the caller's frames are gone up to the script's own, __main__, whose
+        line says where it is. In another thread there is no such frame: then the first.
+        """
         frame = sys._getframe()
         while frame and not (frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] == "__main__"):
             frame = frame.f_back
@@ -269,7 +272,7 @@ def record(script: Path, config: object, default: object, opens: bool) -> None:
     atexit.register(sys.stdout.finish)
 
 
-#%% The story: what the page shows
+#%% The story: what the page shows; pages/report.html draws each key of it
 def story(run: Recorder, kept: dict) -> dict:
     """kept: what the script saved in results/<script>.json; empty where it did not get there."""
     told = [cell for cell in run.cells if cell.parts]
@@ -301,9 +304,13 @@ def conclusions(last: Cell) -> list[str]:
 
 
 def gates(numbers: dict) -> list[list]:
-    """Every number whose name says that it is a gate or an error: what must be near zero before the rest is believed."""
-    flat = by_path(numbers)
-    return [[name, value] for name, value in flat.items() if re.search("gate|error", name)]
+    """Everything under 'gates', and every ..._error, ..._missed: what must be near zero before the rest is believed."""
+    found = []
+    for name, value in by_path(numbers).items():
+        *above, last = name.split(".")
+        if "gates" in above or re.search("(_error|_missed|listening_gap)$", last):
+            found.append([name, value])
+    return found
 
 
 def settings_of(config: object, default: object) -> list[list]:
@@ -319,9 +326,9 @@ def settings_of(config: object, default: object) -> list[list]:
 
 def next_story(script: Path) -> dict:
     """The story that is best read after this one, with the first lines of what it says of itself."""
-    if script.stem not in ORDER:
+    if script.stem not in STORIES:
         return {}
-    following = ORDER[(ORDER.index(script.stem) + 1) % len(ORDER)]
+    following = STORIES[(STORIES.index(script.stem) + 1) % len(STORIES)]
     file = ROOT / f"{following}.py"
     first = re.split(r"(?<=[.?]) ", question(file).replace("\n", " "))[0]
     return {"command": f"uv run {file.name}", "question": first}

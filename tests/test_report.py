@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from report import Cell, cells_of, in_parts, next_story, styled
+from report import Cell, cells_of, gates, in_parts, next_story, styled
 from utils import cyan, endc, gray, green
 
 STORY = """'What is asked? And more.'
@@ -125,6 +125,18 @@ def test_the_page_draws_in_a_browser(story, tmp_path):
     dom = subprocess.run([*command, f"file://{page}"], capture_output=True, text=True, timeout=120).stdout
     assert "svg-container" in dom and "What came out" in dom and "1 &lt; 2" in dom
     assert re.search("<td[^>]*>one</td>", dom)
+
+
+def test_gates_are_told_from_numbers_whose_names_resemble_them():
+    numbers = {
+        "gates": {"nothing_patched": 1e-8},
+        "attribution_max_error": 1e-7,
+        "the gate of an error": {"completeness": 0.9},  # a prompt
+        "calibration error": 0.2,
+        "from_errors": 0.3,
+        "writes_missed": 1e-9,
+    }
+    assert [name for name, _ in gates(numbers)] == ["gates.nothing_patched", "attribution_max_error", "writes_missed"]
 
 
 def test_every_story_names_the_next():
