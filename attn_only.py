@@ -1015,7 +1015,12 @@ if __name__ == "__main__":
             y=frequent_tokens,
             value="logit",
         )
-        show(fig, f"attn_only/ov_L{layer}H{head}")
+        show(
+            fig,
+            f"attn_only/ov_L{layer}H{head}",
+            "A row for the token that is attended to, a column for the logit it raises (blue) or lowers: a head that copies "
+            "has a blue diagonal.",
+        )
     fig = imshow(
         qk_circuits,
         f"QK circuits of layer 0 at offset 1 ({where}, {model.cfg.positions} positions)",

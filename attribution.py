@@ -131,9 +131,9 @@ judged, codes = judge_transcoders(model, coders, rows, FIRST, corpus.bos)
 headers = ["MLPs replaced", "L0", "FVU", "dead", "clean", "replaced", "mean instead", "recovered"]
 table = []
 for label, told in zip([*layers, "all at once"], judged):
-    table.append([label, *("-" if math.isnan(value) else value for value in told.values())])
+    table.append([label, *("-" if math.isnan(value) else f"{value:.3f}" for value in told.values())])
 print(f"{cyan}cross-entropies in nats; recovered: '-' where the mean in its place costs nothing{endc}")
-print(tabulate(table, headers=headers, floatfmt=".3f"))
+print(tabulate(table, headers=headers, disable_numparse=True, colalign=["left", *["right"] * 7]))
 numbers["judged"] = dict(zip([*layers, "all"], judged))
 of_all = judged[-1]
 numbers["nats_added"] = of_all["ce_replaced"] - of_all["ce_clean"]
@@ -264,7 +264,11 @@ for prompt, x in zip(cfg.prompts, traced):
 #%% ... each layer's as a page to search
 for layer, of_layer in enumerate(entries):
     title = f"{len(of_layer)} features of MLP {layer}: {about}"
-    show_page(feature_page(list(of_layer.values()), title), f"attribution/features_L{layer}")
+    reading = (
+        "What the features of the first MLP fire on, and which tokens they promote; the later layers' pages follow."
+    )
+    page = feature_page(list(of_layer.values()), title)
+    show_page(page, f"attribution/features_L{layer}", reading if layer == 0 else "")
 
 
 #%% ... and each prompt's graph as a page: by layer and token, a node's edges and contexts when it is hovered
@@ -354,7 +358,7 @@ for i, (prompt, x) in enumerate(zip(cfg.prompts, traced), 1):
 #%% Edges put to the test: a feature is taken out of the model, and every later node's change is beside what was predicted
 @dataclass
 class Tested:
-    """Of every pair of a suppressed feature and a node behind it (pair): changes predicted and measured."""
+    """Of every pair of a suppressed feature and a node after it (pair): changes predicted and measured."""
 
     names: list[str]
     by_edges: t.Tensor
@@ -396,7 +400,7 @@ def pearson(x: t.Tensor, y: t.Tensor) -> float:
     return t.corrcoef(t.stack([x, y]))[0, 1].item()
 
 
-print(f"{purple}=== Features suppressed: predicted against measured change of the kept nodes behind them ==={endc}")
+print(f"{purple}=== Features suppressed: predicted against measured change of the kept nodes after them ==={endc}")
 tested = [put_to_test(x) for x in traced]
 numbers["edges"] = {}
 table = []
@@ -470,7 +474,7 @@ fig.update_layout(
 show(
     fig,
     "attribution/edges",
-    "Each dot is a suppressed feature and a node behind it; on the dashed line the graph is right. Crosses: what it cannot "
+    "Each dot is a suppressed feature and a node after it; on the dashed line the graph is right. Crosses: what it cannot "
     "know is that norms and attention change too, and strong writes to the last position move the final norm most.",
 )
 

@@ -385,7 +385,11 @@ for entry in neuron_entries:
 #%% The page, and the numbers for machines
 entries = [*head_entries, *neuron_entries]
 title = f"{len(head_entries)} heads and {len(neuron_entries)} neurons of {about}"
-show_page(catalogue_page(entries, title), "catalogue/catalogue")
+show_page(
+    catalogue_page(entries, title),
+    "catalogue/catalogue",
+    "Search a token, a role, a head or a neuron; its contexts are shaded by how strongly it fires (blue: below zero).",
+)
 save_results("catalogue", cfg, **numbers)
 
 #%% The conclusion

@@ -321,7 +321,12 @@ if __name__ == "__main__":
         markers=True,
         dashed=["random features", "random directions"],
     )
-    show(fig, "feature_steering/steering")
+    show(
+        fig,
+        "feature_steering/steering",
+        "How far a push moves the answer to the target continent. Solid above dashed: the direction means the continent; "
+        "where they meet, the push is so long that any direction would do.",
+    )
 
 
 #%% Concept features added, clamped, ablated, projected out: the loss and the right continent, against other directions
@@ -408,7 +413,12 @@ if __name__ == "__main__":
         ylabel="logit difference",
         x=[node[0] for node in nodes],
     )
-    show(fig, "feature_steering/attribution")
+    show(
+        fig,
+        "feature_steering/attribution",
+        "What each feature, or the autoencoder's error, gives the answer: foreseen by its gradient, and measured by taking "
+        "it out. Where the two differ, the model is not linear in it.",
+    )
 
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":

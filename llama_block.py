@@ -83,7 +83,7 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False  # Qwen2
     o_bias: bool = False  # Llama with attention_bias
-    # of attention and MLP: before them (Llama), behind (OLMo 2, which writes what its norms let through), or both (Gemma 2)
+    # of attention and MLP: before them (Llama), after (OLMo 2, which writes what its norms let through), or both (Gemma 2)
     norms: str = "before"
     qk_norm: str = "none"  # none, head (Qwen3: RMSNorm of each head's q and k) or full (OLMoE: over all heads at once)
     windows: tuple[int | None, ...] = ()  # by layer, the number of keys a query sees (Mistral); empty is all of them
@@ -255,13 +255,13 @@ class LlamaBlock(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp_write(x)))
 
     def attention_write(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.norms == "behind":
+        if self.norms == "after":
             return self.ln1(self.attn(x, cos, sin))
         written = self.attn(self.ln1(x), cos, sin)
         return self.ln1_post(written) if self.norms == "both" else written
 
     def mlp_write(self, x: Tensor) -> Tensor:
-        if self.norms == "behind":
+        if self.norms == "after":
             return self.ln2(self.mlp(x))
         written = self.mlp(self.ln2(x))
         return self.ln2_post(written) if self.norms == "both" else written
@@ -419,16 +419,16 @@ PARTS = {
     "up_proj": "inp",
     "down_proj": "out",
 }
-NORM_PARTS = {  # names of norms mean other places where some stand behind
+NORM_PARTS = {  # names of norms mean other places where some stand after
     "before": {},
-    "behind": {"post_attention_layernorm": "ln1", "post_feedforward_layernorm": "ln2"},
+    "after": {"post_attention_layernorm": "ln1", "post_feedforward_layernorm": "ln2"},
     "both": {
         "post_attention_layernorm": "ln1_post",
         "pre_feedforward_layernorm": "ln2",
         "post_feedforward_layernorm": "ln2_post",
     },
 }
-NORMS = {"Olmo2ForCausalLM": "behind", "Gemma2ForCausalLM": "both"}
+NORMS = {"Olmo2ForCausalLM": "after", "Gemma2ForCausalLM": "both"}
 QK_NORMS = {
     "Qwen3ForCausalLM": "head",
     "Qwen3MoeForCausalLM": "head",
@@ -630,8 +630,8 @@ class Config(TrainConfig):
     d_mlp: Count = 384  # neurons of an MLP
     vocab: Count = 3072  # size of the byte-level BPE trained on the text
     rope_base: Positive = 10000.0  # of the rotary positions: the longest wave is about 2 pi times this, in tokens
-    # Llama's norms stand before attention and MLP, OLMo 2's behind, Gemma 2's on both sides: the folder is then theirs
-    norms: Literal["before", "behind", "both"] = "before"
+    # Llama's norms stand before attention and MLP, OLMo 2's after, Gemma 2's on both sides: the folder is then theirs
+    norms: Literal["before", "after", "both"] = "before"
     bias: bool = (
         True  # on q, k, v and o: Llama's attention_bias (transformers reads a Qwen2 folder's tokenizer as Qwen's)
     )
@@ -651,7 +651,7 @@ class Config(TrainConfig):
     prompt: str = "The capital of Japan is"  # a text to look at
 
 
-ARCHITECTURES = {"before": "LlamaForCausalLM", "behind": "Olmo2ForCausalLM", "both": "Gemma2ForCausalLM"}
+ARCHITECTURES = {"before": "LlamaForCausalLM", "after": "Olmo2ForCausalLM", "both": "Gemma2ForCausalLM"}
 
 # --hpc: an A100 with 40 GB
 HPC = Config(
@@ -692,11 +692,11 @@ if __name__ == "__main__" and cfg.model:
     save_results("llama_block", cfg, **numbers)  # they stand, whether the model opens or not
     model = open_with_all_hooks(cfg.model, Llama, cfg.device, offload=cfg.offload, bos=cfg.bos)
 
-#%% Or a model trained before your eyes, saved for transformers and opened again
+#%% Without --model, one is trained before your eyes, saved for transformers and opened again
 if __name__ == "__main__" and not cfg.model:
     print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
     corpus = load_world(cfg.vocab) if cfg.data == "world" else load_corpus(cfg.data, cfg.vocab)
-    # OLMo 2 and Gemma 2 have no biases; behind a norm they would write something else in every run, which no edge carries
+    # OLMo 2 and Gemma 2 have no biases; after a norm they would write something else in every run, which no edge carries
     with_bias = cfg.bias and cfg.norms == "before"
     shape = LlamaConfig(
         n_layers=cfg.n_layers,
@@ -711,7 +711,7 @@ if __name__ == "__main__" and not cfg.model:
         qkv_bias=with_bias,
         o_bias=with_bias,
         norms=cfg.norms,
-        qk_norm="full" if cfg.norms == "behind" else "none",
+        qk_norm="full" if cfg.norms == "after" else "none",
         architecture=ARCHITECTURES[cfg.norms],
     )
     model = Llama(shape, corpus.tokenizer)
@@ -789,8 +789,9 @@ if __name__ == "__main__" and learned_the_world:
         torch=t.__version__,
         command=" ".join(words),
     )
+    seeds = [f"seed {seed}" for seed in spread.pop("seed")]
     table = [[name.replace("_", " "), *values] for name, values in spread.items()]
-    print(tabulate(table, headers=["on the reopened file"], floatfmt=".3f"))
+    print(tabulate(table, headers=["on the reopened file", *seeds], floatfmt=".3f"))
 
 #%% ... and when: they come one by one
 TASKS = (
@@ -937,7 +938,8 @@ if __name__ == "__main__":
     show(
         fig,
         "llama_block/sink",
-        "Dark heads rest on the first token when they have nothing to look at.",
+        f"A head that looks here often rests on the first token when it has nothing to look at: the most is "
+        f"{sink.max():.0%} of a head's attention.",
     )
 
 #%% Attention of every head on the prompt: maps, and a page to hover

@@ -596,7 +596,7 @@ if __name__ == "__main__" and cfg.model:
     model = load_model(cfg.model, (Mamba,), cfg.device)
     corpus = load_corpus(cfg.data, tokenizer=str(model.folder))
 
-#%% Or a model trained before your eyes, saved for transformers and opened again
+#%% Without --model, one is trained before your eyes, saved for transformers and opened again
 if __name__ == "__main__" and not cfg.model:
     print(f"{purple}=== Training {cfg.n_layers} layers on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
     corpus = load_corpus(cfg.data, cfg.vocab)
@@ -822,7 +822,7 @@ if __name__ == "__main__":
         f"rests on content, a channel's score less that where nothing is repeated must pass it{endc}"
     )
 
-#%% Induction looks one place after the earlier copy: but the convolution smears a token over the places behind it
+#%% Induction looks one place after the earlier copy: but the convolution smears a token over the places after it
 if __name__ == "__main__":
     places = list(range(-2, 7))
     with t.no_grad():
@@ -932,8 +932,8 @@ if __name__ == "__main__":
     shown = {name: pattern[:LONGEST_DRAWN, :LONGEST_DRAWN].cpu() for name, pattern in panels.items()}
     fig = imshow(
         t.stack(list(shown.values())),
-        f"Hidden attention, |alpha| as shares of each query, mean of {len(repeats)} rows of {half} random tokens said "
-        f"twice ({about}){', beside an attention head' if found_beside else ''}",
+        f"Hidden attention, |alpha| as shares of each query{', beside an attention head' if found_beside else ''} (mean of "
+        f"{len(repeats)} rows of {half} random tokens said twice; {about})",
         xlabel="key",
         ylabel="query",
         panels=list(shown),

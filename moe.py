@@ -76,7 +76,7 @@ class MoEConfig(LlamaConfig):
     top_k: int = 2
     d_expert: int = 192  # neurons of one expert
     norm_topk: bool = True  # the k weights of a token sum to one
-    shared: int = 0  # Qwen2-MoE: neurons of an expert that sees every token, behind a sigmoid gate
+    shared: int = 0  # Qwen2-MoE: neurons of an expert that sees every token, after a sigmoid gate
     dense: tuple[int, ...] = ()  # Qwen: layers that have one SwiGLU of d_mlp neurons instead
     aux_coef: float = 0.01  # of the load-balancing loss
     architecture: str = "MixtralForCausalLM"
@@ -630,7 +630,7 @@ if __name__ == "__main__" and cfg.model:
     save_results("moe", cfg, **numbers)  # they stand, whether the model opens or not
     model = open_with_all_hooks(cfg.model, MoE, cfg.device, offload=cfg.offload, bos=cfg.bos)
 
-#%% Or a model to be trained before your eyes
+#%% Without --model, one is trained before your eyes
 if __name__ == "__main__" and not cfg.model:
     print(
         f"{purple}=== Training {cfg.n_layers} layers of {cfg.n_experts} experts, top {cfg.top_k}, on {cfg.data}, "
@@ -1017,7 +1017,7 @@ if __name__ == "__main__":
     )
     most = np.log2(shape.n_experts / shape.top_k)
     conclusion = (
-        f"of {most:.2f} bits at most, the choice of expert tells {told['token'][0]:.2f} about the token "
+        f"Of {most:.2f} bits at most, the choice of expert tells {told['token'][0]:.2f} about the token "
         f"in {layers[0]}, {told['token'][-1]:.2f} in {layers[-1]}"
     )
     if "source" in found:

@@ -256,7 +256,8 @@ def imshow(
         rows=down,
         cols=across,
         subplot_titles=None if panels is None else [plain(name) for name in panels],
-        horizontal_spacing=0.06,
+        shared_yaxes=True,  # the rows' names stand once, at the left
+        horizontal_spacing=0.04,
         vertical_spacing=0.35 / down if down > 1 else 0.1,
     )
     cell = f"{ylabel} %{{y}}<br>{xlabel} %{{x}}<br>{value} %{{z:.4g}}"
@@ -282,6 +283,7 @@ def imshow(
     fig.update_layout(title=title)
     fig.update_yaxes(autorange="reversed")
     fig.update_xaxes(tickfont={"size": 11})
+    fig.update_annotations(font={"size": 13})  # the panels' names
     fig.update_xaxes(title=xlabel, row=down)
     fig.update_yaxes(title=ylabel, col=1)
     if menu:

@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import time
+import unicodedata
 import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,29 +111,89 @@ def column_ends(rule: str) -> list[tuple[int, int]]:
     return list(zip(starts, ends))
 
 
+def by_width(line: str) -> str:
+    """Without colours, and a filler after each character that takes two columns: Chinese words stand in columns too."""
+    line = ESCAPE.sub("", line)
+    return "".join(letter + "\0" if unicodedata.east_asian_width(letter) in "WF" else letter for letter in line)
+
+
+def cells_of_row(line: str, rule: str) -> list[str]:
+    line = by_width(line)
+    return [line[start:end].replace("\0", "").strip() for start, end in column_ends(rule)]
+
+
+def fits(line: str, rule: str) -> bool:
+    """Whether a line can be one of a table's: nothing stands between its columns."""
+    line = by_width(line)
+    return not any(line[gap.start() : gap.end()].strip() for gap in re.finditer("(?<=-) +(?=-)", rule))
+
+
+def header_above(lines: list[str], rule_at: int, first: int) -> int:
+    """
+    The first line of a table's header, which stands above its rule, from line `first` on; names that are too long take
+    several lines. The rule itself where there is no header.
+    """
+    rule = lines[rule_at]
+    at = rule_at
+    while at > first and may_be_names(lines[at - 1], rule):
+        if at < rule_at and not any(cells_of_row(lines[at - 1], rule)[1:]):
+            break  # a word or two over the table
+        at -= 1
+        if ESCAPE.match(lines[at]):  # where the table's colour begins
+            break
+    between_rules = at > first and is_rule(lines[at - 1])  # rows of a table without a header, which stays text
+    return rule_at if between_rules else at
+
+
+def may_be_names(line: str, rule: str) -> bool:
+    """Whether a line can be one of a header's; one that is coloured by itself is a sentence."""
+    return bool(line.strip()) and endc not in line and not is_rule(line) and fits(line, rule)
+
+
+def rows_below(lines: list[str], rule_at: int) -> tuple[list[list[str]], int]:
+    """
+    The rows under a rule, and the line after them: an empty one, one that is coloured by itself, or the header of
+    another table. A row with a single text goes on with the row above.
+    """
+    rule = lines[rule_at]
+    rows: list[list[str]] = []
+    at = rule_at + 1
+    while at < len(lines) and lines[at].strip() and fits(lines[at], rule):
+        begins_coloured = ESCAPE.match(lines[at])
+        is_next_header = at + 1 < len(lines) and is_rule(lines[at + 1])
+        if begins_coloured or is_next_header:
+            break
+        ends_coloured = ESCAPE.search(lines[at])  # the table's colour ends with it
+        row = cells_of_row(lines[at], rule)
+        filled = [i for i, cell in enumerate(row) if cell]
+        if len(filled) == 1 and rows and len(row) > 2:
+            rows[-1][filled[0]] += f" {row[filled[0]]}"
+        else:
+            rows.append(row)
+        at += 1
+        if ends_coloured:
+            break
+    return rows, at
+
+
 def in_parts(text: str) -> list[dict]:
-    """Text as {"text": pieces} and {"table": {header, rows}}, in its order; a table ends at an empty or coloured line."""
+    """Text as {"text": pieces} and {"table": {header, rows}}, in its order."""
     lines = text.split("\n")
     parts: list[dict] = []
-    lines_before: list[str] = []  # a table, or the end
     at = 0
-    while at < len(lines):
-        below = lines[at + 1] if at + 1 < len(lines) else ""
-        if not (is_rule(below) and lines[at].strip()):
-            lines_before.append(lines[at])
-            at += 1
+    for rule_at in range(1, len(lines)):
+        if not is_rule(lines[rule_at]):
             continue
-        columns = column_ends(below)
-        header = [lines[at][start:end].strip() for start, end in columns]
-        at += 2
-        rows = []
-        while at < len(lines) and lines[at].strip() and not ESCAPE.search(lines[at]):
-            rows.append([lines[at][start:end].strip() for start, end in columns])
-            at += 1
-        parts.append({"text": styled("\n".join(lines_before))})
-        parts.append({"table": {"header": header, "rows": rows}})
-        lines_before = []
-    parts.append({"text": styled("\n".join(lines_before))})
+        top = header_above(lines, rule_at, at)
+        if top == rule_at:
+            continue
+        header = [cells_of_row(line, lines[rule_at]) for line in lines[top:rule_at]]
+        rows, end = rows_below(lines, rule_at)
+        parts.append({"text": styled("\n".join(lines[at:top]))})
+        names = [" ".join(filter(None, column)) for column in zip(*header)]
+        parts.append({"table": {"header": names, "rows": rows}})
+        at = end
+    parts.append({"text": styled("\n".join(lines[at:]))})
     return [part for part in parts if "table" in part or "".join(piece for _, piece in part["text"]).strip()]
 
 

@@ -94,10 +94,9 @@ if __name__ == "__main__":
 #%% Judged on held-out text, and the gate: no feature is read of an SAE that does not rebuild what the model lives on
 if __name__ == "__main__":
     judged, codes = judge(model, sae, subject.rows, subject.first, subject.corpus.bos)
-    print(
-        f"{purple}=== {subject.about}, as reopened from disk, on {judged['n_tokens']:,} held-out tokens ==={endc}{cyan}"
-    )
-    print(tabulate([[key.replace("_", " "), value] for key, value in judged.items()], floatfmt=".4f") + endc)
+    print(f"{purple}=== {subject.about}, as reopened from disk, on {judged['n_tokens']:,} held-out tokens ==={endc}")
+    table = [[key.replace("_", " "), value] for key, value in judged.items()]
+    print(cyan + tabulate(table, headers=["measure", "value"], floatfmt=".4f") + endc)
     require_good_sae(judged, cfg, hook)
     density = codes.getnnz(0) / judged["n_tokens"]  # share of tokens, by feature
     nearest_cosines = {
@@ -322,13 +321,13 @@ if __name__ == "__main__" and not pretrained:
             by_split = [single_feature(trial, other_codes)["test"] for trial in trials]
             other_auroc[name] = float(np.mean(by_split))
         variants[label_of(other)] = other_judged | {"single_feature_auroc": other_auroc}
-    table = []
+    columns = {}
     for label, point in variants.items():
         costs = [point[key] for key in ("l0", "ce_recovered", "fvu", "dead_fraction")]
-        table.append([label.removesuffix(f", {cfg.hook}"), *costs, *point["single_feature_auroc"].values()])
+        columns[label.removesuffix(f", {cfg.hook}")] = [*costs, *point["single_feature_auroc"].values()]
+    rows = ["L0", "CE recovered", "FVU", "dead", *(f"AUROC: {name}" for name in best_auroc)]
     print(f"{purple}=== Reopened SAEs on held-out text, and the test AUROC of their best single features ==={endc}")
-    headers = ["SAE", "L0", "CE recovered", "FVU", "dead", *best_auroc]
-    print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
+    print(cyan + tabulate({"": rows} | columns, headers="keys", floatfmt=".3f") + endc)
     numbers["variants"] = variants
 
 #%% ... as a Pareto figure: what sparsity costs

@@ -461,7 +461,7 @@ if __name__ == "__main__" and cfg.model:
     if is_whole(model, TinyTransformer):
         corpus = load_corpus(cfg.data, tokenizer=str(model.folder), bos=cfg.bos)
 
-#%% Or a model trained before your eyes, saved for transformers
+#%% Without --model, one is trained before your eyes and saved for transformers
 if __name__ == "__main__" and not cfg.model:
     print(f"{purple}=== Training a {cfg.n_layers}-layer GPT-2 on {cfg.data}, seed {cfg.seed}, {device} ==={endc}")
     corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
@@ -786,13 +786,13 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     panels = {}
     for layer in range(n_layers):
-        panels[f"L{layer} attention + residual"] = maps[layer]["attn_res"]
-        panels[f"L{layer} feed-forward (IG)"] = maps[layer]["ff"]
-        panels[f"L{layer} feed-forward + residual"] = maps[layer]["ff_res"]
+        panels[f"L{layer} attention + stream"] = maps[layer]["attn_res"]
+        panels[f"L{layer} MLP (IG)"] = maps[layer]["ff"]
+        panels[f"L{layer} MLP + stream"] = maps[layer]["ff_res"]
     fig = imshow(
         t.stack(list(panels.values())),
-        "||what the key's stream brings to the query||, through attention and then the feed-forward block "
-        f"({about}); each panel on its own scale",
+        "||what the key's stream brings to the query||, through attention and then the feed-forward block, each panel on "
+        f"its own scale ({about})",
         "key",
         "query",
         labels,
@@ -806,7 +806,7 @@ if __name__ == "__main__":
     show(
         fig,
         "tiny_transformer/feed_forward_maps",
-        "How far each key moves the query's stream, before and behind the MLP: off the diagonal is what came from "
+        "How far each key moves the query's stream, before and after the MLP: off the diagonal is what came from "
         "other tokens.",
     )
     fig = imshow(

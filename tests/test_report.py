@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 from conftest import ROOT
+from tabulate import tabulate
+
 from report import Cell, cells_of, gates, in_parts, next_story, styled
 from utils import cyan, endc, gray, green
 
@@ -59,6 +61,47 @@ def test_a_printed_table_is_a_table():
     assert table["table"]["header"] == ["head", "share of it", "note"]
     assert table["table"]["rows"] == [["L0H1", "0.25", "a b"], ["L1H0", "-1.5", ""]]
     assert ["success", "after"] in after["text"]
+
+
+def tables(text: str) -> list[dict]:
+    return [part["table"] for part in in_parts(text) if "table" in part]
+
+
+def test_a_coloured_table_is_a_table_too():
+    printed = tabulate([["a b", 1.5], ["c", 2]], headers=["name", "the value"])
+    for text in (f"{cyan}{printed}{endc}\nmore", f"{gray}before{endc}\n{cyan}{printed}{endc}\n{green}more{endc}"):
+        assert tables(text) == [{"header": ["name", "the value"], "rows": [["a b", "1.5"], ["c", "2"]]}]
+
+
+def test_tables_that_follow_each_other_stay_apart():
+    first = tabulate([["The", 1, 2]], headers=["token", "x", "y"])
+    second = tabulate([["L0", 3, 4]], headers=["layer", "E0", "E1"])
+    assert [table["rows"] for table in tables(f"{first}\n{second}\nin words")] == [
+        [["The", "1", "2"]],
+        [["L0", "3", "4"]],
+    ]
+
+
+def test_names_and_cells_of_several_lines_are_one():
+    rows = [["Then Susan and Philip waited at the school", 138, 0.5]]
+    headers = ["prompt", "edges, all held: error", "paths"]
+    text = tabulate(rows, headers=headers, maxheadercolwidths=10, maxcolwidths=[22, None, None])
+    assert tables(f"{cyan}before{endc}\n{text}\n{cyan}after{endc}") == [
+        {"header": headers, "rows": [["Then Susan and Philip waited at the school", "138", "0.5"]]}
+    ]
+
+
+def test_chinese_words_stand_in_their_columns():
+    assert tables(tabulate([["中国 a", 1.5, "x"], ["b", 2.5, "首都"]], headers=["词", "v", "w"])) == [
+        {"header": ["词", "v", "w"], "rows": [["中国 a", "1.5", "x"], ["b", "2.5", "首都"]]}
+    ]
+
+
+def test_words_around_a_table_and_a_table_without_names_stay_text():
+    assert tables("a word\n" + tabulate([["a", 1]], headers=["n", "v"]) + "\nand more of them")[0]["rows"] == [
+        ["a", "1"]
+    ]
+    assert tables(f"{gray}=== m ==={endc}\n" + tabulate([["l0", 1.5], ["fvu", 0.2]]) + "\nmore") == []
 
 
 def test_what_is_said_belongs_to_the_cell_whose_marker_stands_above():
