@@ -547,7 +547,7 @@ def interchange_gates(runs: InterchangeRuns, few: Tensor) -> dict[str, float]:
     last_stream = layer_streams(model)[-1]
     misses = {
         "nothing_interchanged": runs.run(layer, place, rotation[:, :0], few) - base_logits,
-        "everything_behind_the_last_block": plain(last_stream, "end", None) - source_logits,
+        "everything_after_the_last_block": plain(last_stream, "end", None) - source_logits,
         "a_rotation_of_full_rank": runs.run(layer, place, rotation, few) - runs.run(layer, place, None, few),
         "runs_from_the_middle": runs.run(layer, place, half, few) - plain(act_name("resid_pre", layer), place, half),
     }

@@ -277,7 +277,7 @@ def logit_parts(
     'constant' (): constant_logit;
     'logit' (): the model's own, before a soft cap (Gemma 2) or a scale (Granite).
     Where the MLPs have neurons, 'neurons' (layer, d_mlp) and 'mlp_bias' (layer) sum to 'mlp'.
-    The scales of the final norm, and of norms behind attention and MLP (Gemma 2, OLMo 2), are frozen at their values
+    The scales of the final norm, and of norms after attention and MLP (Gemma 2, OLMo 2), are frozen at their values
     there. The weights are the model's own; its final norm alone is folded (folded_W_U). Ours or a TransformerBridge,
     grouped queries too.
     """
@@ -337,7 +337,7 @@ def parts_along(
     heads = []
     attn_biases = []
     for layer in range(n_attn):
-        # what attention and the MLP write is multiplied by this, behind a norm of their own
+        # what attention and the MLP write is multiplied by this, after a norm of their own
         of_attn = direction * attn_gain(model, layer, cache["z", layer][0, position])
         by_head = einsum(
             cache["pattern", layer][0, :, position].float(),
@@ -372,18 +372,18 @@ def parts_along(
 
 
 def about_norms(model: nn.Module) -> str:
-    """What is frozen where heads are told apart behind a norm that they share; nothing to say where there is none."""
+    """What is frozen where heads are told apart after a norm that they share; nothing to say where there is none."""
     if block_norms(model, 0).after_attn is None:
         return ""
     return (
-        "norms stand behind attention and MLPs: a head's write passes its norm with the scale that all heads together "
+        "norms stand after attention and MLPs: a head's write passes its norm with the scale that all heads together "
         "give it in that run, which is frozen, so that the writes of heads add up"
     )
 
 
 def attn_gain(model: nn.Module, layer: int, z: Tensor) -> Tensor | float:
     """
-    (..., d_model) by which a norm behind attention multiplies what the heads z (..., head, d_head) write; without one a
+    (..., d_model) by which a norm after attention multiplies what the heads z (..., head, d_head) write; without one a
     number, 1 but for Granite.
     """
     norm = block_norms(model, layer).after_attn
@@ -395,7 +395,7 @@ def attn_gain(model: nn.Module, layer: int, z: Tensor) -> Tensor | float:
 
 
 def mlp_gain(model: nn.Module, layer: int, activations: Tensor) -> Tensor | float:
-    """(d_model) by which a norm behind the MLP multiplies what its neurons (d_mlp) write; or a number, as attn_gain."""
+    """(d_model) by which a norm after the MLP multiplies what its neurons (d_mlp) write; or a number, as attn_gain."""
     norm = block_norms(model, layer).after_mlp
     if norm is None:
         return residual_multiplier(model)
@@ -467,7 +467,7 @@ class StreamParts:
 
     names: list[str]  # embed, pos_embed, L0 attn, L0 mlp, ...; or embed, L0, L1 ... where layers are seen as a whole
     writes: Tensor  # (part, d_model)
-    stream: Tensor  # (d_model) behind the last block
+    stream: Tensor  # (d_model) after the last block
     effects: Tensor  # (part) on the logit of the token less the mean logit of all, by the direct path
     constant: float  # what biases give that logit, whatever the stream holds
     logit: float  # the model's own, less the mean; before a soft cap or a scale
@@ -501,7 +501,7 @@ class StreamParts:
 
 
 def write_names(model: nn.Module, whole_layers: bool) -> dict[str, str]:
-    """{part: the hook that holds what it writes}; of whole layers, the stream behind each."""
+    """{part: the hook that holds what it writes}; of whole layers, the stream after each."""
     if whole_layers:
         parts = ["embed", *(f"L{layer}" for layer in range(model.cfg.n_layers))]
         return dict(zip(parts, layer_streams(model)))
@@ -893,7 +893,7 @@ def peaks_by_row(activation: Tensor, n: int) -> list[tuple[float, int, int]]:
 
 
 def write_weight(norm: nn.Module | None, like: Tensor) -> Tensor | float:
-    """(d_model): the weight of a norm behind attention or the MLP (Gemma 2), whose scale is left out; 1 without one."""
+    """(d_model): the weight of a norm after attention or the MLP (Gemma 2), whose scale is left out; 1 without one."""
     if norm is None:
         return 1.0
     return ask_norm(norm, like.shape[-1], like).weight
@@ -1071,7 +1071,7 @@ def head_map(model: nn.Module, layer: int, head: int) -> tuple[Tensor, Tensor, f
     """
     (read (d_model), write (d_model), share): the first pair of singular directions of W_V W_O (Millidge & Black 2022)
     and their share of its squared norm. What lies along read is written along write. The weights of the norm before are
-    folded in, of one behind too; scales are left out.
+    folded in, of one after too; scales are left out.
     """
     attn = model.blocks[layer].attn
     norms = block_norms(model, layer)

@@ -32,7 +32,8 @@ from utils import (
 from report import fill_page
 from plots import imshow, line, show, show_page, signed_log, signed_log_ticks
 from hooks import has_qkv
-from weights import about_bos, open_model, token_text
+from data import text_of
+from weights import about_bos, open_model, text_tokenizer, token_text
 from train import keep_freed_memory
 from launch import flags
 from anatomy import about_norms
@@ -156,15 +157,13 @@ def in_interval(draws: Tensor, sign: str = "") -> str:
     return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def text_of(ids: Tensor) -> str:
-    return "".join(token_text(model, int(i)) for i in ids)
-
-
 shown = pairs.take(slice(len(pairs) // 2, len(pairs) // 2 + 1))
+tokenizer = text_tokenizer(model)
 print(f"{purple}=== {about}: {len(pairs)} pairs, {len(test_pairs)} held out ==={endc}")
-print(f"{gray}clean   {text_of(shown.clean[0])}")
-print(f"corrupt {text_of(shown.corrupt[0])}")
-print(f"answer  {text_of(shown.answer)!r}, wrong {text_of(shown.wrong)!r}; {about_bos(model)}{endc}")
+print(f"{gray}clean   {text_of(tokenizer, shown.clean[0].tolist())}")
+print(f"corrupt {text_of(tokenizer, shown.corrupt[0].tolist())}")
+answer, wrong = (token_text(model, int(ids)) for ids in (shown.answer, shown.wrong))
+print(f"answer  {answer!r}, wrong {wrong!r}; {about_bos(model)}{endc}")
 
 #%% Baselines and gates: no edge patched changes nothing, every edge patched is the corrupt run, the writes add up
 clean, corrupt = baselines(model, pairs, metric, cfg.memory_gb)
@@ -272,7 +271,7 @@ if chain:
         print(f"{gray}{of_paper} gives the same{endc}")
     else:
         share = in_interval(by_paths, sign="+")
-        print(f"{cyan}{of_paper}: {share}{endc} (also through the MLPs between, and along all paths behind)")
+        print(f"{cyan}{of_paper}: {share}{endc} (also through the MLPs between, and along all paths after)")
 
 #%% Self-repair: what the strongest heads do directly, and who steps in when they fail
 repairs = []

@@ -26,7 +26,8 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import bar, imshow, line, show
 from hooks import act_name
-from weights import about_bos, model_key, open_model, token_text
+from data import text_of
+from weights import about_bos, model_key, open_model, text_tokenizer, token_text
 from launch import flags
 from lens import slug
 from interventions import in_words, missed_gates, read_pairs, share_out
@@ -105,8 +106,8 @@ places = [place for place in cases.base_places if place in test_cases.base_place
 layer_names = [f"before L{layer}" for layer in range(n_layers)]
 
 
-def text_of(ids: Tensor, end: int) -> str:
-    return "".join(token_text(model, i) for i in ids[: end + 1].tolist())
+def text_until(ids: Tensor, end: Tensor) -> str:
+    return text_of(text_tokenizer(model), ids[: int(end) + 1].tolist())
 
 
 print(f"{purple}=== The variable, {variable}: {words} ==={endc}")
@@ -116,8 +117,8 @@ for place in places:
     in_base = token_text(model, int(cases.base[shown, cases.base_places[place][shown]]))
     in_source = token_text(model, int(cases.source[shown, cases.source_places[place][shown]]))
     where.append(f"{place} {in_base!r} / {in_source!r}")
-print(f"{gray}base    {text_of(cases.base[shown], int(cases.base_end[shown]))}")
-print(f"source  {text_of(cases.source[shown], int(cases.source_places['end'][shown]))}")
+print(f"{gray}base    {text_until(cases.base[shown], cases.base_end[shown])}")
+print(f"source  {text_until(cases.source[shown], cases.source_places['end'][shown])}")
 answer = token_text(model, int(cases.answer[shown]))
 predicted = token_text(model, int(cases.predicted[shown]))
 print(f"answer  {answer!r}, after the interchange {predicted!r}")
@@ -148,7 +149,7 @@ print(
     f"on, {len(test_cases)} about other entities to test on, of which {changing.sum()} should change their answer{endc}"
 )
 
-#%% Gates: nothing interchanged is the base run, everything behind the last block the source run
+#%% Gates: nothing interchanged is the base run, everything after the last block the source run
 runs = interchange_runs(model, cases, cfg.memory_gb)
 test_runs = interchange_runs(model, test_cases, cfg.memory_gb)
 gates = interchange_gates(test_runs, test_cases.index[:16])

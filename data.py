@@ -348,15 +348,36 @@ def to_tokens(tokenizer: Tokenizer, text: str, prepend_bos: bool | None = None) 
     return t.tensor([ids])
 
 
+def byte_letters() -> dict[str, int]:
+    """{letter: the byte that GPT-2's tokenizer writes as it}: itself where it can be seen, else from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+
+
+BYTE_LETTERS = byte_letters()
+
+
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """
     The text of one token, with its space whatever the kind of tokenizer: a SentencePiece piece has '▁' for each, which
-    a decoder eats at the head of a text. Padded vocabularies have ids without a token: ''.
+    a decoder eats at the head of a text. A part of a character is its bytes, '<0xE4><0xB8>', so that parts stay apart.
+    Padded vocabularies have ids without a token: ''.
     """
     piece = tokenizer.id_to_token(token) or ""
     if "▁" in piece:
         return piece.replace("▁", " ")
-    return tokenizer.decode([token], skip_special_tokens=False)
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if "\ufffd" not in text:
+        return text
+    if is_bytes(piece):  # as SentencePiece writes it
+        return piece
+    return "".join(f"<0x{BYTE_LETTERS[letter]:02X}>" for letter in piece if letter in BYTE_LETTERS) or text
+
+
+def is_bytes(token: str) -> bool:
+    """Whether the text of a token is that of a part of a character: its bytes."""
+    return bool(re.fullmatch("(<0x[0-9A-F]{2}>)+", token))
 
 
 def str_tokens(tokenizer: Tokenizer, tokens: Iterable[int] | Tensor) -> list[str]:
@@ -395,7 +416,7 @@ def find_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def kind_of(token: str) -> str:
     word = token.strip()
-    if "\ufffd" in word or word.startswith("<|"):
+    if is_bytes(word) or "\ufffd" in word or word.startswith("<|"):
         return "byte or special"
     if not word:
         return "white space"

@@ -73,7 +73,7 @@ class Graph:
         self.head_names = [name for name in self.writers if "H" in name]
         self.receivers = self.list_receivers()
         self.receiver_names = [receiver.name for receiver in self.receivers]
-        # the logits stand behind the last layer
+        # the logits stand after the last layer
         self.receiver_layers = t.tensor([min(receiver.layer, self.n_layers - 1) for receiver in self.receivers])
         self.receiver_slices = self.find_receiver_slices()
         self.is_edge = self.find_edges()
@@ -202,7 +202,7 @@ class Graph:
 
 #%% A plain run, and what every writer wrote in it
 def head_writes(model: nn.Module, layer: int, z: Tensor) -> Tensor:
-    """(row, pos, head, d_model), behind a norm after attention (Gemma 2) with its scale as it is in this run."""
+    """(row, pos, head, d_model), after a norm after attention (Gemma 2) with its scale as it is in this run."""
     W_O = model.blocks[layer].attn.W_O
     writes = einsum(z, W_O, "row pos head d_head, head d_head d_model -> row pos head d_model")
     gain = attn_gain(model, layer, z)
@@ -235,7 +235,7 @@ def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str, also: tu
 
 
 def reads_shared_norm(model: nn.Module, layer: int) -> bool:
-    """One norm serves attention and the MLP (GPT-J, Phi, Falcon), so that a change for the MLP alone comes behind it."""
+    """One norm serves attention and the MLP (GPT-J, Phi, Falcon), so that a change for the MLP alone comes after it."""
     norms = block_norms(model, layer)
     return norms.before_mlp is not None and norms.before_mlp is norms.before_attn
 
@@ -275,7 +275,7 @@ def path_patch(
     Metric (pair) of clean runs in which the receivers read what reaches them when the sender alone (or several) writes
     what it does in the corrupt run: path patching (Wang et al. 2023, appendix B). A path is direct if no attention head
     stands on it: it runs through residual connections and through the MLPs between ("frozen": through no MLP, so that a
-    single receiver reads one edge). What lies behind the receivers is computed anew. Plain form of path_patch_all.
+    single receiver reads one edge). What lies after the receivers is computed anew. Plain form of path_patch_all.
     """
     layers = range(graph.n_layers)
     attn_outs = tuple(act_name("attn_out", layer) for layer in layers)
@@ -380,7 +380,7 @@ def plain_edge_patch(
 ) -> Tensor:
     """
     Metric (pair) of clean runs in which one receiver reads one writer's corrupt write in place of its clean one, and
-    no other path carries it. What lies behind the receiver is computed anew. Plain form of edge_patch.
+    no other path carries it. What lies after the receiver is computed anew. Plain form of edge_patch.
     """
     # Step 1: a clean and a corrupt run
     clean = run_graph(model, graph, pairs, "clean")
@@ -588,7 +588,7 @@ def run_with_changes(
 
 def passed_on(model: nn.Module, graph: Graph, pairs: Pairs, clean: GraphRun, node: Node, change: Tensor) -> Tensor:
     """
-    What a node writes more (pair, pos, d_model) when it alone, in a clean run, reads change more; a head behind a norm
+    What a node writes more (pair, pos, d_model) when it alone, in a clean run, reads change more; a head after a norm
     after attention (Gemma 2) with the norm's scale in that run.
     """
     kept = Cache()
@@ -607,7 +607,7 @@ def chain_patch(model: nn.Module, graph: Graph, pairs: Pairs, chain: Chain, metr
     """
     Metric (pair) of clean runs in which only what travels along one chain of edges is the corrupt run's: the senders
     write what they do there, each node in turn is computed from what the one before passes on in its place, all else
-    clean, and the last one reads that. What lies behind the last is computed anew (nothing, where it is the logits).
+    clean, and the last one reads that. What lies after the last is computed anew (nothing, where it is the logits).
     A chain of one edge is edge patching; path patching (Wang et al. 2023) goes on along all direct paths at once.
     """
     # Step 1: a clean and a corrupt run, and what the senders write otherwise
@@ -913,7 +913,7 @@ def corrupt_mean_writes(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb:
     def summed(group: Pairs) -> tuple[Tensor, Tensor]:
         position = t.arange(group.clean.shape[1], device=group.answer_pos.device)
         real = (position <= group.answer_pos[:, None]).to(t.float32)
-        shorter = pairs.clean.shape[1] - group.clean.shape[1]  # groups are cut behind their last answer
+        shorter = pairs.clean.shape[1] - group.clean.shape[1]  # groups are cut after their last answer
         writes = corrupt_writes(model, graph, group).float()
         total = einsum(writes, real, "pair pos writer d_model, pair pos -> pos writer d_model")
         return F.pad(total, (0, 0, 0, 0, 0, shorter)), F.pad(real.sum(0), (0, shorter))
@@ -942,7 +942,7 @@ def edge_patch(
 ) -> Tensor:
     """
     Metric (swap, pair) of clean runs in which the edges of each mask in swaps (swap, writer, receiver) carry the
-    corrupt run's writes, or another ablation's; what lies behind a receiver is computed anew, all else stays. One edge
+    corrupt run's writes, or another ablation's; what lies after a receiver is computed anew, all else stays. One edge
     is what Syed et al. (2023) attribute; a circuit is the run in which all other edges are swapped.
     """
     swaps = (swaps & graph.is_edge).to(pairs.answer_pos.device)
@@ -1560,7 +1560,7 @@ class RoleSearch:
         return self.looking["duplicate token"]
 
     def previous_token_heads(self) -> list[str]:
-        """From the token behind the first subject they attend to it."""
+        """From the token after the first subject they attend to it."""
         return self.looking["previous token"]
 
     def mean_attention(self, attention: Tensor, keys: Tensor) -> Tensor:
@@ -1613,9 +1613,9 @@ class RoleSearch:
 
 
 def position_of(pairs: Pairs, place: str) -> Tensor:
-    """The first position (pair) of a place; IO+1 is the one behind IO."""
-    behind = place == "IO+1"
-    return pairs.places["IO" if behind else place].float().argmax(1) + behind
+    """The first position (pair) of a place; IO+1 is the one after IO."""
+    after = place == "IO+1"
+    return pairs.places["IO" if after else place].float().argmax(1) + after
 
 
 def attention_from_places(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float) -> dict[str, Tensor]:
@@ -1626,7 +1626,7 @@ def attention_from_places(model: nn.Module, graph: Graph, pairs: Pairs, memory_g
 
     def look(group: Pairs) -> dict[str, Tensor]:
         _, cache = cache_from_resid(model, inputs(model, group, "clean"), group.answer_pos, names)
-        shorter = n_pos - group.clean.shape[1]  # groups are cut behind their last answer
+        shorter = n_pos - group.clean.shape[1]  # groups are cut after their last answer
         attention = {}
         for query in queries:
             position = position_of(group, query)

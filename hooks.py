@@ -382,9 +382,9 @@ def block_norms(model: nn.Module, layer: int) -> BlockNorms:
 
 
 def norms_come_after(model: nn.Module) -> bool:
-    """OLMo 2 has a norm behind attention and behind the MLP alone, by the names of those before. Asked once."""
+    """OLMo 2 has a norm after attention and after the MLP alone, by the names of those before. Asked once."""
     if not is_foreign(model):
-        return getattr(model.cfg, "norms", "before") == "behind"
+        return getattr(model.cfg, "norms", "before") == "after"
     if not hasattr(model, "has_norms_after"):
         called = []
         block = model.blocks[0]

@@ -63,7 +63,7 @@ class Pairs:
         return t.arange(len(self), device=self.answer_pos.device)
 
     def take(self, index: Tensor | slice) -> "Pairs":
-        """Some of the pairs, cut behind the last answer."""
+        """Some of the pairs, cut after the last answer."""
         answer_pos = self.answer_pos[index]
         length = int(answer_pos.max()) + 1
         return Pairs(

@@ -291,7 +291,7 @@ def make_task(
 
 
 def own_paths(cfg: object, run: str) -> list[str]:
-    """Flags, to stand behind all others, that make a run in another folder read what was named and write only there."""
+    """Flags, to stand after all others, that make a run in another folder read what was named and write only there."""
     flags_of_paths = []
     for name in READS:
         paths = named_paths(cfg, name)

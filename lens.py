@@ -37,7 +37,7 @@ from hooks import (
     run_with_cache,
 )
 from weights import model_key, token_text
-from data import Corpus, load_corpus
+from data import Corpus, is_bytes, load_corpus
 from anatomy import layer_streams
 from world import load_world
 
@@ -458,7 +458,7 @@ CATEGORIES = {"forward": ("capital", "city", "town"), "reverse": ("country", "st
 
 
 def has_letters(token: str) -> bool:
-    return any(c.isalnum() for c in token)
+    return any(c.isalnum() for c in token) and not is_bytes(token)
 
 
 def is_piece(token: str, prompt: str) -> bool:
@@ -470,11 +470,11 @@ def is_piece(token: str, prompt: str) -> bool:
 
 
 def is_punctuation(token: str) -> bool:
-    return bool(token.strip()) and token.isprintable() and not has_letters(token)
+    return bool(token.strip()) and token.isprintable() and not has_letters(token) and not is_bytes(token)
 
 
 def is_junk(token: str) -> bool:
-    return not token.strip() or "�" in token or not token.isprintable()
+    return not token.strip() or is_bytes(token) or "\ufffd" in token or not token.isprintable()
 
 
 def names_category(tokens: list[str], category: tuple[str, ...]) -> bool:
@@ -770,9 +770,9 @@ type LensKind = Literal["raw", "tuned", "jacobian"]
 
 @dataclass
 class LensConfig:
-    """The settings that the stories of the lens share; a story's own come behind them."""
+    """The settings that the stories of the lens share; a story's own come after them."""
 
-    lens: LensKind = "raw"  # raw: final norm and unembedding alone; tuned and jacobian: behind a map fitted per layer
+    lens: LensKind = "raw"  # raw: final norm and unembedding alone; tuned and jacobian: after a map fitted per layer
     tuned_steps: int = 200  # of the tuned lens, 16 x 64 tokens each
     jacobian_rows: int = 16  # of 64 tokens, over which the Jacobian lens is a mean
     jacobian_target: Literal["later", "same"] = (

@@ -63,7 +63,7 @@ NORMS = {
     "final_layer_norm": "ln2",
     "ln_mlp": "ln2",
 }
-NORMS_BEHIND = {  # where a block has norms behind attention and MLP too (Gemma 2 and 3), or there alone (OLMo 2)
+NORMS_AFTER = {  # where a block has norms after attention and MLP too (Gemma 2 and 3), or there alone (OLMo 2)
     "post_attention_layernorm": "ln1_post",
     "pre_feedforward_layernorm": "ln2",
     "post_feedforward_layernorm": "ln2_post",
@@ -131,10 +131,10 @@ MLP = re.compile(
 )
 
 
-def parts_in_block(module: str, norms_behind: bool) -> str | tuple[str, ...]:
+def parts_in_block(module: str, norms_after: bool) -> str | tuple[str, ...]:
     """What a module of a block is, by its name within the block; '' where the name says nothing."""
-    if norms_behind and module in NORMS_BEHIND:
-        return NORMS_BEHIND[module]
+    if norms_after and module in NORMS_AFTER:
+        return NORMS_AFTER[module]
     if module in NORMS:
         return NORMS[module]
     attention = ATTENTION.match(module)
@@ -146,14 +146,14 @@ def parts_in_block(module: str, norms_behind: bool) -> str | tuple[str, ...]:
     return IN_MLP.get(mlp["module"], "") if mlp else ""
 
 
-def parts_of_name(name: str, norms_behind: bool = False) -> tuple[str, ...]:
+def parts_of_name(name: str, norms_after: bool = False) -> tuple[str, ...]:
     """model.layers.0.self_attn.q_proj.weight -> (W_Q); transformer.h.0.attn.c_attn.bias -> (b_Q, b_K, b_V); or ()."""
     module, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):  # a parameter by itself: sinks, A_log, the weights of all experts in one
         module = name.removesuffix("_bias")
         kind = "bias" if name.endswith("_bias") else "weight"
     block = BLOCK.match(module)
-    found = parts_in_block(block["rest"], norms_behind) if block else OUTSIDE.get(module.rpartition(".")[2], "")
+    found = parts_in_block(block["rest"], norms_after) if block else OUTSIDE.get(module.rpartition(".")[2], "")
     parts = (found,) if isinstance(found, str) else found
     if not all(parts):
         return ()
@@ -329,7 +329,7 @@ def read_legend(name: str) -> Legend:
     refuse_foreign(folder, raw)
     config = text_config(raw)
     heads = head_shape(config)
-    norms_behind = config.model_type.startswith(("gemma2", "gemma3", "olmo2", "olmo3"))
+    norms_after = config.model_type.startswith(("gemma2", "gemma3", "olmo2", "olmo3"))
     kinds: dict[tuple, Kind] = {}
     tensors = []
     for theirs, x in read_tensors(folder):
@@ -337,7 +337,7 @@ def read_legend(name: str) -> Legend:
         if HARMLESS.search(theirs):
             tensors.append(TensorRow(theirs, shape_of(x), dtype, norm_of(x), "(no weight: a buffer)"))
             continue
-        parts = parts_of_name(theirs, norms_behind)
+        parts = parts_of_name(theirs, norms_after)
         owner = owner_of_name(theirs)
         squares = 0.0
         pieces = pieces_of(x, parts, heads) if parts else {"": x}
@@ -390,13 +390,13 @@ def norm_epsilon(config: Any) -> float:
 def about_norms(legend: Legend) -> str:
     config = legend.config
     places = {
-        "ln_embed": "behind W_E",
+        "ln_embed": "after W_E",
         "ln1": "before attention" if legend.heads.n_heads else "before the mixer",
-        "q_norm": "of q, behind W_Q",
-        "k_norm": "of k, behind W_K",
-        "ln1_post": "behind attention",
+        "q_norm": "of q, after W_Q",
+        "k_norm": "of k, after W_K",
+        "ln1_post": "after attention",
         "ln2": "before the MLP",
-        "ln2_post": "behind the MLP",
+        "ln2_post": "after the MLP",
         "ln_final": "before W_U",
     }
     found = [f"{part} {where}" for part, where in places.items() if legend.has(part)]
@@ -408,7 +408,7 @@ def about_norms(legend: Legend) -> str:
     if getattr(config, "use_parallel_residual", False):
         said += "; the MLP reads the stream as attention does, before it writes"
     if not getattr(config, "do_layer_norm_before", True):
-        said += "; they stand behind attention and MLP here, on the stream itself"
+        said += "; they stand after attention and MLP here, on the stream itself"
     if config.model_type.startswith("gemma"):
         said += "; it multiplies by 1 + the weight in the file"
     return said
@@ -442,7 +442,7 @@ def about_rope(config: Any, where: str, rope: dict) -> str:
     base = rope["rope_theta"]
     slowest = 2 * math.pi * base ** ((turning - 2) / turning)
     said = (
-        f"RoPE, which has no tensor, turns q and k of every head in {where}, behind W_Q and W_K (and their norms, where "
+        f"RoPE, which has no tensor, turns q and k of every head in {where}, after W_Q and W_K (and their norms, where "
         f"it has any): base {base:g}, {turning} of {d_head} dimensions, a turn takes {2 * math.pi:.1f} to {slowest:,.0f} tokens"
     )
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}

@@ -27,6 +27,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from plots import bar, imshow, label_tokens, line, show, show_attention
 from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
+from data import text_of
 from weights import about_bos, open_model, text_tokenizer, token_text
 from train import keep_freed_memory
 from launch import flags
@@ -128,8 +129,9 @@ restores = {0: "corrupt", 1: "clean"}  # what a share says at its ends
 loses = {0: "clean", 1: "corrupt"}
 
 print(f"{purple}=== {about}: {len(pairs)} pairs, {len(test_pairs)} held out ==={endc}")
-print(f"{gray}clean   {''.join(texts(shown.clean[0]))}")
-print(f"corrupt {''.join(texts(shown.corrupt[0]))}")
+tokenizer = text_tokenizer(model)
+print(f"{gray}clean   {text_of(tokenizer, shown.clean[0].tolist())}")
+print(f"corrupt {text_of(tokenizer, shown.corrupt[0].tolist())}")
 print(f"answer  {texts(shown.answer)[0]!r}, wrong {texts(shown.wrong)[0]!r}; {about_bos(model)}{endc}")
 
 #%% What every head attends to in the shown prompt: maps, and a page to hover
@@ -139,8 +141,8 @@ if has_heads(model) and not is_streamed(model):
     for i in range(min(3, len(pairs))):
         one = pairs.take(slice(i, i + 1))
         for kind, prompt in {"clean": one.clean, "corrupt": one.corrupt}.items():
-            tokens = texts(prompt[0])
-            others[f"{kind}: {''.join(tokens)}"] = (tokens, attention_patterns(model, prompt))
+            written = text_of(tokenizer, prompt[0].tolist())
+            others[f"{kind}: {written}"] = (texts(prompt[0]), attention_patterns(model, prompt))
     show_attention(
         attention_patterns(model, shown.clean),
         texts(shown.clean[0]),
@@ -148,7 +150,7 @@ if has_heads(model) and not is_streamed(model):
         f"{Path(cfg.model).name} on clean and corrupt prompts",
         "patching/attention",
         more=others,
-        ask=partial(attention_in, model, text_tokenizer(model)),
+        ask=partial(attention_in, model, tokenizer),
     )
 
 #%% Baselines and gates: patching nothing must change nothing, patching everything must give the clean run

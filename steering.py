@@ -86,7 +86,7 @@ class Config:
     task: Literal["gender", "number", "country"] = "gender"
     country: str = "Japan"  # to which --task country moves all others
     # your own: a CSV or JSON file with the columns positive, negative and, if known, target and other (the words that a
-    # pushed model should say behind the negative, and those that it says by itself; | between several)
+    # pushed model should say after the negative, and those that it says by itself; | between several)
     contrasts: str | None = None
     positive: str | None = None  # or two files of texts, one a line: those that have something
     negative: str | None = None  # and those that have not
@@ -104,9 +104,9 @@ class Config:
     # of pushes, in distances of the classes' means at that layer; 1 is added
     strengths: Annotated[tuple[Positive, ...], Len(1)] = (0.5, 1.0, 2.0, 4.0, 8.0)
     random: Count = 6  # directions at random, of the same length
-    written: Natural = 12  # tokens that are written behind a prompt
+    written: Natural = 12  # tokens that are written after a prompt
     temperature: NotNegative = 0.7  # of the text that is drawn; the other is greedy
-    prompts: Count = 8  # behind which text is written
+    prompts: Count = 8  # after which text is written
     data: str | None = None  # the text that edits must not hurt; default as the model's
     rows: Count = 24  # of that text, 64 tokens each
     memory_gb: Positive = 1.0  # cap on activations of one run
@@ -171,7 +171,7 @@ for part in (contrasts, test_contrasts) if has_words else ():
     for text, target, other in zip(part.negative, part.target, part.other):
         if not may_ask(model, text, target, other):
             fail(
-                f"behind {text!r} the words {target} and {other} do not begin with tokens of their own: choose others, "
+                f"after {text!r} the words {target} and {other} do not begin with tokens of their own: choose others, "
                 "or end the text before a space"
             )
 print(f"{purple}=== {about}: {len(contrasts)} contrasts to find on, {len(test_contrasts)} to judge on ==={endc}")
@@ -189,7 +189,7 @@ def ask(texts: list[str], part: Contrasts) -> Asked:
 
 
 def same_words(part: Contrasts) -> tuple[list[str], Contrasts]:
-    """The positive texts behind which the words of their negative can be asked for."""
+    """The positive texts after which the words of their negative can be asked for."""
     n = min(len(part.positive), len(part))
     kept = range(n)
     if has_words:
@@ -199,7 +199,7 @@ def same_words(part: Contrasts) -> tuple[list[str], Contrasts]:
 
 
 def written_texts(asked: Asked, edit: Edit | None, n: int) -> list[str]:
-    """What is written greedily behind the first n prompts."""
+    """What is written greedily after the first n prompts."""
     texts = []
     for ids, start in zip(asked.rows[:n], asked.start.tolist()):
         texts.append(text_of(tokenizer, write(model, ids, cfg.written, edit, start)))
@@ -425,12 +425,12 @@ table = [["nothing", by_itself["p_target"], in_the_prompt["p_target"], 0.0, 0.0]
 for name, x in edits.items():
     cells = [f"{ours:.3f} ({other:.3f})" for ours, other in zip(x["direction"], x["random"])]
     table.append([name, *cells])
-headers = ["edit", "behind texts that have it not", "behind texts that have it", "loss added", "KL"]
+headers = ["edit", "after texts that have it not", "after texts that have it", "loss added", "KL"]
 print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
 
 #%% What is written at five strengths, side by side: greedy, and drawn
 five = [0.0, *strengths[:5]]  # and none, to compare
-writings: dict[float, list[dict]] = {}  # by strength, what is written behind each prompt
+writings: dict[float, list[dict]] = {}  # by strength, what is written after each prompt
 for strength in tqdm(five, desc="writing", **BRIEF):
     edit = adding(best, strength, device)
     generator = t.Generator().manual_seed(seed_of(cfg.seed, "written"))  # the same draws at every strength

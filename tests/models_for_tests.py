@@ -57,7 +57,7 @@ def hf_and_bridge(architecture: str) -> tuple[nn.Module, nn.Module]:
 def tiny_models() -> dict[str, nn.Module]:
     """
     Tiny Hugging Face models with large weights as bridges; 'ours' is the Llama, with grouped queries, in our class.
-    Gemma 2 has norms before and behind attention and MLP, OLMo 2 behind alone, and GPT-J one for both.
+    Gemma 2 has norms before and after attention and MLP, OLMo 2 after alone, and GPT-J one for both.
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformers import (

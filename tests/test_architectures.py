@@ -160,13 +160,13 @@ def test_an_architecture_does_what_the_table_says(name, tmp_path):
     assert measure(name, tmp_path) == in_readme()[name]
 
 
-@pytest.mark.parametrize("norms", ["behind", "both"])
-def test_our_own_norms_behind_have_circuits_and_the_bridges_edges(norms, tmp_path):
+@pytest.mark.parametrize("norms", ["after", "both"])
+def test_our_own_norms_after_have_circuits_and_the_bridges_edges(norms, tmp_path):
     """llama_block.py --norms: the gates of circuits.py hold, and every edge is worth what it is in TransformerLens."""
     t.manual_seed(0)
-    architecture = {"behind": "Olmo2ForCausalLM", "both": "Gemma2ForCausalLM"}[norms]
+    architecture = {"after": "Olmo2ForCausalLM", "both": "Gemma2ForCausalLM"}[norms]
     shape = LlamaConfig(2, 4, 2, 32, 8, 64, d_vocab=3072, n_ctx=128, norms=norms, architecture=architecture)
-    shape = dataclasses.replace(shape, qk_norm="full" if norms == "behind" else "none")
+    shape = dataclasses.replace(shape, qk_norm="full" if norms == "after" else "none")
     model = Llama(shape, load_tokenizer(ROOT / "models/world"))
     with t.no_grad():
         for p in model.parameters():

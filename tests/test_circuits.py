@@ -59,7 +59,7 @@ def test_where_writes_do_not_add_up_paths_are_left_out(script, tmp_path):
     assert "paths" not in numbers
 
 
-def test_norms_behind_attention_and_mlp_have_circuits_too(script, tmp_path):
+def test_norms_after_attention_and_mlp_have_circuits_too(script, tmp_path):
     make_architecture("Gemma-2", tmp_path)
     small = ("--n", "4", "--held-out", "4", "--ig-steps", "2")
     other_ways = ("--trace-by", "edge_patch", "--ablation", "mean", "--export", str(tmp_path / "out/edges.json"))

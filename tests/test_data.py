@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -16,12 +17,16 @@ from data import (
     Corpus,
     find_tokens,
     hub_documents,
+    is_bytes,
     load_corpus,
+    load_tokenizer,
     repeat_snippets,
     split_docstrings,
     stdlib_documents,
     str_tokens,
+    text_of,
     to_tokens,
+    token_text,
     train_bpe,
 )
 
@@ -250,3 +255,20 @@ def test_long_words_are_cut_for_training_and_short_ones_left(monkeypatch):
     start = time.perf_counter()
     train_bpe([dna], 400)
     assert time.perf_counter() - start < 10  # uncut, it takes minutes
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared/tokenizers/gpt2").is_dir(), reason="needs GPT-2's tokenizer")
+def test_a_part_of_a_character_is_its_bytes():
+    tokenizer = load_tokenizer(str(ROOT.parent / "shared/tokenizers/gpt2"))
+    ids = tokenizer.encode("中国 naïve", add_special_tokens=False).ids
+    assert str_tokens(tokenizer, ids) == ["中", "<0xE5><0x9B>", "<0xBD>", " naïve"]
+    assert [is_bytes(token) for token in str_tokens(tokenizer, ids)] == [False, True, True, False]
+    assert text_of(tokenizer, ids) == "中国 naïve"
+
+
+def test_bytes_of_all_parts_of_characters():
+    tokenizer = train_bpe(["a b c"], 260)  # all bytes, and little more
+    for text in ("€", "ÿ", "\x80", "🙂"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        said = [token_text(tokenizer, i) for i in ids]
+        assert bytes.fromhex("".join(re.findall("0x(..)", "".join(said)))) == text.encode()

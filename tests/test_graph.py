@@ -212,7 +212,7 @@ def test_single_paths_equal_receivers_recomputed_by_hand(models, pairs):
 
 @t.no_grad()
 @pytest.mark.parametrize("name", ["gptj", "gemma2", "olmo2"])
-def test_with_a_shared_norm_or_norms_behind_writes_add_up_and_all_edges_are_the_corrupt_run(models, pairs, name):
+def test_with_a_shared_norm_or_norms_after_writes_add_up_and_all_edges_are_the_corrupt_run(models, pairs, name):
     model = models[name]
     graph = Graph(model)
     miss, _ = write_differences(model, graph, pairs)

@@ -43,7 +43,7 @@ def test_names_mean_what_they_mean_in_their_place():
     assert parts_of_name("transformer.h.0.attn.c_proj.bias") == ("b_O",)
     assert parts_of_name("transformer.h.0.mlp.c_proj.weight") == ("W_out",)
     assert parts_of_name("model.layers.3.post_attention_layernorm.weight") == ("ln2",)
-    assert parts_of_name("model.layers.3.post_attention_layernorm.weight", norms_behind=True) == ("ln1_post",)
+    assert parts_of_name("model.layers.3.post_attention_layernorm.weight", norms_after=True) == ("ln1_post",)
     assert parts_of_name("model.decoder.layers.0.final_layer_norm.weight") == ("ln2",)  # OPT has both
     assert parts_of_name("model.decoder.final_layer_norm.weight") == ("ln_final",)
     assert parts_of_name("model.layers.0.mlp.experts.17.up_proj.weight") == ("W_in",)
@@ -121,7 +121,7 @@ def test_from_disk_every_hook_holds_what_it_holds_in_memory(own, name, tmp_path)
     whole = open_with_all_hooks(str(tmp_path), own, "cpu")
     from_disk = open_with_all_hooks(str(tmp_path), own, "cpu", offload="on")
     assert type(from_disk) is own
-    for _ in range(2):  # and leaves nothing behind
+    for _ in range(2):  # and leaves nothing after
         logits, cache = run_with_cache(whole, ROW)
         again, read = run_with_cache(from_disk, ROW)
         assert all(p.is_meta for p in from_disk.blocks.parameters())
