@@ -1,8 +1,8 @@
 """
-The README's tables and pictures from what was measured. Run the scripts, then
+The tables and pictures of README.md and docs/ from what was measured. Run the scripts, then
     python docs/make.py collect     # results/*.json -> docs/results (the numbers that the table names)
     python docs/make.py pictures    # figs/*.html -> docs/*.png, by Chromium
-    python docs/make.py table       # docs/results -> README.md, docs/readers.md
+    python docs/make.py table       # docs/results -> docs/measured.md, docs/readers.md
 """
 
 import itertools
@@ -96,7 +96,7 @@ ROWS = [
         "world model: taught capitals; in phrasings never seen; in the direction never taught",
         "{world[fact_recall]:.1%}; {world[fact_recall_heldout_phrasing]:.1%}; {world[reverse_recall_of_forward_only]:.1%}",
         "known from the corpus: 100%; -; 0%",
-        "see 'The world model'",
+        "uv run llama_block.py --steps 2500 --muon-lr 0.02",
     ),
     (
         "... indirect objects with held-out pairs of names; logit difference",
@@ -375,9 +375,9 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme() -> str:
-    """README.md with its table made anew."""
-    return filled("README.md", table())
+def measured_page() -> str:
+    """docs/measured.md with its table made anew."""
+    return filled("docs/measured.md", table())
 
 
 def as_table(header: list[str], rows: list[list[str]]) -> str:
@@ -464,7 +464,7 @@ def readers_page() -> str:
 
 
 def write_table() -> None:
-    (ROOT / "README.md").write_text(readme())
+    (ROOT / "docs/measured.md").write_text(measured_page())
     (ROOT / "docs/readers.md").write_text(readers_page())
 
 

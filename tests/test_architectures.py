@@ -1,4 +1,4 @@
-"""Every architecture works or is refused in one line that says what works instead; README's table says which."""
+"""Every architecture works or is refused in one line that says what works instead; docs/models.md's table says which."""
 
 import contextlib
 import dataclasses
@@ -141,10 +141,10 @@ def measure(name: str, folder: Path) -> list[str]:
     return ["yes" if works else "no" for works in found]
 
 
-def in_readme() -> dict[str, list[str]]:
-    """{architecture: its cells} of README's table."""
+def in_the_table() -> dict[str, list[str]]:
+    """{architecture: its cells} of the table in docs/models.md."""
     rows = {}
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs/models.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in ARCHITECTURES and len(cells) == 1 + len(COLUMNS):
             rows[cells[0]] = cells[1:]
@@ -152,12 +152,12 @@ def in_readme() -> dict[str, list[str]]:
 
 
 def test_the_table_names_every_architecture():
-    assert list(in_readme()) == list(ARCHITECTURES)
+    assert list(in_the_table()) == list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_does_what_the_table_says(name, tmp_path):
-    assert measure(name, tmp_path) == in_readme()[name]
+    assert measure(name, tmp_path) == in_the_table()[name]
 
 
 @pytest.mark.parametrize("norms", ["after", "both"])
@@ -197,7 +197,7 @@ def test_a_lens_without_the_final_norm_is_no_gate(tmp_path):
     assert not t.allclose(wrong, right)
 
 
-if __name__ == "__main__":  # prints the table for README
+if __name__ == "__main__":  # prints the table for docs/models.md
     import tempfile
 
     print(f"| architecture | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|")

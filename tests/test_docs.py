@@ -1,4 +1,4 @@
-"""The README says what was measured: its table is made from docs/results, its pictures and commands exist."""
+"""The pages say what was measured: tables are made from docs/results; pictures, links and commands exist."""
 
 import importlib.util
 import re
@@ -10,12 +10,14 @@ SPEC = importlib.util.spec_from_file_location("make", ROOT / "docs/make.py")
 make = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(make)
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
 
 
 def test_the_table_is_what_docs_results_say():
-    assert make.readme() == README, "run python docs/make.py table"
+    measured = (ROOT / "docs/measured.md").read_text()
+    assert make.measured_page() == measured, "run python docs/make.py table"
     assert make.readers_page() == (ROOT / "docs/readers.md").read_text(), "run python docs/make.py table"
-    assert all(f"| {row[0]} |" in README for row in make.ROWS)
+    assert all(f"| {row[0]} |" in measured for row in make.ROWS)
 
 
 def test_pictures_exist_and_are_small():
@@ -24,11 +26,28 @@ def test_pictures_exist_and_are_small():
     assert {f"docs/{name}.png" for name in make.PICTURES} <= set(re.findall(r"\]\((\S+?)\)", README))
 
 
-def test_every_flag_in_the_readme_exists(run, tmp_path):
-    """--help of each script knows every flag that the README gives it."""
-    commands = [
-        shlex.split(line.split("#")[0].replace("`", "")) for line in README.splitlines() if line.startswith("uv run ")
-    ]
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+            path, _, heading = target.partition("#")
+            aim = page.parent / path if path else page
+            assert aim.exists(), (page, target)
+            headings = re.findall(r"^#+ (.+)$", aim.read_text(), re.M) if heading else []
+            assert not heading or heading in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in headings], (
+                target
+            )
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Those of code blocks, and those between backticks in tables and text."""
+    lines = [line for line in page.splitlines() if line.startswith("uv run ")]
+    found = lines + re.findall(r"`(uv run [^`]+)`", page)
+    return [shlex.split(command.split("   #")[0].split("  # ")[0]) for command in found]
+
+
+def test_every_flag_in_the_pages_exists(run, tmp_path):
+    """--help of each script knows every flag that a page gives it."""
+    commands = [words for page in PAGES for words in commands_of(page.read_text())]
     asked: dict[str, set[str]] = {}
     for words in commands:
         if script := next((word for word in words if word.endswith(".py")), None):
