@@ -230,9 +230,9 @@ class SAEConfig:
 
     model: str | None = None  # a hub name or a folder; default models/world, or what the SAE's metadata names
     base: str | None = None  # a model whose config and tokenizer the weights of --model are put on
-    sae: str | None = None  # a local folder with a SAE, instead of training one
-    release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb
-    sae_id: str = ""  # and its SAE, as blocks.8.hook_resid_pre
+    sae: str | None = None  # a local folder with a SAE (cfg.json, sae_weights.safetensors), instead of training one
+    release: str | None = None  # a release of SAELens's registry, as gpt2-small-res-jb, with --sae-id
+    sae_id: str = ""  # which SAE of the release, as blocks.8.hook_resid_pre
     hook: str = "blocks.2.hook_resid_pre"  # where a SAE is trained
     architecture: Architecture = "batchtopk"  # own and own_l1 are the objectives written out in sae.py
     sparsity: float | None = None  # k of topk, batchtopk, matryoshka, own; penalty of others; default by architecture
@@ -248,8 +248,8 @@ class SAEConfig:
     data: str | None = None
     bos: bool | None = None  # a beginning-of-text token first; default as the SAE or the model's own tokenizer says
     heldout: AtLeastTwo = 200_000  # tokens that the SAE is judged and read on
-    min_recovered: float = 0.5  # gate: no feature is read below this share of cross-entropy recovered,
-    max_fvu: float = 0.5  # or above this fraction of variance unexplained
+    min_recovered: float = 0.5  # gate: the least share of cross-entropy recovered with which features are read
+    max_fvu: float = 0.5  # gate: the largest fraction of variance unexplained with which features are read
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0  # of every draw
 
