@@ -23,10 +23,10 @@ from hooks import (
     run_with_hooks,
 )
 from weights import encode
-from anatomy import layer_streams
+from logit_attribution import layer_streams
 from world import ENTITIES, RELATIONS, Prompt, draw_agreement, draw_ioi, fact_prompts, read_countries
 from lens import without_weight_gradients
-from interventions import entities_for, make_pairs, padded
+from pairs import entities_for, make_pairs, padded
 
 import torch as t
 import torch.nn as nn
@@ -395,7 +395,7 @@ def cases_of_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> C
     """
     Rows (clean, corrupt, answer, wrong) as two cases each: clean is the base, corrupt the source, and after the
     interchange `wrong` is due rather than `answer`; and the other way round, or any push from the one to the other
-    would do. A place is the last position of those that interventions.find_places names.
+    would do. A place is the last position of those that pairs.find_places names.
     """
     both_ways = []
     for clean, corrupt, answer, wrong in rows:

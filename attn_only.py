@@ -38,18 +38,18 @@ from plots import imshow, label_tokens, line, plain, show, show_attention, visib
 from data import Corpus, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
-from anatomy import (
+from hooks import listening_gap
+from heads import (
     attention_in,
     catalogue,
     head_scores,
     heads_of_role,
     known_tokens,
-    listening_gap,
-    mixing_ratio,
     random_repeats,
     repeated_tokens,
     which_bar,
 )
+from norm_maps import mixing_ratio
 
 import numpy as np
 import torch as t
@@ -395,7 +395,7 @@ def logit_attribution(model: AttnOnly, tokens: Tensor, token: int, position: int
     'logit' (): the model's own.
     The final norm's scale is frozen at its value there, which makes the parts linear; the sum is exact where the output
     maps have no bias.
-    anatomy.logit_parts is the same for models with MLPs. It reads each block's mlp and the final norm's weight and
+    logit_attribution.logit_parts is the same for models with MLPs. It reads each block's mlp and the final norm's weight and
     scale, none of which need be here, so this one stands by itself.
     """
     layers = range(model.cfg.n_layers)
@@ -437,8 +437,8 @@ def norm_based(model: AttnOnly, tokens: Tensor, layer: int) -> dict[str, Tensor]
     'weighted' (head, query, key): ||alpha f(x)||;
     'block' (query, key): ||sum over heads of alpha f(x), + x where key = query||;
     'normed' (query, key): 'block' after the next norm, its scale frozen;
-    'mixing' (query): share of the block's output that comes from other positions (anatomy.mixing_ratio).
-    anatomy.ff_maps goes on through the MLP that these models do not have, and needs its norm.
+    'mixing' (query): share of the block's output that comes from other positions (norm_maps.mixing_ratio).
+    norm_maps.ff_maps goes on through the MLP that these models do not have, and needs its norm.
     """
     last = layer + 1 == model.cfg.n_layers
     next_scale = "ln_final.hook_scale" if last else f"blocks.{layer + 1}.ln1.hook_scale"

@@ -32,10 +32,11 @@ from hooks import device_of
 from weights import about_bos, bos_id, encode, open_model, text_tokenizer, token_text
 from data import refuse_empty
 from launch import flags
-from interventions import draw_pairs
-from graph import Graph, eap_ig
+from pairs import draw_pairs
+from graph import Graph
+from eap import eap_ig
 from lens import knows_world
-from sae import firing_order, heldout_rows, read_features, text_for
+from features import firing_order, heldout_rows, read_features, text_for
 from transcoders import (
     TranscoderConfig,
     fit_transcoders,

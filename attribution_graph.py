@@ -11,7 +11,7 @@ from typing import Literal
 
 from utils import BAR, fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import act_name, ask_norm, block_norms, has_qkv, hook_points, hooks, run_with_cache
-from anatomy import attn_gain, per_head
+from logit_attribution import attn_gain, per_head
 from sae import text_places
 from transcoders import Transcoder
 

@@ -41,10 +41,11 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     versions,
     write_aside,
 )
-from anatomy import layer_streams
+from logit_attribution import layer_streams
 from data import Corpus, load_corpus
 from hooks import hooks, peak_bytes, run_with_cache
-from interventions import Pairs, draw_pairs, make_metric, sweep
+from pairs import Pairs, draw_pairs, make_metric
+from interventions import sweep
 from launch import flags
 from layers import next_token_loss
 from lens import Lens, read

@@ -1,7 +1,7 @@
 """
 What does each head and each neuron do? Heads named above a permutation null, neurons by what they read and write, of
 any model, in one page to search.
-The methods are in anatomy.py: catalogue, head_looks, head_map, neuron_catalogue, neuron_parts, tokens_read.
+The methods are in heads.py (catalogue, head_looks, head_map) and neurons.py (neuron_catalogue, neuron_parts, tokens_read).
 """
 
 from dataclasses import dataclass
@@ -27,25 +27,19 @@ from plots import catalogue_page, imshow, neuron_context, show, show_page, visib
 from hooks import block_norms, has_qkv
 from weights import about_bos, open_model, token_text
 from launch import flags
-from anatomy import (
-    catalogue,
+from logit_attribution import folded_W_U, has_neurons, parts_error
+from neurons import (
     embeddings_as_read,
-    folded_W_U,
-    has_neurons,
-    head_looks,
-    head_map,
     neuron_catalogue,
     neuron_parts,
     neuron_readers,
-    parts_error,
-    random_repeats,
     sharpness,
     sharpness_null,
     strongest_parts,
     tokens_read,
-    which_bar,
     without_sources,
 )
+from heads import catalogue, head_looks, head_map, random_repeats, which_bar
 from world import corpus_for, judging_rows
 from llama_block import Llama
 

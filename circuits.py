@@ -1,8 +1,9 @@
 """
 Along which paths does the answer travel, and how few of them suffice? Path patching, self-repair, roles of heads,
 edge attribution and circuits, on our own models and any TransformerBridge.
-The methods are in graph.py: path_patch, plain_edge_patch, chain_patch, plain_eap, plain_eap_ig,
-plain_eap_ig_activations, and the fast forms path_patch_all, edge_patch, eap, eap_ig and eap_ig_activations.
+The methods in plain form, and their fast forms: path_patch, chain_patch (path_patch_all) in path_patching.py;
+plain_edge_patch (edge_patch) in graph.py; plain_eap, plain_eap_ig, plain_eap_ig_activations (eap, eap_ig,
+eap_ig_activations) in eap.py; circuits in circuit_search.py, roles in roles.py.
 """
 
 import json
@@ -36,52 +37,35 @@ from data import text_of
 from weights import about_bos, open_model, text_tokenizer, token_text
 from train import keep_freed_memory
 from launch import flags
-from anatomy import about_norms
-from interventions import (
-    UNITS,
-    Pairs,
-    baselines,
-    by_groups,
-    in_words,
-    missed_gates,
-    normalised,
-    read_task,
-    require_gap,
-    sweep_gates,
-)
-from graph import (
-    MIB_SHARES,
-    WANG,
-    Graph,
-    agreement,
+from logit_attribution import about_norms
+from pairs import UNITS, Pairs, baselines, by_groups, normalised, read_task, require_gap
+from interventions import in_words, missed_gates, sweep_gates
+from graph import Graph, corrupt_writes, edge_patch, mean_ablation, pairs_that_fit
+from path_patching import (
     chain_name,
     chain_patch,
-    circuit_metric,
-    cmd,
-    corrupt_writes,
-    cpr,
-    eap,
-    eap_ig,
-    eap_ig_activations,
-    edge_patch,
-    find_roles,
     inputs_of,
-    interval,
-    log_area,
-    mean_ablation,
-    mib_graph,
-    pairs_that_fit,
     path_losses,
     path_patch,
     read_chain,
-    resampled_faithfulness,
     self_repair,
-    smallest_circuit,
-    top_edges,
     trace_back,
-    write_differences,
     writers_of,
 )
+from eap import agreement, eap, eap_ig, eap_ig_activations, write_differences
+from circuit_search import (
+    MIB_SHARES,
+    circuit_metric,
+    cmd,
+    cpr,
+    interval,
+    log_area,
+    mib_graph,
+    resampled_faithfulness,
+    smallest_circuit,
+    top_edges,
+)
+from roles import WANG, find_roles
 from llama_block import Llama
 
 import plotly.graph_objects as go
@@ -106,7 +90,7 @@ class Config:
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
     # one path by name, as "L1H3 -> L2H0.k -> logits" or "L1H1 + L1H3 -> L2 MLP": what does it carry, edge by edge?
     path: str | None = None
-    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
+    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in pairs.make_metric
     n: Count = 32  # pairs to find the circuit on
     held_out: Count = 100  # pairs to test it on
     # what goes back from the logits and tells roles: path_patch sends along residual connections and MLPs (Wang et al.

@@ -30,7 +30,8 @@ from data import text_of
 from weights import about_bos, model_key, open_model, text_tokenizer, token_text
 from launch import flags
 from lens import slug
-from interventions import in_words, missed_gates, read_pairs, share_out
+from pairs import read_pairs, share_out
+from interventions import in_words, missed_gates
 from alignment import (
     CAUSAL_MODELS,
     InterchangeRuns,

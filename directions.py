@@ -28,10 +28,10 @@ from hooks import (
 )
 from layers import next_token_loss
 from weights import encode, generate
-from anatomy import layer_streams
+from logit_attribution import layer_streams
 from world import ANSWERS, DRAW, ENTITIES, RELATIONS, Prompt, fact_prompts, read_countries
 from lens import kl_from
-from interventions import entities_for, padded, read_table
+from pairs import entities_for, padded, read_table
 from probes import fit_probe
 from alignment import first_token, read_subspaces, save_subspaces
 

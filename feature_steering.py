@@ -24,19 +24,8 @@ from data import refuse_empty, str_tokens
 from launch import flags
 from world import Labelled, Prompt, fact_prompts, read_countries
 from interventions import loss_of, put
-from sae import (
-    GPT2_PRESET,
-    Attribution,
-    SAEConfig,
-    Subject,
-    change,
-    firing_order,
-    judge,
-    open_subject,
-    require_good_sae,
-    sparse,
-    with_sparsity,
-)
+from sae import GPT2_PRESET, SAEConfig, with_sparsity
+from features import Attribution, Subject, change, firing_order, judge, open_subject, require_good_sae, sparse
 from lens import knows_world
 from probes import (
     TEST,

@@ -1,12 +1,13 @@
 """
 Hooks: one way to listen and to intervene, for our own models and any TransformerBridge; a run from the middle; batches
-that halve when memory runs out.
+that halve when memory runs out; activations harvested at any hook.
 """
 
 import contextlib
 import difflib
 import fnmatch
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -481,3 +482,34 @@ def peak_bytes(run: Callable) -> int:
     memory = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     memory.sort(key=lambda event: (event.start_ns(), event.nbytes()))
     return int(np.cumsum([event.nbytes() for event in memory]).max())
+
+
+#%% Gate: listening changes nothing
+@t.no_grad()
+def listening_gap(model: nn.Module, tokens: Tensor) -> float:
+    """Largest difference of the logits with every hook cached and without, relative to the largest logit."""
+    listened, _ = run_with_cache(model, tokens)
+    alone = model(tokens)
+    return (listened - alone).abs().max().item() / listened.abs().max().item()
+
+
+#%% Activations, harvested at any hook, heads side by side
+@t.no_grad()
+def harvest(model: nn.Module, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """{hook: (batch, pos, d)} in float32; the blocks above the last hook are not run."""
+    in_blocks = [re.search(r"blocks\.(\d+)\.", name) for name in names]
+    stop = {}
+    if all(in_blocks):
+        last = max(int(match[1]) for match in in_blocks)
+        stop = {"stop_at_layer": last + 1}
+    _, cache = run_with_cache(model, tokens, names, **stop)
+
+    found = {name: cache[name].float().flatten(2) for name in names}
+    for name, activations in found.items():
+        broken = (~activations.isfinite()).sum()
+        if broken:
+            fail(
+                f"{broken} activations at {name} are NaN or infinite: "
+                "the model's weights are broken, or its dtype is too small"
+            )
+    return found

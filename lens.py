@@ -38,7 +38,7 @@ from hooks import (
 )
 from weights import model_key, token_text
 from data import Corpus, is_bytes, load_corpus
-from anatomy import layer_streams
+from logit_attribution import layer_streams
 from world import load_world
 
 import numpy as np

@@ -35,7 +35,8 @@ from hooked import Hooked
 from layers import HeadWeights, attend
 from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
-from anatomy import attention_in, attention_patterns, listening_gap
+from hooks import listening_gap
+from heads import attention_in, attention_patterns
 from data import bos_id, load_corpus, load_tokenizer, refuse_empty, str_tokens, text_of, to_tokens, write_folder
 from launch import flags
 from parts import (

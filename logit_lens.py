@@ -2,7 +2,7 @@
 Logit lens: what does a model believe after every layer? Read through its own final norm and unembedding, through a
 tuned or a Jacobian lens, and taken apart into what each layer and head wrote.
 The methods are lens.logit_lens, its fast form lens.read, lens.tuned_lens_loss, lens.jacobian_lens and
-anatomy.logit_parts. At another place of a block than its end: run_with_cache there, then Lens(model)(cache[name]).
+logit_attribution.logit_parts. At another place of a block than its end: run_with_cache there, then Lens(model)(cache[name]).
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from hooks import device_of, has_qkv, is_streamed
 from weights import about_bos, answer_token, encode, open_model, token_text
 from data import refuse_empty
 from launch import flags
-from anatomy import layer_writes, logit_parts, parts_error
+from logit_attribution import layer_writes, logit_parts, parts_error
 from world import judging_rows
 from lens import (
     CATEGORIES,

@@ -34,12 +34,12 @@ from hooks import HookPoint, act_name, hooks, run_with_cache
 from hooked import Hooked
 from weights import read_tensors, take_tensors, tensor_table
 
-from anatomy import (
+from hooks import listening_gap
+from heads import (
     BY_CONTENT,
     attention_on,
     head_scores,
     known_tokens,
-    listening_gap,
     other_rows_null,
     random_keys_null,
     random_repeats,
@@ -443,7 +443,7 @@ def channel_patterns(model: Mamba, tokens: Tensor, layer: int, together: int = 1
         yield as_pattern(hidden_attention(some, A, B, C))
 
 
-#%% Do channels look where attention heads look? The heads' own scores, nulls and bars (anatomy), channel by channel
+#%% Do channels look where attention heads look? The heads' own scores, nulls and bars (heads.py), channel by channel
 ROLES = ("previous token", "duplicate token", "induction")
 SHUFFLES = 200
 

@@ -30,7 +30,7 @@ from layers import next_token_loss
 from llama_block import Llama, LlamaConfig, SwiGLU, read_llama_config, write_llama_config
 from weights import open_with_all_hooks
 
-from anatomy import mutual_information
+from information import mutual_information
 from data import bos_id, kind_of, load_corpus, refuse_empty, str_tokens
 from launch import flags
 from parts import (

@@ -25,7 +25,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from plots import bar, imshow, label_tokens, plain, show, visible
 from hooks import device_of, has_heads, logit_multiplier
 from weights import about_bos, encode, norm_of, read_tensors, token_text
-from anatomy import StreamParts, stream_parts
+from logit_attribution import StreamParts, stream_parts
 
 import torch as t
 import torch.nn as nn

@@ -1,7 +1,8 @@
 """
 Which activations cause the answer? Activation patching, causal tracing, attention knock-out and ablations, on our own
 models and any TransformerBridge.
-The methods are in interventions.py: activation_patch and its fast form sweep, causal_trace, attention_knock_out, ablate.
+The methods are in interventions.py (activation_patch and its fast form sweep, causal_trace, attention_knock_out) and
+ablations.py (ablate and its fast form ablation_effects).
 """
 
 from dataclasses import dataclass, replace
@@ -31,33 +32,34 @@ from data import text_of
 from weights import about_bos, open_model, text_tokenizer, token_text
 from train import keep_freed_memory
 from launch import flags
-from anatomy import about_norms, attention_in, attention_patterns
+from logit_attribution import about_norms
+from heads import attention_in, attention_patterns
 from world import corpus_for, judging_rows
-from interventions import (
-    HEADS,
-    STREAM,
+from pairs import (
     UNITS,
-    Part,
-    ablation_effects,
-    activation_patch,
     baselines,
     by_groups,
     direct_attribution,
-    embedding_std,
-    fine_parts,
-    head_names,
-    in_words,
-    knock_out,
     mean_with_interval,
-    missed_gates,
-    noised_pairs,
     normalised,
     position_masks,
     read_task,
     require_gap,
+)
+from interventions import (
+    HEADS,
+    STREAM,
+    activation_patch,
+    embedding_std,
+    head_names,
+    in_words,
+    knock_out,
+    missed_gates,
+    noised_pairs,
     sweep,
     sweep_gates,
 )
+from ablations import Part, ablation_effects, fine_parts
 from llama_block import Llama
 
 import torch as t
@@ -79,7 +81,7 @@ class Config:
     answer: str | None = None  # one token, with the space before it: " Paris"
     wrong: str | None = None  # the token that the answer is held against
     pairs: str | None = None  # or many: a CSV or JSON file with the columns clean, corrupt, answer, wrong
-    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in interventions.make_metric
+    metric: Literal["logit_diff", "log_prob", "kl"] = "logit_diff"  # each is written out in pairs.make_metric
     site: tuple[str, ...] = STREAM + HEADS  # activations to sweep
     positions: tuple[Natural, ...] = ()  # of the shown prompt; default all
     n: Count = 32  # pairs to look at

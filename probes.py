@@ -13,7 +13,7 @@ from random import Random
 from utils import fail, find_folder, load_model, seed_of  # first: sets OpenMP's variables before torch is loaded
 from hooks import in_batches
 from data import Corpus
-from anatomy import harvest
+from hooks import harvest
 from world import (
     DRAW,
     FACTS,
@@ -25,7 +25,7 @@ from world import (
     label_sentences,
     read_countries,
 )
-from interventions import read_table
+from pairs import read_table
 
 import numpy as np
 import torch as t

@@ -28,10 +28,11 @@ from plots import array, bar, imshow, line, show
 from hooks import act_name, hook_points, run_with_cache
 from weights import about_bos, encode, model_key, open_model, text_tokenizer, token_text
 from launch import flags
-from anatomy import layer_streams
+from logit_attribution import layer_streams
 from lens import slug
 from interventions import in_words, missed_gates
-from sae import open_folder, sparse
+from sae import open_folder
+from features import sparse
 from probes import (
     harvest_labelled,
     interval_over_splits,

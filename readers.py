@@ -33,7 +33,8 @@ from plots import bar, imshow, line, show
 from hooks import device_of, in_batches, run_from, run_with_cache
 from weights import bos_id, encode, model_key
 from launch import flags
-from anatomy import extraction_by_head, folded_W_U, layer_streams
+from logit_attribution import folded_W_U, layer_streams
+from heads import extraction_by_head
 from world import FACTS, RELATIONS, Prompt, fact_prompts, judging_rows, read_answers, read_countries
 from lens import (
     TUNED_ROWS,

@@ -2,7 +2,7 @@
 Which directions carry which concepts? A sparse autoencoder, trained here or loaded by its own metadata, is judged,
 probed for known concepts, and read as a page.
 The methods are sae.loss_terms (the objectives of --architecture own and own_l1; the default's is SAELens's batchtopk),
-sae.judge and probes.run_probes. A concept of your own: labelled.concepts["mine"] = Concept(...), after it is labelled below.
+features.judge and probes.run_probes. A concept of your own: labelled.concepts["mine"] = Concept(...), after it is labelled below.
 """
 
 import re
@@ -24,23 +24,8 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from plots import array, bar, feature_page, imshow, line, show, show_page
 from hooks import act_name, hook_points
 from launch import flags
-from sae import (
-    GPT2_PRESET,
-    SAEConfig,
-    firing_order,
-    fit_sae,
-    judge,
-    label_of,
-    losses_of,
-    neighbours,
-    open_subject,
-    read_features,
-    require_good_sae,
-    settings_like,
-    sparse,
-    variant,
-    with_sparsity,
-)
+from sae import GPT2_PRESET, SAEConfig, fit_sae, label_of, losses_of, settings_like, variant, with_sparsity
+from features import firing_order, judge, neighbours, open_subject, read_features, require_good_sae, sparse
 from lens import knows_world
 from probes import (
     KS,

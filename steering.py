@@ -35,8 +35,10 @@ from weights import about_bos, encode, model_key, open_model, text_tokenizer
 from launch import flags
 from world import judging_rows
 from lens import slug
-from interventions import in_words, missed_gates, share_out
-from sae import open_folder, text_for
+from pairs import share_out
+from interventions import in_words, missed_gates
+from sae import open_folder
+from features import text_for
 from directions import (
     METHODS,
     Asked,

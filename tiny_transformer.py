@@ -33,18 +33,11 @@ from hooked import Hooked
 from layers import Attention
 from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
-from anatomy import (
-    attention_in,
-    catalogue,
-    ff_maps,
-    fold_norm,
-    listening_gap,
-    logit_parts,
-    neuron_catalogue,
-    parts_error,
-    random_repeats,
-    which_bar,
-)
+from hooks import listening_gap
+from logit_attribution import logit_parts, parts_error
+from neurons import neuron_catalogue
+from heads import attention_in, catalogue, random_repeats, which_bar
+from norm_maps import ff_maps, fold_norm
 from data import bos_id, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens, write_folder
 from launch import flags
 from parts import (

@@ -26,9 +26,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 )
 from hooks import act_name, hook_points, in_batches, run_with_hooks
 from data import Corpus
-from anatomy import harvest
+from hooks import harvest
 from layers import next_token_loss
-from sae import fingerprint, keep_top, learning_rate_factor, open_release, recovered, sparse, text_places
+from sae import fingerprint, keep_top, learning_rate_factor, open_release, text_places
+from features import recovered, sparse
 
 import numpy as np
 import torch as t

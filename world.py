@@ -24,7 +24,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     gray,
     write_aside,
 )
-from anatomy import head_scores, repeated_tokens
+from heads import head_scores, repeated_tokens
 from data import (
     Corpus,
     is_whole,

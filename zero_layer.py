@@ -29,7 +29,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
 from hooks import HookPoint
 from hooked import Hooked
 
-from anatomy import entropy_floor, mutual_information, row_totals
+from information import entropy_floor, mutual_information, row_totals
 from data import find_tokens, kind_of, load_corpus, str_tokens
 from launch import flags
 from plots import COLORS, array, imshow, label_tokens, line, plain, show, visible

@@ -6,7 +6,7 @@ import torch as t
 import torch.nn as nn
 from conftest import tiny_hf
 
-from interventions import Pairs, find_places
+from pairs import Pairs, find_places
 from llama_block import Llama
 
 L, H = 3, 4  # layers and heads of every model here

@@ -35,7 +35,8 @@ from alignment import (
     share_with_interval,
 )
 from hooks import HookPoint
-from interventions import Pairs, activation_patch, draw_pairs
+from pairs import Pairs, draw_pairs
+from interventions import activation_patch
 from llama_block import Llama
 from weights import token_text
 

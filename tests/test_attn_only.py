@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import ROOT, one_line_error
 from torch import Tensor
 
-from anatomy import head_scores, repeated_tokens
+from heads import head_scores, repeated_tokens
 from attn_only import (
     AttnOnly,
     AttnOnlyConfig,

@@ -9,7 +9,7 @@ import torch as t
 from conftest import ROOT
 
 import utils
-from anatomy import head_scores, repeated_tokens
+from heads import head_scores, repeated_tokens
 from data import train_bpe
 from hooks import find_hooks, run_with_cache, run_with_hooks
 from utils import full_name, load_model

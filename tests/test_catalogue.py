@@ -11,16 +11,13 @@ import torch as t
 from conftest import one_line_error
 from models_for_tests import tiny_models
 
-from anatomy import (
+from logit_attribution import folded_W_U, parts_error
+from neurons import (
     embeddings_as_read,
-    folded_W_U,
-    head_looks,
-    head_map,
     neuron_catalogue,
     neuron_effect,
     neuron_parts,
     neuron_readers,
-    parts_error,
     peaks_by_row,
     sharpness,
     sharpness_null,
@@ -28,6 +25,7 @@ from anatomy import (
     tokens_read,
     without_sources,
 )
+from heads import head_looks, head_map
 from hooks import block_norms, run_with_cache
 from plots import catalogue_page
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 import sae_probe
 import feature_steering as steering
-from anatomy import harvest
+from hooks import harvest
 from llama_block import Llama, LlamaConfig
 from probes import subject_position
 from sae import SAEConfig

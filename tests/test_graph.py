@@ -10,37 +10,32 @@ from conftest import ROOT, memory_for
 from models_for_tests import H, L, three_pairs, tiny_models
 
 from hooks import act_name, peak_bytes, run_with_cache, run_with_hooks
-from interventions import Pairs, baselines, draw_pairs, find_places, make_metric, normalised, sweep
-from graph import (
-    Graph,
-    abc_prompts,
+from pairs import Pairs, baselines, draw_pairs, find_places, make_metric, normalised
+from interventions import sweep
+from graph import Graph, abc_prompts, edge_patch, mean_ablation, plain_edge_patch
+from path_patching import path_patch, path_patch_all, self_repair, trace_back
+from eap import (
     agreement,
-    circuit_metric,
-    cmd,
-    cpr,
     eap,
     eap_ig,
     eap_ig_activations,
-    edge_patch,
-    RoleSearch,
-    find_roles,
-    interval,
-    log_area,
-    mean_ablation,
-    mib_graph,
-    path_patch,
-    path_patch_all,
     plain_eap,
     plain_eap_ig,
     plain_eap_ig_activations,
-    plain_edge_patch,
-    resampled_faithfulness,
-    self_repair,
-    smallest_circuit,
-    top_edges,
-    trace_back,
     write_differences,
 )
+from circuit_search import (
+    circuit_metric,
+    cmd,
+    cpr,
+    interval,
+    log_area,
+    mib_graph,
+    resampled_faithfulness,
+    smallest_circuit,
+    top_edges,
+)
+from roles import RoleSearch, find_roles
 from llama_block import Llama, LlamaConfig
 
 
@@ -358,7 +353,7 @@ def test_a_head_that_looks_at_any_name_has_no_role(models, monkeypatch):
             attention[place] = pattern
         return attention
 
-    monkeypatch.setattr("graph.attention_from_places", by_rule)
+    monkeypatch.setattr("roles.attention_from_places", by_rule)
     search = RoleSearch(model, graph, pairs, "logit_diff", 1.0, shuffles=1000, floor=0.1, seed=0, by="edge_patch")
     assert search.scores["name mover"][0, 1] == pytest.approx(0.3)
     assert search.elsewhere["name mover"][0, 1] == pytest.approx(0.3)

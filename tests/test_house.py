@@ -19,14 +19,25 @@ FOUNDATIONS = (  # from below: each may import those before it
     "hooked",
     "train",
     "launch",
-    "anatomy",
+    "information",
+    "logit_attribution",
+    "neurons",
+    "heads",
+    "norm_maps",
     "parts",
     "world",
     "lens",
     "study",
+    "pairs",
     "interventions",
+    "ablations",
     "graph",
+    "path_patching",
+    "eap",
+    "circuit_search",
+    "roles",
     "sae",
+    "features",
     "probes",
     "alignment",
     "directions",
@@ -109,24 +120,29 @@ def test_a_foundation_runs_nothing_when_it_is_imported(name):
             assert is_text or sets_openmp, f"{name}: line {node.lineno}"
 
 
+def in_order(name: str) -> list[str]:
+    """The modules that a file imports at its top, one after the other."""
+    imports = [node for node in tree(name).body if isinstance(node, (ast.ImportFrom, ast.Import))]
+    return [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+
+
+def begins_with_utils(name: str) -> bool:
+    """Whether the first file of ours that it imports is utils, or one that begins with utils; if it imports any."""
+    if name == "utils":
+        return True
+    ours = [module for module in in_order(name) if (ROOT / f"{module}.py").exists()]
+    return not ours or begins_with_utils(ours[0])
+
+
 def test_utils_comes_first_wherever_it_is_imported():
     """It sets OpenMP's variables, which torch reads when it is loaded."""
     for path in ROOT.glob("*.py"):
         if path.stem == "utils":
             continue
-        names = [
-            node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-            for node in tree(path.stem).body
-            if isinstance(node, (ast.ImportFrom, ast.Import))
-        ]
-        ours = [name for name in names if (ROOT / f"{name}.py").exists()]
-        before_torch = (
-            names[: next(i for i, name in enumerate(names) if name.split(".")[0] == "torch")]
-            if any(name.split(".")[0] == "torch" for name in names)
-            else names
-        )
-        assert ours and ours[0] in before_torch, path.name
-        assert ours[0] in ("utils", "hooks"), path.name
+        modules = in_order(path.stem)
+        assert begins_with_utils(path.stem), path.name
+        first = next((i for i, module in enumerate(modules) if (ROOT / f"{module}.py").exists()), 0)
+        assert "torch" not in [module.split(".")[0] for module in modules[:first]], path.name
 
 
 def test_no_file_stands_in_the_way_of_a_reader():

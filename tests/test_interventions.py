@@ -14,37 +14,35 @@ import torch.nn as nn
 from conftest import ROOT, memory_for, save_folder, tiny_hf
 from models_for_tests import H, L, three_pairs, tiny_models
 
-from anatomy import logit_parts
+from logit_attribution import logit_parts
 from hooks import act_name, peak_bytes, run_from, run_with_cache, run_with_hooks
-from interventions import (
-    HEADS,
-    STREAM,
+from pairs import (
     Pairs,
-    Part,
-    ablate,
-    ablation_effects,
-    activation_patch,
     baselines,
-    causal_trace,
     direct_attribution,
     draw_pairs,
-    embedding_std,
-    fine_parts,
-    knock_out,
     make_metric,
     make_pairs,
-    mean_ablation,
     mean_with_interval,
-    missed_gates,
-    noised_pairs,
     normalised,
     position_masks,
     read_pairs,
     read_task,
     share_out,
+)
+from interventions import (
+    HEADS,
+    STREAM,
+    activation_patch,
+    causal_trace,
+    embedding_std,
+    knock_out,
+    missed_gates,
+    noised_pairs,
     sweep,
     sweep_gates,
 )
+from ablations import Part, ablate, ablation_effects, fine_parts, mean_ablation
 from layers import next_token_loss
 from llama_block import Llama
 from utils import load_model

@@ -9,7 +9,7 @@ from conftest import ROOT, one_line_error
 from test_lens import CAP, ROWS, logits_by_layer, save_model
 
 import logit_lens as ll
-from anatomy import layer_writes, logit_parts, parts_error
+from logit_attribution import layer_writes, logit_parts, parts_error
 from lens import TUNED_ROWS, TUNED_TOKENS, Lens, draw_rows, judge_lenses, tuned_lens
 from llama_block import Llama
 from utils import load_model

@@ -12,7 +12,7 @@ from conftest import ROOT, one_line_error, relative_error, save_folder, tiny_hf
 from safetensors.torch import load_file, save_file
 from test_architectures import ROW
 
-from anatomy import logit_parts, stream_parts
+from logit_attribution import logit_parts, stream_parts
 from hooks import run_with_cache
 from llama_block import Llama, rope_frequencies
 from moe import MoE

@@ -9,21 +9,10 @@ import torch as t
 import torch.nn as nn
 from models_for_tests import H, L, three_pairs, tiny_models
 
-from interventions import Pairs, activation_patch, baselines, inputs, make_metric
-from graph import (
-    EdgeRun,
-    Graph,
-    chain_name,
-    chain_patch,
-    edge_patch,
-    path_losses,
-    path_patch,
-    path_patch_all,
-    plain_edge_patch,
-    read_chain,
-    read_node,
-    run_graph,
-)
+from pairs import Pairs, baselines, inputs, make_metric
+from interventions import activation_patch
+from graph import EdgeRun, Graph, edge_patch, plain_edge_patch, run_graph
+from path_patching import chain_name, chain_patch, path_losses, path_patch, path_patch_all, read_chain, read_node
 
 ALL = ["ours", "gpt2", "gpt_neox", "gptj", "gemma2", "olmo2"]
 

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer
 
 import world
-from anatomy import harvest
+from hooks import harvest
 from llama_block import Llama
 from probes import (
     Example,
@@ -41,7 +41,7 @@ from probes import (
     split,
     summarise_splits,
 )
-from sae import sparse
+from features import sparse
 from world import DRAW, Concept, Labelled, fact_prompts, label_sentences, read_countries
 
 

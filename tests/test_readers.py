@@ -15,7 +15,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
 import readers as rd
-from anatomy import extraction_by_head, layer_streams
+from logit_attribution import layer_streams
+from heads import extraction_by_head
 from hooks import act_name, run_with_cache, run_with_hooks
 from interventions import patchscope
 from lens import Lens

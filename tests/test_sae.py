@@ -14,33 +14,26 @@ import torch.nn.functional as F
 from conftest import ROOT, memory_for
 
 import plots
-from anatomy import harvest
+from hooks import harvest
 from hooks import run_with_hooks
 from interventions import put
 from llama_block import Llama
 from sae import (
-    ActivationStream,
-    encode_rows,
     IDENTITY,
     SPARSITY,
-    Attribution,
+    ActivationStream,
     OwnSAE,
     SAEConfig,
     as_saelens,
-    change,
     check_fit,
     fingerprint,
     fit_sae,
     hook_for,
-    heldout_rows,
-    judge,
     key_of,
     losses_of,
     model_for,
     open_folder,
     open_release,
-    read_features,
-    require_good_sae,
     sae_loss,
     settings_like,
     train_by_saelens,
@@ -49,6 +42,7 @@ from sae import (
     variant,
     with_sparsity,
 )
+from features import Attribution, change, encode_rows, heldout_rows, judge, read_features, require_good_sae
 
 HOOK = "blocks.1.hook_resid_pre"
 

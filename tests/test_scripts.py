@@ -14,7 +14,7 @@ from data import load_corpus
 from lens import RULES
 from utils import green, purple, yellow
 from zero_layer import bigram_counts
-from anatomy import entropy_floor
+from information import entropy_floor
 
 FLAGS = {
     "zero_layer": "--data story.txt --vocab 300 --d-model 32 --steps 80 --ranks 2 16 --token cat",

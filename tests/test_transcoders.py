@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 import sae
-from anatomy import harvest
+from hooks import harvest
 from hooks import run_with_cache, run_with_hooks
 from layers import next_token_loss
 from llama_block import Llama, LlamaConfig

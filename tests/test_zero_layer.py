@@ -21,7 +21,7 @@ from zero_layer import (
     svd_table,
     truncated,
 )
-from anatomy import entropy_floor, mutual_information, row_totals
+from information import entropy_floor, mutual_information, row_totals
 from data import kind_of
 
 import numpy as np

@@ -6,7 +6,8 @@ from models_for_tests import hf_and_bridge, three_pairs
 
 pv = pytest.importorskip("pyvene", reason="needs the package pyvene")
 
-from interventions import activation_patch, baselines, make_metric
+from pairs import baselines, make_metric
+from interventions import activation_patch
 
 pytestmark = pytest.mark.peer
 COMPONENTS = {  # pyvene's name: the site here

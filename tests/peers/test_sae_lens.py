@@ -19,7 +19,7 @@ from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae import judge
+from features import judge
 
 pytestmark = pytest.mark.peer
 HOOK = "blocks.1.hook_resid_post"

@@ -12,25 +12,20 @@ from conftest import tiny_attn_only
 # ruff: noqa: F811  a fixture is imported by name and taken as an argument of that name
 from test_tiny_transformer import V, bridge, folder, small, small_llama, tokens  # noqa: F401  fixtures and models
 
-from anatomy import (
+from hooks import listening_gap
+from logit_attribution import direct_logit_attribution, folded_W_U, logit_parts, parts_error
+from neurons import neuron_catalogue
+from heads import (
     catalogue,
-    direct_logit_attribution,
-    ff_maps,
-    fold_norm,
-    folded_W_U,
     head_scores,
     heads_of_role,
-    listening_gap,
-    logit_parts,
-    mixing_ratio,
-    neuron_catalogue,
-    parts_error,
     repeated_tokens,
     role_targets,
     spaced_repeats,
     stripe,
     which_bar,
 )
+from norm_maps import ff_maps, fold_norm, mixing_ratio
 from hooks import HookPoint, hook_points, run_with_cache
 from tiny_transformer import TinyConfig, TinyTransformer
 
