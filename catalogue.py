@@ -10,6 +10,7 @@ from pathlib import Path
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BAR,
     Count,
+    DtypeName,
     Natural,
     cyan,
     endc,
@@ -65,6 +66,7 @@ class Config:
     data: str | None = None  # text to see them in; default world for models/world, else stdlib
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     device: str = "auto"
 
 
@@ -88,7 +90,7 @@ def read_neurons(asked: tuple[str, ...], d_mlps: list[int]) -> list[list[int]]:
 
 
 cfg.model = on_base(cfg.model, cfg.base)
-model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, cfg.dtype, bos=cfg.bos).requires_grad_(False)
 if not has_qkv(model) or len(model.W_U) != model.cfg.d_model:
     fail(
         "the catalogue needs queries, keys and values by head and an unembedding of the stream, and this model (streamed, "

@@ -8,6 +8,7 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     Count,
+    DtypeName,
     Natural,
     cyan,
     endc,
@@ -125,7 +126,7 @@ class Config:
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     chat_tokens: Count = 200  # the longest answer
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     seed: Natural = 0  # of every draw
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them

@@ -16,6 +16,7 @@ from typing import Literal
 # first: sets OpenMP's variables before torch is loaded
 from utils import (
     Count,
+    DtypeName,
     Natural,
     Positive,
     cyan,
@@ -106,6 +107,7 @@ class Config:
     memory_gb: Positive = 1.0  # cap on activations
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0  # of every draw
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
@@ -115,7 +117,7 @@ set_seed(cfg.seed)
 
 #%% The model and the prompts: pairs that differ in one thing, some to find the circuit on, others to test it on
 cfg.model = on_base(cfg.model, cfg.base)
-model = open_model(cfg.model, (Llama,), device, bos=cfg.bos).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, cfg.dtype, bos=cfg.bos).requires_grad_(False)
 if not has_qkv(model):
     fail(
         "paths need queries, keys and values by head, and this model (streamed, without attention, or with DeepSeek's "
@@ -179,8 +181,9 @@ if missed:
     fail(f"gate: {missed[0]} misses; sweeps of this model cannot be believed")
 missed = missed_gates(of_edges, model)
 if missed:
+    rounded = "" if model.W_U.dtype == t.float32 else f" in {model.W_U.dtype} (--dtype float32 adds up better)"
     print(
-        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream, "
+        f"{yellow}gate: {missed[0]} misses: the writes of this model do not add up to its stream{rounded}, "
         f"so paths and circuits are left out{endc}"
     )
     save_results("circuits", cfg, **numbers)

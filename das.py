@@ -11,6 +11,7 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     Count,
+    DtypeName,
     Natural,
     Positive,
     cyan,
@@ -76,6 +77,7 @@ class Config:
     memory_gb: Positive = 1.0  # cap on activations of one run
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0  # of every draw
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
@@ -84,7 +86,7 @@ device = pick_device(cfg.device)
 set_seed(cfg.seed)
 
 #%% The model, the causal model and its variable, and the cases: base, source, and what must be answered afterwards
-model = open_model(cfg.model, (Llama,), device, offload="off", bos=cfg.bos).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, cfg.dtype, offload="off", bos=cfg.bos).requires_grad_(False)
 d_model = model.cfg.d_model
 n_layers = model.cfg.n_layers
 ranks = [k for k in sorted(set(cfg.ranks)) if k <= d_model]
@@ -344,7 +346,7 @@ show(
 )
 
 #%% The subspaces in a file, the numbers for machines, and the conclusion
-key = model_key(cfg.model, [variable, cfg.pairs, cfg.n, cfg.steps, cfg.batch, cfg.lr, cfg.seed])
+key = model_key(cfg.model, [variable, cfg.dtype, cfg.pairs, cfg.n, cfg.steps, cfg.batch, cfg.lr, cfg.seed])
 path = Path("checkpoints/das") / f"{slug(cfg.model)}-{slug(variable)}-{key}.safetensors"
 named = {}
 for (layer, place, *of_rank), subspace in subspaces.items():

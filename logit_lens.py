@@ -10,6 +10,7 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     Count,
+    DtypeName,
     Natural,
     Share,
     cyan,
@@ -77,7 +78,7 @@ class Config(LensConfig):
     prompt: str = "Everyone knows that the capital of Japan is"  # a text to look at
     answer: str | None = None  # the token to follow after the prompt; default what the model says
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     copy_threshold: Share = 0.5  # probability from which a piece of the prompt dominates
     top: Count = 5  # likeliest tokens shown

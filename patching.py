@@ -12,6 +12,7 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     Count,
+    DtypeName,
     Natural,
     Positive,
     cyan,
@@ -91,9 +92,11 @@ class Config:
     # text whose loss ablations are measured on: world, stdlib, a file or folder, a hub dataset;
     # default world for models/world, else stdlib
     data: str | None = None
+    rows: Count = 16  # of 64 tokens of it
     memory_gb: Positive = 1.0  # cap on activations
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0  # of every draw
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
@@ -108,12 +111,12 @@ def texts(ids: t.Tensor) -> list[str]:
 
 
 cfg.model = on_base(cfg.model, cfg.base)
-model = open_model(cfg.model, (Llama,), device, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, cfg.dtype, offload=cfg.offload, bos=cfg.bos).requires_grad_(False)
 task, pairs, test_pairs = read_task(model, cfg)
 if not is_streamed(model):
     keep_freed_memory()  # blocks that come and go would leave holes
     data, corpus = corpus_for(cfg.data, cfg.model, cfg.bos)  # for the ablations; what cannot be read is said now
-    rows = judging_rows(corpus, 16, 64, cfg.seed).to(device)
+    rows = judging_rows(corpus, cfg.rows, 64, cfg.seed).to(device)
 metric = cfg.metric
 n_layers = model.cfg.n_layers
 n_heads = model.cfg.n_heads

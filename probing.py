@@ -12,6 +12,7 @@ from typing import Literal
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BRIEF,
     Count,
+    DtypeName,
     Natural,
     cyan,
     endc,
@@ -71,6 +72,7 @@ class Config:
     seeds: Count = 3  # splits of the groups
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
@@ -81,7 +83,7 @@ set_seed(cfg.seed)
 #%% The examples and the model: where each text is read, and how many groups each label has
 examples = read_labels(cfg.labels) if cfg.labels else world_examples(cfg.task, cfg.n, cfg.seed)
 about = Path(cfg.labels).stem if cfg.labels else cfg.task
-model = open_model(cfg.model, (Llama,), device, offload="off", bos=cfg.bos).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, cfg.dtype, offload="off", bos=cfg.bos).requires_grad_(False)
 labelled = label_examples(text_tokenizer(model), examples)
 for label, concept in labelled.concepts.items():
     for s in range(cfg.seeds):
@@ -266,7 +268,7 @@ for label, concept in labelled.concepts.items():
     for stream in streams:
         unit = probe_directions(concept, array(found[stream]), cfg.seed)[method]
         directions[stream] = t.from_numpy(unit).float()[:, None]
-    key = model_key(cfg.model, [about, label, len(examples), cfg.seed])
+    key = model_key(cfg.model, [about, label, cfg.dtype, len(examples), cfg.seed])
     path = Path("checkpoints/probing") / f"{slug(cfg.model)}-{slug(about)}-{slug(label)}-{key}.safetensors"
     save_subspaces(path, directions, model=cfg.model, labels=about, label=label, method=method, seed=cfg.seed)
     again, _ = read_subspaces(path)

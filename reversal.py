@@ -13,6 +13,7 @@ from typing import Literal
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     Count,
+    DtypeName,
     Natural,
     Share,
     cyan,
@@ -615,7 +616,7 @@ class Config(LensConfig):
     bos: bool | None = None  # put a beginning-of-text token first; default as the model's own tokenizer says
     models: tuple[str, ...] = ()  # analyse these one after the other, skip what is finished, and compare them
     norm: Literal["final", "none"] = "final"  # before the unembedding: the model's own final norm, or none (to compare)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     offload: Literal["auto", "on", "off"] = "auto"  # weights come block by block: where they do not fit, always, never
     countries: Natural = 0  # ask about so many of them; 0 is all
     forms: int = 4  # phrasings per direction, of 11

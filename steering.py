@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from utils import (  # first: sets OpenMP's variables before torch is loaded
     BRIEF,
     Count,
+    DtypeName,
     Natural,
     NotNegative,
     Positive,
@@ -114,6 +115,7 @@ class Config:
     memory_gb: Positive = 1.0  # cap on activations of one run
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
+    dtype: DtypeName = "auto"  # of the weights; auto: bfloat16 on a GPU that has it, else float32
     device: str = "auto"  # auto (cuda, then mps, then cpu), or one of them
 
 
@@ -127,7 +129,7 @@ if cfg.positive and cfg.contrasts:
 
 #%% The model and the contrasts: some to find directions on, others to judge them on
 judge = open_judge(cfg.judge) if cfg.judge else None
-model = open_model(cfg.model, (Llama,), device, offload="off", bos=cfg.bos).requires_grad_(False)
+model = open_model(cfg.model, (Llama,), device, cfg.dtype, offload="off", bos=cfg.bos).requires_grad_(False)
 tokenizer = text_tokenizer(model)
 
 
@@ -498,7 +500,9 @@ fig = line(
 show(fig, "steering/fluency", "Where the loss climbs far above that at strength 0, the push breaks the text.")
 
 #%% The direction in a file, the numbers for machines, and the conclusion
-key = model_key(cfg.model, [about, contrasts.positive, contrasts.negative, cfg.place, best_method, best_hook])
+key = model_key(
+    cfg.model, [about, cfg.dtype, contrasts.positive, contrasts.negative, cfg.place, best_method, best_hook]
+)
 path = Path("checkpoints/directions") / f"{slug(cfg.model)}-{slug(about)}-{key}.safetensors"
 made = {"method": best_method, "contrasts": about, "n": len(contrasts), "place": cfg.place, "seed": cfg.seed}
 save_direction(path, best, model=cfg.model, from_file=provenance, **made)

@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import torch as t
@@ -60,6 +60,7 @@ AtLeastTwo = Annotated[int, Ge(2)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 #%% Basics: failing with one line, memory, seeds, devices, secrets
