@@ -45,7 +45,7 @@ def ablated(x: Tensor, how: str, moments: Moments | None, other: Tensor | None, 
     another run's activation.
     """
     if how == "zero":
-        return 0 * x
+        return t.zeros_like(x)
     if how == "mean":
         return moments.mean.to(x)
     if how == "resample":
@@ -140,10 +140,10 @@ def ablation_effects(
     """
     For each ablation (part, how, sigma; see ablate), whose means and deviations are over text rows (row, pos): the
     share of the metric lost (0 = clean, 1 = corrupt: see normalised), and the loss added on that text in nats per
-    token. resample takes the row before, same position.
+    token. resample takes the row before, same position (beyond a shorter prompt's end that is its filler).
     """
-    if len(pairs) < 2 and any(how == "resample" for _, how, _ in ablations):
-        fail("resample takes what another pair has there, and there is one pair: give more with --pairs")
+    if min(len(pairs), len(rows)) < 2 and any(how == "resample" for _, how, _ in ablations):
+        fail("resample takes what another pair, or another row of text, has there, and there is one pair or one row")
     ablated_hooks = unique(part.hook_name for part, _, _ in ablations)
     resampled_hooks = unique(part.hook_name for part, how, _ in ablations if how == "resample")
     floats = 2 * cached_floats(model, rows, ablated_hooks)
@@ -234,7 +234,7 @@ def fine_parts(model: nn.Module, pairs: Pairs, layer: int, memory_gb: float = 1.
         for n in (1, 4, 16, 64):
             of_these = F.one_hot(neurons[:n], len(neurons)).sum(0)
             parts[f"L{layer}: {n} {title} neurons"] = Part("post", layer, partial(t.mul, of_these))
-    largest = t.linalg.svd(stream_gap)[2][0]
+    largest = t.linalg.svd(stream_gap, full_matrices=False)[2][0]
     at_random = t.randn(len(largest))
     for title, direction in (("direction of largest difference", largest), ("random direction", at_random)):
         parts[f"before L{layer}: {title}"] = Part("resid_pre", layer, partial(along, direction / direction.norm()))

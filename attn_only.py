@@ -29,7 +29,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     write_aside,
     yellow,
 )
-from hooks import HookPoint, act_name, hooks, in_batches, run_with_cache
+from hooks import HookPoint, act_name, hooks, in_batches, listening_gap, run_with_cache
 from hooked import Hooked
 from layers import Attention, RMSNorm, next_token_loss, rotate
 
@@ -38,7 +38,6 @@ from plots import imshow, label_tokens, line, plain, show, show_attention, visib
 from data import Corpus, find_tokens, load_corpus, load_tokenizer, refuse_empty, str_tokens, to_tokens
 from train import TrainConfig, first_goes_on, repeat_batches, train
 from launch import flags
-from hooks import listening_gap
 from heads import (
     attention_in,
     catalogue,

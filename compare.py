@@ -6,6 +6,7 @@ Runs side by side: which settings differ, and which numbers.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,9 @@ def read_runs(path: Path) -> dict[str, dict]:
         fail(f"{path} is no result file: it holds no names")
     if "config" in found:
         return {str(path): found}
-    runs = {name: run for name, run in found.items() if isinstance(run, dict) and "config" in run}
+    runs = {
+        f"{path.parent.name}/{name}": run for name, run in found.items() if isinstance(run, dict) and "config" in run
+    }
     if not runs:
         fail(f"{path} is no result file: no settings stand in it")
     return runs
@@ -83,9 +86,11 @@ def is_number(x: object) -> bool:
 
 def far_apart(a: object, b: object, at_least: float) -> bool:
     """Numbers that differ by more than at_least of the larger; anything else that is not the same."""
-    if is_number(a) and is_number(b):
+    if a == b or (a != a and b != b):  # NaN is no number, and not itself
+        return False
+    if is_number(a) and is_number(b) and math.isfinite(a) and math.isfinite(b):
         return abs(a - b) > at_least * max(abs(a), abs(b))
-    return a != b
+    return True
 
 
 def differ(a: object, b: object, at_least: float) -> bool:
@@ -104,7 +109,7 @@ def against(first: object, other: object) -> object:
         return f"{len(there)} values"
     distances = [abs(x - y) for x, y in zip(here, there) if is_number(x) and is_number(y)]
     if len(distances) == len(here):
-        return f"at most {max(distances):.3g} away"
+        return f"at most {max(distances, default=0):.3g} away"
     return f"{sum(x != y for x, y in zip(here, there))} of {len(here)} are others"
 
 

@@ -26,13 +26,13 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import bar, imshow, line, show
-from hooks import act_name
+from hooks import act_name, in_words, missed_gates
 from data import text_of
 from weights import about_bos, model_key, open_model, text_tokenizer, token_text
 from launch import flags
 from lens import slug
 from pairs import read_pairs, share_out
-from interventions import in_words, missed_gates
+
 from alignment import (
     CAUSAL_MODELS,
     InterchangeRuns,

@@ -108,12 +108,12 @@ def plain_eap_ig_activations(
     return scores / len(pairs) * graph.is_edge[:, r]
 
 
-#%% Edge attribution: what patching each edge would do, by gradient
+#%% Fast forms: all edges from the gradients of a run
 def eap(model: nn.Module, graph: Graph, pairs: Pairs, metric: str = "logit_diff", memory_gb: float = 1.0) -> Tensor:
     """
     Edge attribution patching (Syed et al. 2023), (writer, receiver): what the clean metric would lose if the edge
     carried the corrupt write, by the gradient in the clean run, mean over pairs. Summed over receivers: attribution
-    patching of nodes.
+    patching of nodes. With the metric kl that gradient is 0 (the clean run is its minimum): take eap_ig.
     """
     return attribute_edges(model, graph, pairs, metric, [1.0], memory_gb)
 
@@ -220,27 +220,6 @@ def attribute_group_by_activations(model: nn.Module, graph: Graph, metric: str, 
             resid = clean.cache["resid_pre", 0]
             total[writers] += edge_scores(model, graph, group, resid, difference, metric_fn, also) / steps
     return total
-
-
-@t.no_grad()
-def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0) -> tuple[float, Tensor]:
-    """
-    Between clean and corrupt: by how much the sum of the writes misses the stream before the last layer, relative to
-    its largest; the norm of each write, summed over pairs and positions (writer).
-    """
-    last = graph.n_layers - 1
-
-    def differ(group: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        clean = run_graph(model, graph, group, "clean")
-        corrupt = run_graph(model, graph, group, "corrupt")
-        writes = (clean.writes - corrupt.writes).float()
-        stream = (clean.cache["resid_pre", last] - corrupt.cache["resid_pre", last]).float()
-        miss = writes[:, :, : graph.head_slice(last).start].sum(2) - stream
-        return miss.abs().max(), stream.abs().max(), writes.norm(dim=-1).sum((0, 1))
-
-    parts = by_groups(differ, pairs, pairs_that_fit(model, graph, pairs, memory_gb))
-    misses, largest, norms = zip(*parts)
-    return (max(misses) / max(largest)).item(), sum(norms).cpu()
 
 
 #%% Estimated effects of edges against exact ones

@@ -217,10 +217,18 @@ def firing_order(codes: csr_matrix) -> list[int]:
     return [int(f) for f in np.argsort(-density) if density[f] > 0]
 
 
-def neighbours(directions: Tensor) -> Tensor:
-    """(feature, feature) cosines of decoder rows, -1 with themselves."""
+def cosines_with_others(directions: Tensor, chosen: Tensor) -> Tensor:
+    """(chosen, feature) cosines of some decoder rows (feature, d) with all, -1 with themselves."""
     unit = F.normalize(directions.float(), dim=1)
-    return (unit @ unit.T).fill_diagonal_(-1.0)
+    cosines = unit[chosen] @ unit.T
+    cosines[range(len(chosen)), chosen] = -1.0
+    return cosines
+
+
+def nearest_cosines(directions: Tensor) -> Tensor:
+    """(feature) cosine of each decoder row with its nearest, some at a time: there can be a million."""
+    every = t.arange(len(directions), device=directions.device)
+    return t.cat([cosines_with_others(directions, some).amax(1) for some in every.split(1024)])
 
 
 #%% Reading: each feature's strongest contexts, the tokens it promotes, what fires with it, what points its way
@@ -261,7 +269,7 @@ def read_features(
     counts = codes.getnnz(0)
     fired = (codes != 0).astype(np.float32)
     both = (fired[:, chosen].T @ fired).toarray()
-    cosines = array(neighbours(sae.W_dec))
+    cosines = array(cosines_with_others(sae.W_dec, t.tensor(chosen, device=sae.W_dec.device)))
     effects = logit_effects(model, sae, chosen)
     n_words = min(8, effects.shape[1])
 
@@ -289,7 +297,7 @@ def read_features(
             "up": words_of(tokenizer, effects[i].topk(n_words).indices),
             "down": words_of(tokenizer, (-effects[i]).topk(n_words).indices),
             "with": five_most(both[i] / either * others),
-            "near": five_most(cosines[f]),
+            "near": five_most(cosines[i]),
         }
         entries.append(entry)
     return entries

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from hooks import Cache, act_name, block_norms, cache_from_resid, hook_points, in_batches, rows_that_fit, run_from
-from logit_attribution import attn_gain
+from logit_attribution import attn_gain, layer_streams
 from pairs import Pairs, by_groups, inputs, make_metric
 
 import torch as t
@@ -131,7 +131,8 @@ class Graph:
     def edges(self, writers: list[str], receivers: list[str] | None = None) -> Tensor:
         """The edges from some writers to some (None: all) receivers."""
         rows = t.tensor([self.writers.index(name) for name in writers])
-        columns = t.tensor([self.receiver_names.index(name) for name in receivers or self.receiver_names])
+        chosen = self.receiver_names if receivers is None else receivers
+        columns = t.tensor([self.receiver_names.index(name) for name in chosen], dtype=t.long)
         mask = t.zeros_like(self.is_edge)
         mask[rows[:, None], columns] = True
         return mask & self.is_edge
@@ -230,6 +231,29 @@ def run_graph(model: nn.Module, graph: Graph, pairs: Pairs, which: str, also: tu
         writes.append(head_writes(model, layer, cache["z", layer]))
         writes.append(cache["mlp_out", layer][:, :, None])
     return GraphRun(logits, cache, t.cat(writes, 2))
+
+
+@t.no_grad()
+def write_differences(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0) -> tuple[float, Tensor]:
+    """
+    Between clean and corrupt: by how much the sum of all writes misses the last stream, relative to its largest; the
+    norm of each write, summed over pairs and positions up to the answer (writer).
+    """
+    last = layer_streams(model)[-1]
+
+    def differ(group: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        clean = run_graph(model, graph, group, "clean", (last,))
+        corrupt = run_graph(model, graph, group, "corrupt", (last,))
+        position = t.arange(group.clean.shape[1], device=group.answer_pos.device)
+        real = (position <= group.answer_pos[:, None])[..., None]  # (pair, pos, 1)
+        writes = (clean.writes - corrupt.writes).float() * real[..., None]
+        stream = (clean.cache[last] - corrupt.cache[last]).float() * real
+        miss = writes.sum(2) - stream
+        return miss.abs().max(), stream.abs().max(), writes.norm(dim=-1).sum((0, 1))
+
+    parts = by_groups(differ, pairs, pairs_that_fit(model, graph, pairs, memory_gb))
+    misses, largest, norms = zip(*parts)
+    return (max(misses) / max(largest)).item(), sum(norms).cpu()
 
 
 def reads_shared_norm(model: nn.Module, layer: int) -> bool:
@@ -460,7 +484,7 @@ def pairs_that_fit(model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: floa
     return rows_that_fit(model, pairs.clean.shape[1], memory_gb / 4, floats)
 
 
-#%% Ablations: what stands in for a write that is not kept
+#%% What stands in for the writes outside a set of edges
 type Ablation = Callable[[nn.Module, Graph, Pairs], Tensor]  # writes (pair, pos, writer, d_model) of a group of pairs
 
 
@@ -469,19 +493,19 @@ def corrupt_writes(model: nn.Module, graph: Graph, group: Pairs) -> Tensor:
     return run_graph(model, graph, group, "corrupt").writes
 
 
-def mean_ablation(
+def mean_of_reference(
     model: nn.Module, graph: Graph, pairs: Pairs, memory_gb: float = 1.0, draws: int = 16, seed: int = 0
 ) -> tuple[Ablation, str]:
     """
     (the ablation, in words): every writer's mean write at each position over a reference distribution. For indirect
-    objects Wang et al.'s (2023) p_ABC: each pair's own words with three different names in them (the pairs' names),
+    objects Wang et al.'s (2023) p_ABC: each pair's own words with three names in them, drawn from all pairs',
     `draws` times. For other pairs, or where these know fewer than three names: the corrupt runs, position by position
     over all pairs. Wang et al. ablate heads alone; here the embedding and MLPs are writers as well.
     """
     known = t.cat([pairs.answer, pairs.wrong]).unique()
     if {"IO", "S1", "S2"} <= pairs.places.keys() and len(known) >= 3:
         names = draw_names(known, draws, seed)
-        return partial(abc_mean_writes, names), f"mean over {draws} prompts of the same words and three other names"
+        return partial(abc_mean_writes, names), f"mean over {draws} prompts of the same words and three drawn names"
     mean = corrupt_mean_writes(model, graph, pairs, memory_gb)
     return partial(shared_writes, mean), f"mean over {len(pairs)} corrupt runs, position by position"
 
@@ -509,8 +533,9 @@ def abc_mean_writes(names: Tensor, model: nn.Module, graph: Graph, group: Pairs)
     total: Tensor | float = 0.0
     for three in names:
         reference = replace(group, corrupt=abc_prompts(group, three), corrupt_resid=None)
-        total = total + corrupt_writes(model, graph, reference)
-    return total / len(names)
+        writes = corrupt_writes(model, graph, reference)
+        total = total + writes.float()
+    return (total / len(names)).to(writes.dtype)
 
 
 @t.no_grad()

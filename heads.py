@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 
-#%% Repeated random tokens: what comes after the first copy can be known from the context alone
+#%% Attention patterns of all heads
 @t.no_grad()
 def attention_patterns(model: nn.Module, tokens: Tensor) -> Tensor:
     """What every head attends to in tokens (1, pos): (layer x head, query, key)."""
@@ -32,6 +32,7 @@ def attention_in(model: nn.Module, tokenizer: Tokenizer, text: str) -> tuple[lis
     return str_tokens(tokenizer, tokens[0]), attention_patterns(model, tokens)
 
 
+#%% Repeated random tokens: what comes after the first copy can be known from the context alone
 def repeated_tokens(batch: int, half: int, vocab: Tensor | int, bos: int | None = None, seed: int = 0) -> Tensor:
     """(batch, [bos] + 2 * half): random tokens, said twice. vocab: the number of tokens, or the ids to draw from."""
     generator = t.Generator().manual_seed(seed)
@@ -153,7 +154,8 @@ def extraction_by_head(model: nn.Module, x: Tensor, layer: int) -> Tensor:
     return einsum(z, attn.W_O, "head row d_head, head d_head d_model -> head row d_model")
 
 
-#%% Head catalogue: where each kind of head looks, True in (row, query, key) of tokens (row, pos)
+#%% Head catalogue: where each kind of head looks, True in (row, query, key) of tokens (row, pos). A new kind: its function
+# here, its line in role_targets, SCORE_NAMES and FLOORS, and in BY_... which null it has. (Roles of Wang et al.: roles.py)
 # What a role must at least be worth, whatever chance gives: a share of attention; of copying, a rank.
 FLOORS = {"previous token": 0.3, "duplicate token": 0.1, "induction": 0.1, "text-begin sink": 0.5, "copying": 0.95}
 
@@ -325,6 +327,7 @@ def attention_nulls(
     return {role: t.stack(nulls, 1) for role, nulls in by_layer.items()}
 
 
+#%% ... whether a head copies: how much it raises the token that it is fed
 def copying_ranks(model: nn.Module, tokens: Tensor, places: Tensor, ids: Tensor) -> list[Tensor]:
     """
     How much a head raises each token when it is fed what stands at a place: per layer (place, head, token of ids), the
@@ -343,7 +346,7 @@ def copying_ranks(model: nn.Module, tokens: Tensor, places: Tensor, ids: Tensor)
             unembedding,
             "place head d_head, head d_head d_model, d_model token -> place head token",
         )
-        ranks.append(raised.argsort(-1).argsort(-1) / (len(ids) - 1))
+        ranks.append(raised.argsort(-1).argsort(-1) / max(1, len(ids) - 1))
     return ranks
 
 
@@ -450,7 +453,11 @@ def head_looks(model: nn.Module, rows: Tensor, layer: int, n: int = 3) -> list[l
     _, cache = run_with_cache(model, rows, names, stop_at_layer=layer + 1)
     values = per_head(cache["v", layer], model.cfg.n_heads).float()
     W_O = model.blocks[layer].attn.W_O.float()
-    size = einsum(values, W_O, "row key head d_head, head d_head d_model -> row head key d_model").norm(dim=-1)
+    of_heads = []  # one at a time: all at once would be (row, head, key, d_model)
+    for head in range(model.cfg.n_heads):
+        written = einsum(values[:, :, head], W_O[head], "row key d_head, d_head d_model -> row key d_model")
+        of_heads.append(written.norm(dim=-1))
+    size = t.stack(of_heads, 1)  # (row, head, key)
     pattern = cache["pattern", layer].float()
     brought = pattern * size[:, :, None]
     brought[..., 0] = 0

@@ -484,7 +484,18 @@ def peak_bytes(run: Callable) -> int:
     return int(np.cumsum([event.nbytes() for event in memory]).max())
 
 
-#%% Gate: listening changes nothing
+#%% Gates: what may be missed, and whether listening changes anything
+def missed_gates(gates: dict[str, float], model: nn.Module) -> list[str]:
+    """The gates that miss by more than the model's dtype explains; NaN is a miss."""
+    allowed = 1e-4 if model.W_U.dtype == t.float32 else 5e-2
+    return [name for name, miss in gates.items() if not miss <= allowed]
+
+
+def in_words(gates: dict[str, float]) -> str:
+    """As they are printed: nothing patched 3e-07, ..."""
+    return ", ".join(f"{name.replace('_', ' ')} {miss:.0e}" for name, miss in gates.items())
+
+
 @t.no_grad()
 def listening_gap(model: nn.Module, tokens: Tensor) -> float:
     """Largest difference of the logits with every hook cached and without, relative to the largest logit."""

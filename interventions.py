@@ -341,6 +341,7 @@ def plan_cells(pairs: Pairs, shape: tuple[int, int, int, int], touched: Tensor) 
     return Cells(layer, head, place, pair, first), touched.any(-1)[place, pair]
 
 
+#%% Gates of the sweep
 @t.no_grad()
 def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 1.0) -> dict[str, float]:
     """
@@ -349,8 +350,9 @@ def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 
     everything before a layer is the clean run.
     """
     clean, corrupt = baselines(model, pairs, metric, memory_gb)
+    alone = run_from(model, inputs(model, pairs, "clean"), pairs.answer_pos)
     logits = model(pairs.clean)[pairs.index, pairs.answer_pos]
-    whole_model = make_metric(pairs, metric, logits)(logits, pairs.index)
+    whole_model = make_metric(pairs, metric, alone)(logits, pairs.index)
 
     def patch_everywhere(on: bool) -> Tensor:
         places = {"all": t.full_like(pairs.clean, on, dtype=t.bool)}
@@ -363,17 +365,6 @@ def sweep_gates(model: nn.Module, pairs: Pairs, metric: str, memory_gb: float = 
     }
     scale = 0.01 + (clean - corrupt).abs().max()
     return {name: (miss.abs().max() / scale).item() for name, miss in misses.items()}
-
-
-def missed_gates(gates: dict[str, float], model: nn.Module) -> list[str]:
-    """The gates that miss by more than the model's dtype explains; NaN is a miss."""
-    allowed = 1e-4 if model.W_U.dtype == t.float32 else 5e-2
-    return [name for name, miss in gates.items() if not miss <= allowed]
-
-
-def in_words(gates: dict[str, float]) -> str:
-    """As they are printed: nothing patched 3e-07, ..."""
-    return ", ".join(f"{name.replace('_', ' ')} {miss:.0e}" for name, miss in gates.items())
 
 
 #%% Causal tracing: noise on the subject's embeddings, one clean activation restored (Meng et al. 2022)
@@ -443,7 +434,7 @@ def attention_knock_out(model: nn.Module, pairs: Pairs, layers: Iterable[int], m
     hidden = is_answer[:, :, None] & mask[:, None, :]  # (pair, query, key)
 
     def hide(scores: Tensor, hook: nn.Module) -> Tensor:
-        return scores.masked_fill(hidden[:, None], -1e9)  # (pair, head, query, key)
+        return scores.masked_fill(hidden[:, None], t.finfo(scores.dtype).min)  # (pair, head, query, key)
 
     resid = inputs(model, pairs, "clean")
     scores_hooks = [act_name("attn_scores", layer) for layer in layers]

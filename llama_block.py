@@ -30,12 +30,11 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     with_defaults,
 )
-from hooks import HookPoint, run_with_cache
+from hooks import HookPoint, listening_gap, run_with_cache
 from hooked import Hooked
 from layers import HeadWeights, attend
 from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
-from hooks import listening_gap
 from heads import attention_in, attention_patterns
 from data import bos_id, load_corpus, load_tokenizer, refuse_empty, str_tokens, text_of, to_tokens, write_folder
 from launch import flags

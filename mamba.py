@@ -30,11 +30,10 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     with_defaults,
 )
-from hooks import HookPoint, act_name, hooks, run_with_cache
+from hooks import HookPoint, act_name, hooks, listening_gap, run_with_cache
 from hooked import Hooked
 from weights import read_tensors, take_tensors, tensor_table
 
-from hooks import listening_gap
 from heads import (
     BY_CONTENT,
     attention_on,

@@ -1,12 +1,12 @@
 """
-Pairs of prompts, clean and corrupt: drawn from a task, read from a file or typed in; metrics of their answers, and who
-writes these.
+Pairs of prompts, clean and corrupt: drawn from a task, read from a file or typed in; metrics of their answers; direct
+logit attribution over pairs.
 """
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -67,6 +67,10 @@ def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str
     """What keeps the texts from being a pair, in one line."""
     if not clean.strip() or not corrupt.strip():
         return "a prompt is empty: clean and corrupt need a few words each"
+    if clean == corrupt:
+        return "clean and corrupt are the same: there is nothing to patch"
+    if len(set(answers)) < len(answers):
+        return f"the answer and the wrong one are the same, {answers[0]!r}"
     clean_ids = encode(model, clean)
     corrupt_ids = encode(model, corrupt)
     if len(clean_ids) != len(corrupt_ids):
@@ -105,13 +109,9 @@ def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs
         encoded.append([encode(model, text) for text in texts])
     encoded.sort(key=lambda ids: len(ids[0]))
     device = device_of(model)
-    clean = padded([ids[0] for ids in encoded], device)
-    corrupt = padded([ids[1] for ids in encoded], device)
-    if clean.equal(corrupt):
-        fail("clean and corrupt are the same: there is nothing to patch")
     pairs = Pairs(
-        clean=clean,
-        corrupt=corrupt,
+        clean=padded([ids[0] for ids in encoded], device),
+        corrupt=padded([ids[1] for ids in encoded], device),
         answer=t.tensor([ids[2][-1] for ids in encoded], device=device),
         wrong=t.tensor([ids[3][-1] for ids in encoded], device=device),
         answer_pos=t.tensor([len(ids[0]) - 1 for ids in encoded], device=device),
@@ -132,14 +132,14 @@ def find_places(pairs: Pairs) -> dict[str, Tensor]:
     position are left out.
     """
     position = t.arange(pairs.clean.shape[1], device=pairs.answer_pos.device)
-    changed = pairs.clean != pairs.corrupt
-    first_change = changed.float().argmax(1, keepdim=True)
     answer_pos = pairs.answer_pos[:, None]
+    changed = (pairs.clean != pairs.corrupt) & (position <= answer_pos)
+    first_change = changed.float().argmax(1, keepdim=True)
 
     answer_here = pairs.clean == pairs.answer[:, None]
     wrong_here = pairs.clean == pairs.wrong[:, None]
-    io = answer_here.float().argmax(1, keepdim=True) == position
-    s1 = wrong_here.float().argmax(1, keepdim=True) == position
+    io = answer_here & (answer_here.cumsum(1) == 1)  # where it first stands
+    s1 = wrong_here & (wrong_here.cumsum(1) == 1)
     s2 = changed & wrong_here & (pairs.corrupt == pairs.answer[:, None]) & ~s1
     io_comes_first = (io & (position < first_change)).any(1).all()
     if s2.any(1).all() and io_comes_first:
@@ -173,7 +173,7 @@ def find_places(pairs: Pairs) -> dict[str, Tensor]:
     return {name: occupied[name] for name in sorted(occupied, key=mean_position)}
 
 
-def position_masks(pairs: Pairs, positions: Iterable[int] = ()) -> dict[str, Tensor]:
+def position_masks(pairs: Pairs, positions: Sequence[int] = ()) -> dict[str, Tensor]:
     """One place for each of these positions, or for every one."""
     length = pairs.clean.shape[1]
     outside = [p for p in positions if not 0 <= p < length]

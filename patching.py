@@ -28,7 +28,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     on_base,
 )
 from plots import bar, imshow, label_tokens, line, show, show_attention
-from hooks import act_name, has_heads, has_qkv, hook_points, is_streamed
+from hooks import act_name, has_heads, has_qkv, hook_points, in_words, is_streamed, missed_gates
 from data import text_of
 from weights import about_bos, open_model, text_tokenizer, token_text
 from train import keep_freed_memory
@@ -53,9 +53,7 @@ from interventions import (
     activation_patch,
     embedding_std,
     head_names,
-    in_words,
     knock_out,
-    missed_gates,
     noised_pairs,
     sweep,
     sweep_gates,

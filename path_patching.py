@@ -1,6 +1,7 @@
 """
 Path patching: the corrupt run sent along chosen paths (direct ones run through MLPs), one path by name (chain
-patching), the search backwards from the logits, and self-repair. The plain form stands before the engine.
+patching), the search backwards from the logits, and self-repair. path_patch is the plain form, path_patch_all and
+PathRun the fast one, on graph.EdgeRun.
 """
 
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple
 from utils import fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import Cache, act_name, in_batches, run_from
 from logit_attribution import folded_W_U
-from pairs import Pairs, baselines, by_groups, inputs, make_metric
+from pairs import Pairs, baselines, by_groups, inputs, make_metric, require_gap
 from graph import EdgeRun, Graph, GraphRun, InputChange, edge_patch, head_writes, pairs_that_fit, run_graph
 
 import torch as t
@@ -221,7 +222,7 @@ def chain_patch(model: nn.Module, graph: Graph, pairs: Pairs, chain: Chain, metr
     return make_metric(pairs, metric, clean.logits)(logits, pairs.index)
 
 
-#%% Path patching of every sender
+#%% Path patching of every sender, the fast form
 @t.no_grad()
 def path_patch_all(
     model: nn.Module,
@@ -358,12 +359,11 @@ def trace_back(
 ) -> list[tuple[list[str], Tensor]]:
     """
     Steps (receivers, lost (writer)): the share of the metric lost along the direct paths from each writer to the
-    receivers, which are named (see path_losses). First the logits; then, again and again, the inputs (q, k, v, MLP: a step each) of the
-    writers that lost most (at most `width`, at least `floor`) in the last round's strongest step, until max_steps are
-    done (Wang et al. 2023).
+    receivers, which are named (see path_losses). First the logits; then, again and again, the inputs (q, k, v, MLP: a
+    step each) of the writers that lost most (at most `width`, at least `floor`) in the last round's strongest step,
+    until max_steps are done (Wang et al. 2023).
     """
-    clean, corrupt = t.stack(baselines(model, pairs, metric, memory_gb)).mean(1)
-    gap = float(clean - corrupt)
+    gap = require_gap(*baselines(model, pairs, metric, memory_gb))
     steps = []
     options = [["logits"]]
     while options and len(steps) < max_steps:

@@ -11,9 +11,8 @@ from pathlib import Path
 from random import Random
 
 from utils import fail, find_folder, load_model, seed_of  # first: sets OpenMP's variables before torch is loaded
-from hooks import in_batches
+from hooks import harvest, in_batches
 from data import Corpus
-from hooks import harvest
 from world import (
     DRAW,
     FACTS,

@@ -26,12 +26,12 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import array, bar, imshow, line, show
-from hooks import act_name, hook_points, run_with_cache
+from hooks import act_name, hook_points, in_words, missed_gates, run_with_cache
 from weights import about_bos, encode, model_key, open_model, text_tokenizer, token_text
 from launch import flags
 from logit_attribution import layer_streams
 from lens import slug
-from interventions import in_words, missed_gates
+
 from sae import open_folder
 from features import sparse
 from probes import (

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from utils import fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import act_name, cache_from_resid, rows_that_fit
 from pairs import Pairs, by_groups, inputs
 from graph import Graph
@@ -14,7 +15,8 @@ from einops import einsum
 from torch import Tensor
 
 
-#%% The roles of GPT-2's circuit for indirect objects (Wang et al. 2023), found in any model
+#%% What each role looks at. A role of your own: its line in ROLES, a method of RoleSearch, and its place in find_roles;
+# a place that pairs.find_places does not name yet is added there
 ROLES = {  # where a role looks from and to
     "name mover": ("end", "IO"),
     "negative name mover": ("end", "IO"),
@@ -70,10 +72,12 @@ def find_roles(
     by: TraceBy = "path_patch",
 ) -> Roles:
     """
-    Movers also write the answer (or against it) to the logits along direct paths, and S-inhibition heads act so on the
+    Heads that look where their role looks, above both bars (see Roles). Movers must also write the answer (or against it) to the logits along direct paths, and S-inhibition heads act so on the
     movers' queries, beyond the 99th percentile of the best head's effect with signs drawn at random. Direct paths are
     path_losses' (by).
     """
+    if metric == "kl":
+        fail("roles help the answer or hurt it, and kl has no sign: --metric logit_diff or log_prob")
     search = RoleSearch(model, graph, pairs, metric, memory_gb, shuffles, floor, seed, by)
     movers = search.name_movers()
     found = {
@@ -171,12 +175,14 @@ class RoleSearch:
         """
         keys = t.stack([position_of(self.pairs, place) for place in places], 1)  # (pair, place)
         allowed = (keys <= queries[:, None]).float().cpu()
-        pairs = allowed.any(1).nonzero()[:, 0]
-        if len(pairs) == 0:
+        having = allowed.any(1).nonzero()[:, 0]  # the pairs that have one
+        if len(having) == 0:
             return t.zeros(attention.shape[1:3])
-        at_place = attention.cpu()[pairs[:, None], :, :, keys.cpu()[pairs]]  # (pair, place, layer, head)
-        drawn = allowed[pairs].multinomial(self.shuffles, replacement=True, generator=self.generator)  # (pair, shuffle)
-        weights = F.one_hot(drawn, len(places)).float() / len(pairs)
+        at_place = attention.cpu()[having[:, None], :, :, keys.cpu()[having]]  # (pair, place, layer, head)
+        drawn = allowed[having].multinomial(
+            self.shuffles, replacement=True, generator=self.generator
+        )  # (pair, shuffle)
+        weights = F.one_hot(drawn, len(places)).float() / len(having)
         means = einsum(weights, at_place, "pair shuffle place, pair place layer head -> shuffle layer head")
         return means.quantile(0.99, dim=0)
 
@@ -191,8 +197,6 @@ class RoleSearch:
         losses = path_losses(self.model, self.graph, self.pairs, receivers, self.metric, self.memory_gb, self.by)
         lost = losses[rows]  # (head, pair)
         bar = self.chance_loss(lost)
-        if self.metric == "kl":
-            sign = -sign  # a divergence grows where the answer is lost
         effect = {head: sign * lost[self.graph.head_names.index(head)].mean() for head in heads}
         return [head for head in heads if effect[head] > bar]
 

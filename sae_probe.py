@@ -25,7 +25,7 @@ from plots import array, bar, feature_page, imshow, line, show, show_page
 from hooks import act_name, hook_points
 from launch import flags
 from sae import GPT2_PRESET, SAEConfig, fit_sae, label_of, losses_of, settings_like, variant, with_sparsity
-from features import firing_order, judge, neighbours, open_subject, read_features, require_good_sae, sparse
+from features import firing_order, judge, nearest_cosines, open_subject, read_features, require_good_sae, sparse
 from lens import knows_world
 from probes import (
     KS,
@@ -85,8 +85,8 @@ if __name__ == "__main__":
     require_good_sae(judged, cfg, hook)
     density = codes.getnnz(0) / judged["n_tokens"]  # share of tokens, by feature
     nearest_cosines = {
-        "decoder rows": array(neighbours(sae.W_dec).max(1).values),
-        "random directions": array(neighbours(t.randn_like(sae.W_dec)).max(1).values),
+        "decoder rows": array(nearest_cosines(sae.W_dec)),
+        "random directions": array(nearest_cosines(t.randn_like(sae.W_dec))),
     }
     numbers = judged | {
         "nearest_cosine": nearest_cosines["decoder rows"].mean(),

@@ -30,14 +30,14 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     yellow,
 )
 from plots import imshow, line, plain, show
-from hooks import act_name
+from hooks import act_name, in_words, missed_gates
 from data import text_of
 from weights import about_bos, encode, model_key, open_model, text_tokenizer
 from launch import flags
 from world import judging_rows
 from lens import slug
 from pairs import share_out
-from interventions import in_words, missed_gates
+
 from sae import open_folder
 from features import text_for
 from directions import (

@@ -28,12 +28,11 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     set_seed,
     with_defaults,
 )
-from hooks import HookPoint, run_with_cache
+from hooks import HookPoint, listening_gap, run_with_cache
 from hooked import Hooked
 from layers import Attention
 from weights import open_with_all_hooks, read_tensors, read_when_called, take_tensors
 
-from hooks import listening_gap
 from logit_attribution import logit_parts, parts_error
 from neurons import neuron_catalogue
 from heads import attention_in, catalogue, random_repeats, which_bar

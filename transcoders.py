@@ -24,9 +24,8 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     versions,
     yellow,
 )
-from hooks import act_name, hook_points, in_batches, run_with_hooks
+from hooks import act_name, harvest, hook_points, in_batches, run_with_hooks
 from data import Corpus
-from hooks import harvest
 from layers import next_token_loss
 from sae import fingerprint, keep_top, learning_rate_factor, open_release, text_places
 from features import recovered, sparse

@@ -22,7 +22,7 @@ import report  # noqa: E402
 from data import train_bpe  # noqa: E402
 
 
-QUICK = ("test_hooks", "test_plots", "test_layers", "test_house", "test_utils", "test_anatomy")  # rooms
+QUICK = ("test_hooks", "test_plots", "test_layers", "test_house", "test_utils", "test_heads_and_neurons")  # rooms
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -13,11 +13,10 @@ from conftest import ROOT, relative_error
 
 from logit_attribution import about_norms, final_norm, logit_parts, parts_error
 from data import load_tokenizer
-from graph import Graph, edge_patch
-from eap import write_differences
-from hooks import act_name, has_heads, has_qkv, hook_points
+from graph import Graph, edge_patch, write_differences
+from hooks import act_name, has_heads, has_qkv, hook_points, missed_gates
 from pairs import Pairs, baselines, draw_pairs
-from interventions import activation_patch, missed_gates, sweep, sweep_gates
+from interventions import activation_patch, sweep, sweep_gates
 from lens import Lens, logit_lens, require_exact_lens
 from llama_block import Llama, LlamaConfig
 from parts import norm_kind, read_legend

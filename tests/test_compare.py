@@ -86,4 +86,6 @@ def test_what_is_not_in_both_differs():
     rows, same = table_of([{"a": 1, "b": 2}, {"a": 1}])
     assert rows == [["b", 2, ""]] and same == 1
     assert differ([1.0, None], [1.0, 0.0], 0.5) and not differ([1.0, None], [1.0, None], 0.0)
+    nan, inf = float("nan"), float("inf")
+    assert differ(nan, 0.5, 0.1) and differ(1.0, inf, 0.1) and not differ(nan, nan, 0.0) and not differ(inf, inf, 0.0)
     assert differ(True, 1.5, 1.0)

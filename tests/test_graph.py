@@ -12,7 +12,7 @@ from models_for_tests import H, L, three_pairs, tiny_models
 from hooks import act_name, peak_bytes, run_with_cache, run_with_hooks
 from pairs import Pairs, baselines, draw_pairs, find_places, make_metric, normalised
 from interventions import sweep
-from graph import Graph, abc_prompts, edge_patch, mean_ablation, plain_edge_patch
+from graph import Graph, abc_prompts, edge_patch, mean_of_reference, plain_edge_patch, write_differences
 from path_patching import path_patch, path_patch_all, self_repair, trace_back
 from eap import (
     agreement,
@@ -22,7 +22,6 @@ from eap import (
     plain_eap,
     plain_eap_ig,
     plain_eap_ig_activations,
-    write_differences,
 )
 from circuit_search import (
     circuit_metric,
@@ -287,8 +286,8 @@ def test_a_head_ablated_by_the_mean_writes_the_mean_of_what_it_wrote_in_referenc
     model = models[name]
     graph = Graph(model)
     pairs = indirect_objects()
-    ablation, words = mean_ablation(model, graph, pairs, draws=5)
-    assert "5 prompts" in words and "other names" in words
+    ablation, words = mean_of_reference(model, graph, pairs, draws=5)
+    assert "5 prompts" in words and "drawn names" in words
     names = ablation.args[0]
     assert names.shape == (5, 3) and all(len(set(three)) == 3 for three in names.tolist())
     mean = 0
@@ -305,7 +304,7 @@ def test_a_head_ablated_by_the_mean_writes_the_mean_of_what_it_wrote_in_referenc
 def test_pairs_without_names_are_ablated_by_the_mean_of_their_corrupt_runs(models, pairs):
     model = models["ours"]
     graph = Graph(model)
-    ablation, words = mean_ablation(model, graph, pairs, memory_gb=1e-3)
+    ablation, words = mean_of_reference(model, graph, pairs, memory_gb=1e-3)
     assert "3 corrupt runs" in words
     _, cache = run_with_cache(model, pairs.corrupt, "blocks.1.attn.hook_z")
     z = cache["z", 1][:, :, 2]
@@ -320,7 +319,7 @@ def test_with_all_edges_ablated_the_logits_read_the_sum_of_the_mean_writes(model
     model = models["ours"]
     graph = Graph(model)
     pairs = indirect_objects()
-    ablation, _ = mean_ablation(model, graph, pairs, draws=4)
+    ablation, _ = mean_of_reference(model, graph, pairs, draws=4)
     nothing, everything = circuit_metric(
         model, graph, pairs, t.stack([t.zeros_like(graph.is_edge), graph.is_edge]), ablation=ablation
     )

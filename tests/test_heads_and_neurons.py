@@ -12,7 +12,7 @@ from conftest import tiny_attn_only
 # ruff: noqa: F811  a fixture is imported by name and taken as an argument of that name
 from test_tiny_transformer import V, bridge, folder, small, small_llama, tokens  # noqa: F401  fixtures and models
 
-from hooks import listening_gap
+from hooks import HookPoint, hook_points, listening_gap, run_with_cache
 from logit_attribution import direct_logit_attribution, folded_W_U, logit_parts, parts_error
 from neurons import neuron_catalogue
 from heads import (
@@ -26,7 +26,6 @@ from heads import (
     which_bar,
 )
 from norm_maps import ff_maps, fold_norm, mixing_ratio
-from hooks import HookPoint, hook_points, run_with_cache
 from tiny_transformer import TinyConfig, TinyTransformer
 
 

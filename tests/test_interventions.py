@@ -15,12 +15,13 @@ from conftest import ROOT, memory_for, save_folder, tiny_hf
 from models_for_tests import H, L, three_pairs, tiny_models
 
 from logit_attribution import logit_parts
-from hooks import act_name, peak_bytes, run_from, run_with_cache, run_with_hooks
+from hooks import act_name, missed_gates, peak_bytes, run_from, run_with_cache, run_with_hooks
 from pairs import (
     Pairs,
     baselines,
     direct_attribution,
     draw_pairs,
+    find_places,
     make_metric,
     make_pairs,
     mean_with_interval,
@@ -37,7 +38,6 @@ from interventions import (
     causal_trace,
     embedding_std,
     knock_out,
-    missed_gates,
     noised_pairs,
     sweep,
     sweep_gates,
@@ -612,3 +612,55 @@ def test_tables_that_are_no_pairs_are_refused_in_one_line(tmp_path):
 def test_n_and_held_out_hold_for_files_too():
     assert share_out(list(range(10)), 2, 5) == ([0, 2], [1, 3, 4, 5, 6])
     assert share_out(list(range(5)), 32, 100) == ([0, 2, 4], [1, 3])
+
+
+def pairs_of(clean: list[int], corrupt: list[int], answer: int, wrong: int) -> Pairs:
+    return Pairs(
+        clean=t.tensor([clean]),
+        corrupt=t.tensor([corrupt]),
+        answer=t.tensor([answer]),
+        wrong=t.tensor([wrong]),
+        answer_pos=t.tensor([len(clean) - 1]),
+    )
+
+
+def test_an_indirect_object_stands_where_its_name_does_or_nowhere():
+    mary, john, gave = 5, 7, 9
+    made = find_places(pairs_of([1, mary, john, gave, john, gave], [1, mary, john, gave, mary, gave], mary, john))
+    assert {name: mask[0].nonzero()[0].tolist()[0] for name, mask in made.items() if name in ("IO", "S1", "S2")} == {
+        "IO": 1,
+        "S1": 2,
+        "S2": 4,
+    }
+    without = find_places(pairs_of([1, gave, john, gave, john, gave], [1, gave, john, gave, mary, gave], mary, john))
+    assert "IO" not in without and "changed" in without  # the first token is no indirect object
+
+
+def test_what_a_longer_pair_fills_up_with_has_not_changed(world):
+    """Clean and corrupt are filled by their own first tokens, which can differ."""
+    rows = [("Mary went to", "John went to", " the", " a"), ("Then Mary went to", "Then John went to", " the", " a")]
+    made = make_pairs(world, rows)
+    for mask in made.places.values():
+        assert not (mask & (t.arange(made.clean.shape[1]) > made.answer_pos[:, None])).any()
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        (("Then Mary went to", "Then Mary went to", " the", " a"), "pair 2: clean and corrupt are the same"),
+        (
+            ("Then Mary went to", "Then John went to", " the", " the"),
+            "pair 2: the answer and the wrong one are the same",
+        ),
+    ],
+)
+def test_a_pair_that_asks_nothing_is_refused(world, row, why):
+    with pytest.raises(SystemExit, match=why):
+        make_pairs(world, [("Then Mary went to", "Then John went to", " the", " a"), row])
+
+
+def test_resampling_takes_two_rows_of_text(models, pairs):
+    part = Part("attn_out", 0)
+    rows = t.randint(1, 250, (1, 8))
+    with pytest.raises(SystemExit, match="another row of text"):
+        ablation_effects(next(iter(models.values())), pairs, rows, [(part, "resample", 1.0)], "logit_diff")

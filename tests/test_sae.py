@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, memory_for
 
 import plots
-from hooks import harvest
-from hooks import run_with_hooks
+from hooks import harvest, run_with_hooks
 from interventions import put
 from llama_block import Llama
 from sae import (
@@ -42,7 +41,17 @@ from sae import (
     variant,
     with_sparsity,
 )
-from features import Attribution, change, encode_rows, heldout_rows, judge, read_features, require_good_sae
+from features import (
+    Attribution,
+    change,
+    cosines_with_others,
+    encode_rows,
+    heldout_rows,
+    judge,
+    nearest_cosines,
+    read_features,
+    require_good_sae,
+)
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -674,3 +683,11 @@ def test_the_page_holds_every_feature_and_needs_no_network(loaded, tokenizer):
     page = plots.feature_page(entries, "Features <1>")
     assert not re.search(r"https?://", page)
     assert json.loads(re.search(r"const features = (.*?);\n", page)[1])[1]["id"] == 7
+
+
+def test_nearest_cosines_are_those_of_all_pairs():
+    directions = t.randn(1500, 6)
+    unit = directions / directions.norm(dim=1, keepdim=True)
+    every = (unit @ unit.T).fill_diagonal_(-1)
+    t.testing.assert_close(nearest_cosines(directions), every.max(1).values)
+    t.testing.assert_close(cosines_with_others(directions, t.tensor([3, 1200])), every[[3, 1200]])

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 
 import sae
-from hooks import harvest
-from hooks import run_with_cache, run_with_hooks
+from hooks import harvest, run_with_cache, run_with_hooks
 from layers import next_token_loss
 from llama_block import Llama, LlamaConfig
 from sae import open_folder, ready
