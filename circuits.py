@@ -571,7 +571,7 @@ def circuit_page(graph: Graph, kept: Tensor, score: Tensor, title: str, about: s
     return fill_page("circuit", title, data)
 
 
-title = f"The circuit: {circuit_size} of {n_edges} edges keep {faithfulness:.0%} of the way to the clean run"
+title = f"The circuit: {circuit_size} of {n_edges} edges keep {faithfulness:z.0%} of the way to the clean run"
 about_circuit = (
     f"{about}; found on {len(pairs)} pairs by {cfg.rank_by}, tested on {len(test_pairs)} held-out pairs. Layers go upward, "
     "heads sideways, MLPs stand at the right. Hover a node to see its edges alone, click to hold them."
@@ -601,11 +601,11 @@ if low > 0 or high < 0:
 inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
 over_clean = ""
 if metric == "logit_diff":
-    over_clean = f" ({tested_as_found['circuit_over_clean']:.0%} of the clean logit difference, Wang et al.'s unit)"
+    over_clean = f" ({tested_as_found['circuit_over_clean']:z.0%} of the clean logit difference, Wang et al.'s unit)"
 print(
-    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:.0%} of the "
+    f"{green}{circuit_size} of {n_edges} edges ({circuit_size / n_edges:.0%}; {inside}) keep {faithfulness:z.0%} of the "
     f"way from all ablated to clean{over_clean} on {len(test_pairs)} held-out pairs, outside them "
-    f"{OUTSIDE[cfg.ablation]}; as many random edges {tested_as_found['random_circuit']:.0%}, all the others "
-    f"{tested_as_found['circuit_complement']:.0%}; {ranked} (area over log edges {ahead:+.3f}, {low:+.3f} to "
+    f"{OUTSIDE[cfg.ablation]}; as many random edges {tested_as_found['random_circuit']:z.0%}, all the others "
+    f"{tested_as_found['circuit_complement']:z.0%}; {ranked} (area over log edges {ahead:+.3f}, {low:+.3f} to "
     f"{high:+.3f}). Gates: the worst misses by {max(gates.values()):.0e}.{endc}"
 )

@@ -23,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     fail,
     TOKENIZER_FILES,
     gray,
+    is_bytes,
     model_folder,
     read_json,
     secret,
@@ -373,11 +374,6 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     if is_bytes(piece):  # as SentencePiece writes it
         return piece
     return "".join(f"<0x{BYTE_LETTERS[letter]:02X}>" for letter in piece if letter in BYTE_LETTERS) or text
-
-
-def is_bytes(token: str) -> bool:
-    """Whether the text of a token is that of a part of a character: its bytes."""
-    return bool(re.fullmatch("(<0x[0-9A-F]{2}>)+", token))
 
 
 def str_tokens(tokenizer: Tokenizer, tokens: Iterable[int] | Tensor) -> list[str]:

@@ -23,6 +23,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
     fail,
     find_model,
+    is_bytes,
     write_aside,
 )
 from plots import imshow, label_tokens, plain, visible
@@ -37,7 +38,7 @@ from hooks import (
     run_with_cache,
 )
 from weights import model_key, token_text
-from data import Corpus, is_bytes, load_corpus
+from data import Corpus, load_corpus
 from logit_attribution import layer_streams
 from world import load_world
 

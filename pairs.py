@@ -74,10 +74,9 @@ def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str
     clean_ids = encode(model, clean)
     corrupt_ids = encode(model, corrupt)
     if len(clean_ids) != len(corrupt_ids):
-        clean_tokens = [token_text(model, i) for i in clean_ids]
-        corrupt_tokens = [token_text(model, i) for i in corrupt_ids]
+        here, there = ([token_text(model, i) for i in part] for part in without_common_ends(clean_ids, corrupt_ids))
         return (
-            f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}: {clean_tokens} against {corrupt_tokens}; "
+            f"clean has {len(clean_ids)} tokens, corrupt {len(corrupt_ids)}; they differ by {here} against {there}: "
             "reword one of them"
         )
     for answer in answers:
@@ -95,6 +94,14 @@ def pair_error(model: nn.Module, clean: str, corrupt: str, *answers: str) -> str
                 f"begins with a space, {' ' + answer.strip()!r}"
             )
     return None
+
+
+def without_common_ends(a: list[int], b: list[int]) -> tuple[list[int], list[int]]:
+    """What is left of two rows without what they begin and end with alike."""
+    start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    a, b = a[start:], b[start:]
+    same = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1])) if x != y), min(len(a), len(b)))
+    return a[: len(a) - same], b[: len(b) - same]
 
 
 def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs:

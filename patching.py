@@ -572,6 +572,6 @@ if stream_sites:
 if head_sites:
     print(f"{green}Of {n_layers * found.shape[1]} heads, {the_strongest}.{endc}")
 print(
-    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric (0% = clean, 100% = corrupt), and {nats:+.2f} nats per "
+    f"{green}Set to its mean, {most_needed} takes most: {metric_lost:.0%} of the metric (0% = clean, 100% = corrupt), and {nats:+z.2f} nats per "
     f"token of text. Gates: the worst misses by {worst_gate:.0e}.{endc}"
 )

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import itertools
 import os
 import textwrap
 from collections import Counter
@@ -13,6 +14,7 @@ from utils import (  # first: sets OpenMP's variables before torch is loaded
     endc,
     gray,
     in_kernel,
+    is_bytes,
     wandb_run,
     write_aside,
     yellow,
@@ -189,7 +191,11 @@ def color_axis(z: np.ndarray, diverging: bool, value: str, meaning: dict[float, 
     low = -top if diverging else min(0.0, float(numbers.min(initial=0.0)))
     colorbar: dict = {"title": {"text": "<br>".join(in_lines(value, 16))}}
     if meaning:
-        spelled = {level: f"{level:g} {words}" for level, words in meaning.items() if low <= level <= top}
+        spelled: dict[float, str] = {}
+        for level, words in meaning.items():
+            apart = all(abs(level - other) > 0.1 * top for other in spelled)  # else the words would overlap
+            if low <= level <= top and apart:
+                spelled[level] = f"{level:g} {words}"
         ends = {
             level: f"{level:.2g}" for level in (low, top) if all(abs(level - other) > 0.1 * top for other in spelled)
         }
@@ -384,7 +390,51 @@ def cut_in_the_middle(token: str) -> str:
 
 def label_tokens(tokens: list[str]) -> list[str]:
     """Axis labels: visible tokens, suffixed with their position so that repeats stay apart."""
-    return [f"{cut_in_the_middle(visible(token))}_{i}" for i, token in enumerate(tokens)]
+    return [f"{cut_in_the_middle(visible(token))}_{i}" for i, token in enumerate(with_characters(tokens))]
+
+
+def with_characters(tokens: list[str]) -> list[str]:
+    """Tokens of a text in their order: those that are parts of a character ('<0xE5><0x9B>', '<0xBD>') as '国…', '…国'."""
+    shown = list(tokens)
+    start = 0
+    for is_part, run in itertools.groupby(tokens, is_bytes):
+        part = list(run)
+        if is_part:
+            shown[start : start + len(part)] = name_parts(part)
+        start += len(part)
+    return shown
+
+
+def bytes_of(part: str) -> bytes:
+    return bytes.fromhex(part.replace("<0x", "").replace(">", ""))
+
+
+def text_of_tokens(tokens: list[str]) -> str:
+    """The text that tokens make together, parts of characters joined."""
+    text = ""
+    for is_part, run in itertools.groupby(tokens, is_bytes):
+        text += b"".join(map(bytes_of, run)).decode(errors="replace") if is_part else "".join(run)
+    return text
+
+
+def name_parts(parts: list[str]) -> list[str]:
+    """Tokens of bytes by the characters that they make together, with … where one begins or ends in another token."""
+    encoded = [bytes_of(part) for part in parts]
+    text = b"".join(encoded).decode(errors="replace")
+    if "\ufffd" in text:  # not all of it is there
+        return parts
+    of_byte = [(character, i, len(character.encode())) for character in text for i in range(len(character.encode()))]
+    names = []
+    at = 0
+    for piece in encoded:
+        covered = of_byte[at : at + len(piece)]
+        at += len(piece)
+        first, last = covered[0], covered[-1]
+        characters = [character for j, (character, i, _) in enumerate(covered) if i == 0 or j == 0]
+        begins = "…" if first[1] > 0 else ""
+        ends = "…" if last[1] < last[2] - 1 else ""
+        names.append(f"{begins}{''.join(characters)}{ends}")
+    return names
 
 
 def first_tokens(tokens: list[str], title: str) -> tuple[int, str]:
@@ -430,7 +480,7 @@ def attention_page(
     Self-contained HTML for patterns (head, query, key): a small map of every head, and the text to hover. start: the
     head shown first. more: other prompts by name, with their tokens and patterns, that a menu chooses.
     """
-    prompts = {"".join(tokens): (tokens, patterns), **(more or {})}
+    prompts = {text_of_tokens(tokens): (tokens, patterns), **(more or {})}
     longest = max((words for words, _ in prompts.values()), key=len)
     _, title = first_tokens(longest, title)
     examples = []
@@ -441,7 +491,7 @@ def attention_page(
         examples.append(
             {
                 "name": name[:120],
-                "tokens": [visible(token) for token in words],
+                "tokens": [visible(token) for token in with_characters(words)],
                 "labels": label_tokens(words),
                 "patterns": [[row[: query + 1] for query, row in enumerate(head)] for head in percent],
             }

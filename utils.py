@@ -118,6 +118,11 @@ def in_kernel() -> bool:
     return "kernel_launcher" in sys.argv[0]
 
 
+def is_bytes(token: str) -> bool:
+    """Whether the text of a token is that of a part of a character: its bytes, '<0xE5><0x9B>' (data.token_text)."""
+    return bool(re.fullmatch("(<0x[0-9A-F]{2}>)+", token))
+
+
 #%% Results: numbers for machines, files that are never half written
 def wandb_run():
     """The wandb run that is going on (--wandb), or None."""

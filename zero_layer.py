@@ -287,6 +287,7 @@ def neighbours(model: ZeroLayer, counts: csr_matrix, token: int, k: int = 8) -> 
 
 
 #%% Text: every adjacent pair of tokens is one count
+
 # --hpc: an A100 with 40 GB
 HPC = Config(vocab=4096, d_model=1024, ranks=(64, 256, 512, 1024), steps=1000)
 

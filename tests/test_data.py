@@ -13,11 +13,11 @@ from conftest import ROOT
 from tokenizers import Tokenizer
 
 import data
+from utils import is_bytes
 from data import (
     Corpus,
     find_tokens,
     hub_documents,
-    is_bytes,
     load_corpus,
     load_tokenizer,
     repeat_snippets,

@@ -14,6 +14,8 @@ from plots import (
     feature_page,
     imshow,
     label_tokens,
+    text_of_tokens,
+    with_characters,
     line,
     show,
     signed_log,
@@ -197,3 +199,20 @@ def test_a_map_of_too_many_cells_is_cut_and_says_so(capsys):
     small = imshow(z[:2], "Attention", "key", "query", labels, labels, ["<s>", "b"])
     assert small.data[0].z.shape == (300, 300) and small.layout.title.text == "Attention"
     assert small.layout.annotations[0].text == "&lt;s&gt;"
+
+
+def test_parts_of_a_character_are_labelled_by_the_character():
+    tokens = ["a", "<0xE5><0x9B>", "<0xBD>", " b", "<0xE5>", "<0x9B><0xBD><0xE4>", "<0xBA><0xBA>", "c", "<0xE5>"]
+    named = ["a", "国…", "…国", " b", "国…", "…国人…", "…人", "c", "<0xE5>"]
+    assert with_characters(tokens) == named
+    assert label_tokens(tokens)[1:3] == ["国…_1", "…国_2"]
+    assert with_characters(["<0xE4><0xB8><0xAD>"]) == ["中"]
+    assert text_of_tokens(tokens[:8]) == "a国 b国人c"
+
+
+def test_words_of_a_scale_do_not_overlap():
+    words = {0: "nothing changes", 1: "all of it"}
+    marks = imshow(t.tensor([[0.0, 1.0]]), "t", "x", "y", meaning=words).layout.coloraxis.colorbar
+    assert list(marks.ticktext)[:2] == ["0 nothing changes", "1 all of it"]
+    marks = imshow(t.tensor([[0.0, 60.0]]), "t", "x", "y", meaning=words).layout.coloraxis.colorbar
+    assert list(marks.ticktext) == ["0 nothing changes", "-60", "60"]
