@@ -413,7 +413,8 @@ def text_of_tokens(tokens: list[str]) -> str:
     """The text that tokens make together, parts of characters joined."""
     text = ""
     for is_part, run in itertools.groupby(tokens, is_bytes):
-        text += b"".join(map(bytes_of, run)).decode(errors="replace") if is_part else "".join(run)
+        part = list(run)
+        text += b"".join(map(bytes_of, part)).decode(errors="replace") if is_part else "".join(part)
     return text
 
 
