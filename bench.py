@@ -4,6 +4,7 @@ Training, patching and the lens, each side by side with its peer, in one run.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -347,7 +348,8 @@ def open_racers(device: str) -> dict[str, tuple[nn.Module, nn.Module]]:
     hf = GPT2LMHeadModel(GPT2Config())
     gpt2 = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config).to(device)
     world = load_model(str(WORLD), (Llama,), device)
-    world_bridge = TransformerBridge.boot_transformers(str(WORLD), device=device)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says where the model moves
+        world_bridge = TransformerBridge.boot_transformers(str(WORLD), device=device)
     for model in (gpt2, world, world_bridge):
         model.eval().requires_grad_(False)
     return {"gpt2": (gpt2, gpt2), "world": (world, world_bridge)}
@@ -772,11 +774,15 @@ if __name__ == "__main__":
             f"{loss['ours, Muon']:.2f} nats against {loss['nanoGPT']:.2f} after equal tokens."
         )
     if "patching" in cfg.only:
-        resid_pre, heads = numbers["resid_pre_speedup_world"], numbers["head_speedup_world"]
-        said.append(
-            f"Patching is {resid_pre:.0f} (stream) and {heads:.0f} (heads) times as fast as transformer_lens's, "
-            f"with the same numbers to {numbers['max_abs_diff']:.0e}."
-        )
+        for name, words in (("gpt2", "GPT-2 small's shape"), ("world", "the world model")):
+            one, many = (
+                [numbers[f"{sweep}_speedup_{name}{of}"] for sweep in ("resid_pre", "head")] for of in ("", "_32_pairs")
+            )
+            said.append(
+                f"Patching {words} is {one[0]:.0f} (stream) and {one[1]:.0f} (heads) times as fast as transformer_lens's "
+                f"with one pair, {many[0]:.0f} and {many[1]:.0f} times with 32; the same numbers to "
+                f"{numbers['max_abs_diff']:.0e}."
+            )
     if "lens" in cfg.only:
         said.append(
             f"The lens at the answer's position costs {numbers['time_vs_forward']:.2f} forward passes, "

@@ -572,9 +572,7 @@ def layer_table(found: dict[str, list[dict | None]], what: str = "auroc") -> str
     """found: {reader: by layer}."""
     rows = [[reader, *(says(told, what) for told in by_layer)] for reader, by_layer in found.items()]
     n_points = len(rows[0]) - 1
-    return tabulate(
-        rows, headers=["reader", *(f"after {blocks(layer)}" for layer in range(n_points))], tablefmt="github"
-    )
+    return tabulate(rows, headers=["reader", *(f"after {blocks(layer)}" for layer in range(n_points))])
 
 
 def auroc_by_layer(found: dict[str, list[dict | None]]) -> dict[str, list[float | None]]:
@@ -597,7 +595,7 @@ def measure_table(found: dict[str, list[dict | None]], layer: int) -> str:
     """Every measure by reader, after a number of blocks."""
     measures = [what for what in MEASURES if what in found["raw lens"][layer]]
     rows = [[reader, *(says(by_layer[layer], what) for what in measures)] for reader, by_layer in found.items()]
-    return tabulate(rows, headers=["reader", *measures], tablefmt="github")
+    return tabulate(rows, headers=["reader", *measures])
 
 
 def over_models(studies: list[dict], task: str, place: str, layer: int) -> dict[str, list[float]]:
@@ -648,7 +646,7 @@ if __name__ == "__main__" and cfg.models:
         studies.append(analyse(name, cfg))
     spread = {task: over_models(studies, task, "subject", cfg.layer) for task in cfg.tasks}
     rows = [[reader, *(in_words(spread[task][reader]) for task in cfg.tasks)] for reader in spread[cfg.tasks[0]]]
-    table = tabulate(rows, headers=["reader", *cfg.tasks], tablefmt="github")
+    table = tabulate(rows, headers=["reader", *cfg.tasks])
     print(f"AUROC at the subject after {blocks(cfg.layer)}, mean [lowest, highest] of {len(studies)} models\n{table}")
     nats = {what: [float(np.mean(study["lenses"][what][:-1])) for study in studies] for what in studies[0]["lenses"]}
     kl_spread = {what: [float(np.mean(x)), min(x), max(x)] for what, x in nats.items() if what.startswith("KL")}
@@ -758,7 +756,7 @@ if __name__ == "__main__":
     rows = judging_rows(text.corpus, TUNED_ROWS, TUNED_TOKENS, cfg.seed)
     kl, kl_intervals = judge_lenses(model, lenses, rows)
     kl = {what.removeprefix("KL, "): of_layers for what, of_layers in kl.items() if what.startswith("KL")}
-    print(tabulate({"after blocks": range(n_layers + 1)} | kl, headers="keys", floatfmt=".2f", tablefmt="github"))
+    print(tabulate({"after blocks": range(n_layers + 1)} | kl, headers="keys", floatfmt=".2f"))
     mean_kl = {kind: float(np.mean(of_layers[:-1])) for kind, of_layers in kl.items()}
     print(
         f"{cyan}mean over the layers but the last, in nats: "
@@ -801,7 +799,7 @@ if __name__ == "__main__":
         print(
             f"\n{purple}{questions.task}: edits at the subject after {blocks(cfg.layer)}, shares of {n} taught questions{endc}"
         )
-        print(tabulate(table, headers="keys", floatfmt=".2f", tablefmt="github"))
+        print(tabulate(table, headers="keys", floatfmt=".2f"))
 
 #%% ... as bars, by reader
 if __name__ == "__main__":

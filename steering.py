@@ -425,12 +425,12 @@ for name, rows in kinds.items():
     edits[name] = {"direction": list(rows[0]), "random": t.tensor(rows[1:]).mean(0).tolist()}
 numbers["edits"] = edits
 print(f"{purple}=== {best_method} at {best_hook} (mean of {cfg.random} random directions); {kind} ==={endc}")
-table = [["nothing", by_itself["p_target"], in_the_prompt["p_target"], 0.0, 0.0]]
+table = [["nothing", f"{by_itself['p_target']:.3f}", f"{in_the_prompt['p_target']:.3f}", "0", "0"]]
 for name, x in edits.items():
     cells = [f"{ours:.3f} ({other:.3f})" for ours, other in zip(x["direction"], x["random"])]
     table.append([name, *cells])
 headers = ["edit", "after texts that have it not", "after texts that have it", "loss added", "KL"]
-print(cyan + tabulate(table, headers=headers, floatfmt=".3f") + endc)
+print(cyan + tabulate(table, headers=headers, disable_numparse=True) + endc)
 
 #%% What is written at five strengths, side by side: greedy, and drawn
 five = [0.0, *strengths[:5]]  # and none, to compare
