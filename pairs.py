@@ -106,12 +106,13 @@ def without_common_ends(a: list[int], b: list[int]) -> tuple[list[int], list[int
 
 def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs:
     """rows of (clean, corrupt, answer, wrong), sorted by length."""
+    errors = [pair_error(model, *row) for row in rows]
+    misfits = [i for i, error in enumerate(errors) if error]
+    if misfits:
+        also = f" ({len(misfits)} of {len(rows)} pairs do not fit)" if len(misfits) > 1 else ""
+        fail(f"pair {misfits[0] + 1}{also}: {errors[misfits[0]]}")
     encoded = []
-    for i, row in enumerate(rows):
-        error = pair_error(model, *row)
-        if error:
-            fail(f"pair {i + 1}: {error}")
-        clean, corrupt, answer, wrong = row
+    for clean, corrupt, answer, wrong in rows:
         texts = (clean, corrupt, clean + answer, clean + wrong)
         encoded.append([encode(model, text) for text in texts])
     encoded.sort(key=lambda ids: len(ids[0]))

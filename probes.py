@@ -493,12 +493,12 @@ def run_probes(
 
 #%% The lines that probes of a layer find, in its own coordinates
 def probe_directions(concept: Concept, activations: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """{method: unit direction (d)} of the whole-layer probes on the training groups of one split."""
+    """{method: unit direction (d)} of the whole-layer probes on a split's training groups; zero where all are alike."""
     trial = make_trial(concept, seed)
     x = activations[concept.index][trial.parts.train]
     y = concept.y[trial.parts.train]
     found = {"logistic probe": fit_probe(x, y).weight, "difference of means": x[y].mean(0) - x[~y].mean(0)}
-    return {method: direction / np.linalg.norm(direction) for method, direction in found.items()}
+    return {method: direction / (np.linalg.norm(direction) or 1.0) for method, direction in found.items()}
 
 
 #%% What the splits say together: runs are run_probes's answers for one concept, one run a split

@@ -5,6 +5,7 @@ trained on, beside labels that mean nothing.
 The methods are in probes.py: run_probes and its parts. What a probe finds is a direction that steering.py pushes along.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,7 @@ from launch import flags
 from logit_attribution import layer_streams
 from lens import slug
 
-from sae import open_folder
+from sae import open_folder, open_release
 from features import sparse
 from probes import (
     harvest_labelled,
@@ -69,6 +70,8 @@ class Config:
     task: Literal["number", "gender", "continent"] = "number"
     n: Count = 400  # examples of the task
     sae: str | None = None  # a folder with a SAE, whose features are probed at its hook
+    release: str | None = None  # or one of SAELens's registry, as gemma-scope-2b-pt-res-canonical, with --sae-id
+    sae_id: str = ""  # which SAE of the release, as layer_12/width_16k/canonical
     seeds: Count = 3  # splits of the groups
     wandb: bool = False  # numbers and figures go to Weights & Biases too
     seed: Natural = 0
@@ -77,6 +80,8 @@ class Config:
 
 
 cfg = flags(Config, __doc__, hpc=Config(model="gpt2", bos=True, n=1200))
+if cfg.sae and cfg.release:
+    fail("--sae and --release both name a SAE: give one of them")
 device = pick_device(cfg.device)
 set_seed(cfg.seed)
 
@@ -102,13 +107,18 @@ streams = layer_streams(model)
 neurons = {stream: act_name("post", layer) for layer, stream in enumerate(streams[1:])}
 known = hook_points(model)
 neurons = {stream: name for stream, name in neurons.items() if name in known}
-sae = open_folder(cfg.sae, device) if cfg.sae else None
+sae = None
+if cfg.sae:
+    sae = open_folder(cfg.sae, device)
+if cfg.release:
+    sae = open_release(cfg.release, cfg.sae_id, device)
 wanted = [*streams, *neurons.values()]
 if sae is not None:
     sae_hook = sae.cfg.metadata.hook_name
     if sae_hook not in known:
-        fail(f"--sae {cfg.sae} belongs at {sae_hook}, which this model does not have")
+        fail(f"the SAE {cfg.sae or cfg.sae_id} belongs at {sae_hook}, which this model does not have")
     wanted.append(sae_hook)
+    sae_blocks = int(re.search(r"blocks\.(\d+)\.", sae_hook)[1]) + sae_hook.endswith("resid_post")  # passed there
 bos = encode(model, "")
 found = harvest_labelled(model, labelled, list(dict.fromkeys(wanted)), bos, device)
 
@@ -175,8 +185,8 @@ for label, by_layer in probed.items():
         if any(method in run for runs in by_layer for run in runs):
             at_best[label][words] = at_best_layer(by_layer, method)
     if sae is not None:
-        at_best[label]["1 feature"] = at_best_layer([of_features[label]], "single features")
-        at_best[label]["8 features"] = at_best_layer([of_features[label]], "8 features")
+        for words, method in {"1 feature": "single features", "8 features": "8 features"}.items():
+            at_best[label][words] = at_best_layer([of_features[label]], method) | {"blocks": sae_blocks}
 columns = list(dict.fromkeys(words for of_label in at_best.values() for words in of_label))
 table = []
 for label, of_label in at_best.items():
@@ -190,6 +200,11 @@ print(
     f"which are chosen on validation ==={endc}"
 )
 print(cyan + tabulate(table, headers=["label", *columns]) + endc)
+best_features = {}
+for label, runs in of_features.items():
+    best_features[label] = [unit for run in runs for unit in run["single features"]["units"]]
+    told_by = " ".join(f"f{feature}" for feature in best_features[label])
+    print(f"{label}: the feature that tells it best, split by split: {cyan}{told_by}{endc}")
 
 #%% ... as lines over the layers, mean of the labels
 named = f"{about}, {Path(cfg.model).name}, n = {len(examples)} examples of {len(groups)} groups, {cfg.seeds} splits by group"
@@ -293,6 +308,7 @@ save_results(
     n_examples=len(examples),
     n_groups=len(groups),
     n_labels=len(auroc),
+    best_features=best_features,  # by label, split by split; empty without a SAE
 )
 said = ", ".join(f"{words} {value:.2f}" for words, value in mean_at_best.items())
 chance = [label for label in at_best if at_best[label]["whole stream"]["low"] <= 0.5]

@@ -602,7 +602,9 @@ def open_folder(folder: str | Path, device: str):
 
     needed = ("cfg.json", "sae_weights.safetensors")
     if not all((Path(folder) / file).is_file() for file in needed):
-        fail(f"--sae {folder}: no {' and '.join(needed)} there (SAELens's save_inference_model writes them)")
+        fail(
+            f"--sae {folder}: no {' and '.join(needed)} there (SAELens's save_model and save_inference_model write them)"
+        )
     try:
         sae = ready(SAE.load_from_disk(folder, device=device))
     except Exception as error:

@@ -691,3 +691,17 @@ def test_nearest_cosines_are_those_of_all_pairs():
     every = (unit @ unit.T).fill_diagonal_(-1)
     t.testing.assert_close(nearest_cosines(directions), every.max(1).values)
     t.testing.assert_close(cosines_with_others(directions, t.tensor([3, 1200])), every[[3, 1200]])
+
+
+def test_probing_tells_labels_by_the_features_of_an_autoencoder(saelens, run, tmp_path, workdir):
+    """Every dimension of the stream and its negative is a feature: the best is the best dimension, at the SAE's layer."""
+    sae = identity_sae(saelens, 128, hook_name="blocks.3.hook_resid_pre", model_name="models/world")
+    sae.save_model(tmp_path / "sae")
+    done = run("probing.py", "--n", "80", "--seeds", "2", "--sae", str(tmp_path / "sae"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((workdir / "results/probing.json").read_text())
+    for label, by_method in numbers["at_best"].items():
+        assert by_method["1 feature"]["blocks"] == 3 and by_method["1 feature"]["auroc"] > 0.8
+        assert len(numbers["best_features"][label]) == 2
+        assert all(0 <= feature < 256 for feature in numbers["best_features"][label])
+    assert re.search(r"the feature that tells it best, split by split: \x1b\S*f\d+ f\d+", done.stdout)
