@@ -642,8 +642,12 @@ if __name__ == "__main__":
         corpus = load_corpus(cfg.data, cfg.vocab, cfg.tokenizer)
         tokenizer = corpus.tokenizer
         n_prompt = to_tokens(tokenizer, cfg.prompt).shape[1]
+        if n_prompt < 2:
+            fail("--prompt is too short: give a few words")
         if n_prompt > max(cfg.contexts):
             fail(f"--prompt has {n_prompt} tokens, the model sees --contexts {max(cfg.contexts)}: shorten it")
+        if cfg.answer:
+            find_tokens(tokenizer, cfg.answer)  # what is no token is said before training
         depths = {1, cfg.n_layers} if cfg.control else {cfg.n_layers}
         for depth in sorted(depths):
             role = " (the control)" if depth < cfg.n_layers else ""
@@ -818,8 +822,9 @@ if __name__ == "__main__":
         repeats_losses[depth] = loss_by_position(own, repeats)
         natural_losses[depth] = loss_by_position(own, natural)
 
-    first_copy = repeats_losses[n_layers][:, :half].mean().item()
-    second_copy = repeats_losses[n_layers][:, half + 1 :].mean().item()  # its first token cannot be known
+    second = repeats_losses[n_layers].shape[1] - half  # where the loss of the second copy's first token stands
+    first_copy = repeats_losses[n_layers][:, :second].mean().item()
+    second_copy = repeats_losses[n_layers][:, second + 1 :].mean().item()  # its first token cannot be known
     heldout_loss = natural_losses[n_layers].mean().item()
     numbers["loss_first_copy"] = first_copy
     numbers["loss_second_copy"] = second_copy
@@ -845,7 +850,7 @@ if __name__ == "__main__":
         f"Loss on {len(repeats)} rows of {half} random tokens said twice: the second time is predicted by induction",
         "position",
         "loss (nats)",
-        x=list(range(1, 2 * half + 1)),
+        x=list(range(1, repeats.shape[1])),
     )
     show(
         fig,
@@ -854,14 +859,15 @@ if __name__ == "__main__":
     )
 
     smooth = {}
+    span = min(9, n_ctx - 1)
     for depth, losses in natural_losses.items():
-        smooth[counted_layers(depth)] = np.convolve(losses.mean(0).cpu(), np.ones(9) / 9, "valid")
+        smooth[counted_layers(depth)] = np.convolve(losses.mean(0).cpu(), np.ones(span) / span, "valid")
     fig = line(
         smooth,
-        f"Loss on {len(natural)} held-out natural rows, mean of 9 positions",
+        f"Loss on {len(natural)} held-out natural rows, mean of {span} positions",
         "position",
         "loss (nats)",
-        x=list(range(5, n_ctx - 4)),
+        x=[(span + 1) / 2 + i for i in range(n_ctx - span)],
     )
     show(
         fig,
@@ -1041,7 +1047,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     prompt = to_tokens(tokenizer, cfg.prompt).to(device)
     if prompt.shape[1] < 2:
-        fail("--prompt is empty: give a few words")
+        fail("--prompt is too short: give a few words")
     if prompt.shape[1] > n_ctx:
         fail(f"--prompt has {prompt.shape[1]} tokens, the model sees {n_ctx}: shorten it")
     prompt_tokens = str_tokens(tokenizer, prompt[0])

@@ -410,15 +410,21 @@ class NormShape(NamedTuple):
 def ask_norm(norm: nn.Module, d_model: int, like: Tensor) -> NormShape:
     """
     Found by asking, since norms say it in many ways (Gemma's weight is 1 + w, OLMo's has none): norm(v) - norm(0) is
-    the weight times v for v = 1, -1, 1 ..., and LayerNorm does not see v + 1. like: a tensor of the norm's dtype.
+    the weight times v over its size, for v = 1, -1, 1 ... whose mean is 0, and LayerNorm does not see v + 1. like: a
+    tensor of the norm's dtype.
     """
     if isinstance(norm, nn.Identity):
         return NormShape(t.ones(d_model, device=like.device), t.zeros(d_model, device=like.device), False)
     signs = (1 - 2 * (t.arange(d_model, device=like.device) % 2)).to(like.dtype)
-    asked = 1024 * t.stack([0 * signs, signs, signs + 1])  # so large that the norm's epsilon is nothing
-    at_zero, at_signs, at_moved = norm(asked[None])[0].float()
-    weight = (at_signs - at_zero) * signs
-    return NormShape(weight, at_zero, t.allclose(at_signs, at_moved, atol=1e-2))
+    if d_model % 2:
+        signs[-1] = 0  # else their mean would not be 0; what stands there is asked by the same signs, turned round
+    turned = signs.roll(1)
+    asked = 1024 * t.stack([0 * signs, signs, turned, signs + 1])  # so large that the norm's epsilon is nothing
+    at_zero, at_signs, at_turned, at_moved = norm(asked[None])[0].float()
+    size = signs.float().pow(2).mean().sqrt()
+    weight = t.where(signs != 0, (at_signs - at_zero) * signs, (at_turned - at_zero) * turned) * size
+    miss = (at_signs - at_moved).abs().max()
+    return NormShape(weight, at_zero, bool(miss <= 1e-2 * weight.abs().max()))
 
 
 def frozen_gain(norm: nn.Module, x: Tensor) -> Tensor:

@@ -540,8 +540,10 @@ def read_windows(hf: dict, name: str) -> tuple[int | None, ...]:
     """By layer, how many keys a query sees, None where it sees all; empty where all layers see all."""
     n_layers = hf["num_hidden_layers"]
     window = hf.get("sliding_window")
-    if not name.startswith(("Qwen", "Gemma2")):  # Mistral states one window for all layers
+    if name.startswith(("Mistral", "Mixtral")):  # one window for all layers
         return (window,) * n_layers if window else ()
+    if not name.startswith(("Qwen", "Gemma2")):  # a field that transformers does not read there
+        return ()
     # Qwen states a window that only some layers use, and only when told to
     slides_from = hf.get("max_window_layers", n_layers) if hf.get("use_sliding_window") else n_layers
     kinds = hf.get("layer_types")
@@ -839,8 +841,10 @@ if __name__ == "__main__":
 
     # the mean query and key of each head of layer 0, turned to every position: equal offsets give equal scores
     cos, sin = (table.to(device) for table in rope_tables(shape, 64))
-    mean_q = cache["q", 0].float().mean((0, 1))  # (head, d_head)
-    mean_k = cache["k", 0].float().mean((0, 1))  # (kv head, d_head)
+    with t.no_grad():
+        normed_q, normed_k = model.blocks[0].attn.normed(cache["q", 0], cache["k", 0])  # Qwen3, OLMo 2
+    mean_q = normed_q.float().mean((0, 1))  # (head, d_head)
+    mean_k = normed_k.float().mean((0, 1))  # (kv head, d_head)
     turned_q = rope(mean_q.expand(1, 64, -1, -1), cos, sin)[0]  # (pos, head, d_head)
     turned_k = rope(mean_k.expand(1, 64, -1, -1), cos, sin)[0]
     turned_k = turned_k.repeat_interleave(shape.n_heads // shape.n_kv_heads, 1)  # (pos, head, d_head)
@@ -1035,7 +1039,8 @@ if __name__ == "__main__":
     with t.no_grad():
         top = model(prompt)[0, -1].float().softmax(-1).topk(5)
     next_tokens = zip(str_tokens(tokenizer, top.indices), top.values.tolist())
-    written = model.generate(prompt, 24)[0].tolist()
+    room = max(0, shape.n_ctx - prompt.shape[1])
+    written = model.generate(prompt, min(24, room))[0].tolist()
     said = text_of(tokenizer, written[0 if bos_id(tokenizer) is None else 1 :])
     print(f"{gray}after {cfg.prompt!r}: {', '.join(f'{visible(token)} {p:.2f}' for token, p in next_tokens)}{endc}")
     print(f"{cyan}{said}{endc}")

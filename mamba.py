@@ -912,10 +912,14 @@ if __name__ == "__main__":
         panels[f"L{layer}, mean of {shape.d_inner} channels"] = pattern_of_layer.mean(0)
         if layer == peak_layer:
             panels[f"L{layer}C{peak_channel}"] = pattern_of_layer[peak_channel]
-    found_beside = cfg.beside and Path(find_folder(cfg.beside)).is_dir()
+    beside = Path(find_folder(cfg.beside)) if cfg.beside else None
+    found_beside = beside is not None and beside.is_dir()
+    if found_beside and read_config(str(beside))["n_ctx"] < repeats.shape[1]:
+        print(f"{gray}{cfg.beside} reads shorter rows than these, of {repeats.shape[1]} tokens: it is not drawn{endc}")
+        found_beside = False
 
 if __name__ == "__main__" and found_beside:
-    transformer, its_tokenizer, _ = open_own(Path(find_folder(cfg.beside)), device)
+    transformer, its_tokenizer, _ = open_own(beside, device)
     its_bos = None if corpus.bos is None else bos_id(its_tokenizer)
     its_rows = repeated_tokens(cfg.rows, half, transformer.cfg.d_vocab, its_bos, cfg.seed).to(device)
     its_scores = head_scores(transformer, transformer.cfg.n_layers, its_rows, half)["prefix_matching"]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+from utils import fail  # first: sets OpenMP's variables before torch is loaded
 from hooks import act_name, run_with_cache
 from logit_attribution import centres, per_head
 
@@ -12,6 +13,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor
+
+
+def refuse_norms_after(model: nn.Module) -> None:
+    if getattr(model.cfg, "norms", "before") != "before":
+        fail("norms after attention and MLP (OLMo 2, Gemma 2) are neither folded nor followed here")
 
 
 #%% Folding: norm weights go into the matrices that read, and what the norm removes is taken out of those that write
@@ -44,6 +50,7 @@ def fold_norm[Model: nn.Module](model: Model) -> Model:
     A copy with the same log-probabilities, whose norms have weight 1 and bias 0.
     In float32, since bf16 would round the products.
     """
+    refuse_norms_after(model)
     folded = copy.deepcopy(model).float()
     with_mean = centres(model)
     folded.unembed.weight = nn.Parameter(folded.unembed.weight.clone())  # unties
@@ -123,6 +130,7 @@ def ff_maps(model: nn.Module, tokens: Tensor, layer: int, nodes: int = 48) -> di
     Through the activation, each source's share is its integrated gradient on the straight path from the biases alone to
     the real pre-activation (mean_slopes). GELU or SwiGLU, LayerNorm or RMSNorm.
     """
+    refuse_norms_after(model)
     block = model.blocks[layer]
     norm = block.ln2
     mlp = block.mlp

@@ -74,6 +74,7 @@ from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import Tensor
 
+LARGEST_MAPS = 8e9  # bytes
 ACTIVATIONS = ("gelu_new", "gelu")
 POSITIONS = ("learned", "sinusoidal")
 
@@ -249,7 +250,7 @@ class TinyTransformer(nn.Module, Hooked):
         Logits (batch, pos, d_vocab). Given resid (batch, pos, d_model), the residual stream enters at start_at_layer
         and the blocks below are skipped; with stop_at_layer the residual stream before that layer is returned.
         """
-        n_pos = tokens.shape[1]
+        n_pos = (tokens if resid is None else resid).shape[1]
         if n_pos > self.cfg.n_ctx:
             fail(f"{n_pos} tokens are too many: the model has positions for {self.cfg.n_ctx}")
         x = resid
@@ -460,6 +461,8 @@ if __name__ == "__main__" and not cfg.model:
     if cfg.answer:
         find_tokens(corpus.tokenizer, cfg.answer)  # a token that does not exist is said before training
     n_prompt = to_tokens(corpus.tokenizer, cfg.prompt).shape[1]
+    if n_prompt < 3:
+        fail("--prompt is too short: give a few words")
     if n_prompt > max(cfg.contexts):
         fail(
             f"--prompt has {n_prompt} tokens, the model sees --contexts {max(cfg.contexts)}: shorten one or raise the other"
@@ -563,6 +566,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     print(f"{purple}=== Gates ==={endc}")
     folded = fold_norm(model)
+    floats = prompt.shape[1] ** 2 * (n_heads * model.cfg.d_model + 3 * model.cfg.d_mlp)  # of ff_maps
+    if 4 * floats > LARGEST_MAPS:
+        save_results("tiny_transformer", cfg, **numbers)
+        fail(f"--prompt of {prompt.shape[1]} tokens is too long for maps of who is in whose stream: shorten it")
     maps = [ff_maps(model, prompt, layer) for layer in range(n_layers)]
     with t.no_grad():
         folding_gap = (folded(prompt).log_softmax(-1) - logits.log_softmax(-1)).abs().max()

@@ -6,6 +6,7 @@ from conftest import tiny_attn_only
 
 from hooks import (
     Cache,
+    ask_norm,
     cache_from_resid,
     find_hooks,
     hook_points,
@@ -167,3 +168,18 @@ def test_peak_bytes_counts_what_lives_at_once():
 
     assert 4e6 <= peak_bytes(one_after_the_other) < 8e6
     assert 16e6 <= peak_bytes(at_once) < 20e6
+
+
+@pytest.mark.parametrize("d_model", [64, 125])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", [t.float32, t.bfloat16])
+def test_a_norm_of_any_width_and_size_says_what_it_is(d_model, size, dtype):
+    """Small weights do not make an RMSNorm look as if it took the mean away; odd widths have a mean of signs too."""
+    weight = (size * (1 + t.rand(d_model))).to(dtype)
+    layer_norm = t.nn.LayerNorm(d_model, dtype=dtype)
+    rms_norm = t.nn.RMSNorm(d_model, eps=1e-6, dtype=dtype)
+    for norm, centres in ((layer_norm, True), (rms_norm, False)):
+        norm.weight.data = weight.clone()
+        shape = ask_norm(norm, d_model, weight)
+        assert shape.centres == centres
+        t.testing.assert_close(shape.weight, weight.float(), rtol=1e-4 if dtype == t.float32 else 2e-2, atol=0)
