@@ -190,7 +190,7 @@ def fetch(name: str, megabytes: float) -> dict[str, str]:
     try:
         return dict(hub_documents(name, megabytes))
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         fail(f"--data {name}: no such file or folder, and the hub said: {reason}")
 
 
@@ -251,7 +251,17 @@ def load_tokenizer(name: str | Path, bos: bool | None = None) -> Tokenizer:
             fail(f"{path} is no tokenizer: {error}")
     else:
         tokenizer = convert_tokenizer(folder)
+    tokenizer.no_truncation()  # what a use before was saved with is not the tokenizer's
+    tokenizer.no_padding()
     choose_bos(tokenizer, folder, bos)
+    return tokenizer
+
+
+def unpadded(theirs) -> Tokenizer:
+    """A copy of a transformers tokenizer's own, which neither pads nor cuts."""
+    tokenizer = Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
@@ -299,9 +309,12 @@ def choose_bos(tokenizer: Tokenizer, folder: Path, asked: bool | None) -> None:
     if asked is False:
         put_first(tokenizer, None)
         return
+    declared = declared_token(tokenizer, folder, "bos_token")
+    if asked and declared is not None:
+        put_first(tokenizer, declared)
+        return
     if bos_id(tokenizer) is not None:
         return
-    declared = declared_token(tokenizer, folder, "bos_token")
     if asked and declared is None:
         fail(f"the files in {folder} name no beginning-of-text token, which --bos or this SAE asks for: use --no-bos")
     if asked or read_json(folder / "tokenizer_config.json").get("add_bos_token"):
@@ -608,7 +621,8 @@ def open_corpus(name: str, key: str, folder: Path) -> Corpus:
     for split, parts in splits.items():
         for file in sorted(folder.glob(f"*.{split}.bin")):
             part = file.name.split(".")[0]
-            parts[part] = np.memmap(file, dtype, "r")
+            is_empty = file.stat().st_size == 0  # which cannot be mapped
+            parts[part] = np.zeros(0, dtype) if is_empty else np.memmap(file, dtype, "r")
     return Corpus(name, tokenizer, **splits, key=key)
 
 

@@ -33,6 +33,8 @@ from probes import (
     concepts_of_features,
     harvest_labelled,
     labelled_tokens,
+    make_trial,
+    refuse_one_sided,
     split,
     subject_position,
 )
@@ -84,6 +86,8 @@ if __name__ == "__main__":
 #%% Which feature stands for which concept: chosen on validation entities as in sae_probe.py, without its probes
 if __name__ == "__main__":
     labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed, knows_world(model))
+    for name, concept in labelled.concepts.items():
+        refuse_one_sided(make_trial(concept, cfg.seed), name)
     activations = harvest_labelled(model, labelled, [hook], subject.bos, device)[hook]  # (labelled token, d_in)
     labelled_codes = sparse(sae.encode(activations.to(device)))
     concepts_of = concepts_of_features(labelled, labelled_codes, cfg.seed)
@@ -197,6 +201,8 @@ def continent_means(activations: Tensor, labelled: Labelled, continents: list[st
     means = []
     for i in range(len(continents)):
         tokens = located[0].index[(part == TRAIN) & (home == i)]
+        if not len(tokens):
+            fail(f"no training country is in {continents[i]} among the labelled sentences: give more --sentences")
         means.append(activations[tokens].mean(0))
     return t.stack(means).to(device)
 

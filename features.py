@@ -303,12 +303,21 @@ def read_features(
     return entries
 
 
+STREAM_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+
+
+def writes_to_stream(sae) -> bool:
+    """Whether decoder rows lie in the residual stream: heads side by side (hook_z) can be as wide and do not."""
+    hook = getattr(sae, "hook_out", None) or sae.cfg.metadata.hook_name or ""  # a transcoder's, or a SAE's
+    return hook.split(".")[-1] in STREAM_HOOKS
+
+
 def logit_effects(model: nn.Module, sae, chosen: list[int]) -> Tensor:
     """
     (feature, token): what a unit step along each decoder row adds to the logits directly; no tokens where the hook is
     not the residual stream.
     """
-    if sae.cfg.d_in != len(model.W_U):
+    if not writes_to_stream(sae) or sae.cfg.d_in != len(model.W_U):
         return t.zeros(len(chosen), 0)
     return F.normalize(sae.W_dec[chosen].float(), dim=1) @ folded_W_U(model)
 

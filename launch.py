@@ -173,6 +173,8 @@ def refuse_a_second_run(script: str) -> None:
             f"another run of {script}.py is at work in this folder, and both would write results/{script}.json: wait "
             "for it, start this one in another folder, or run both by --sweep"
         )
+    except OSError:  # a file system without locks (some of clusters): two runs at once are the user's to avoid
+        return
 
 
 def parse[Config](args: list[str], config: type[Config], defaults: Config, description: str) -> tuple[Config, Launch]:
@@ -230,8 +232,11 @@ def settings_key(cfg: object, axes: dict[str, list[str]], script: Path) -> str:
 
 
 # settings that may name files to read
-READS = ("data", "model", "models", "base", "tokenizer", "others", "pairs", "sae")
-WRITES = ("out",)  # and files to write
+READS = (
+    *("data", "model", "models", "base", "tokenizer", "others", "pairs", "sae", "transcoders"),
+    *("labels", "contrasts", "positive", "negative", "judge", "direction"),
+)
+WRITES = ("out", "export")  # and files to write
 OWN_WORDS = ("stdlib", "world")  # texts that are not files, even where a file has this name
 WHOLE = 2**26  # bytes up to which a file is known by its content, above by size and time
 
@@ -426,11 +431,12 @@ def prepare(task: Task) -> None:
     task.folder.mkdir(parents=True, exist_ok=True)
     (task.folder / "done").unlink(missing_ok=True)
     link = task.folder / "checkpoints/data"
-    if task.cwd == task.folder and not link.is_symlink():
+    if task.cwd == task.folder:
         cache = Path("checkpoints/data").absolute()
         cache.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(exist_ok=True)
-        link.symlink_to(cache)
+        if not link.is_symlink():
+            link.symlink_to(cache)
 
 
 def run_here(tasks: dict[str, Task]) -> list[str]:

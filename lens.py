@@ -263,12 +263,16 @@ def top_tokens(logits: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]
     return top.values, candidates.gather(1, top.indices)
 
 
-def count_above(logits: Tensor, own: Tensor) -> Tensor:
-    """How many logits (place, token) of each place are above own (place, 1)."""
+def count_above(logits: Tensor, own: Tensor, answers: Tensor) -> Tensor:
+    """
+    How many tokens come before each place's answer (place), whose logit is own (place, 1): those with larger logits
+    (place, token), and of equal ones, which half precision has, those with smaller ids, as argmax takes them.
+    """
+    ids = t.arange(logits.shape[1], device=logits.device)
     counts = []
-    for some, answer in zip(logits.split(32), own.split(32)):
-        above = (some > answer).view(t.int8)  # a sum of booleans is made of integers first
-        counts.append(above.sum(-1, dtype=t.int32))
+    for some, answer, token in zip(logits.split(32), own.split(32), answers[:, None].split(32)):
+        above = (some > answer) | ((some == answer) & (ids < token))
+        counts.append(above.view(t.int8).sum(-1, dtype=t.int32))  # a sum of booleans is made of integers first
     return t.cat(counts)
 
 
@@ -280,7 +284,7 @@ def consume_logits(logits: Tensor, answers: Tensor, k: int, final: Tensor | None
     """
     values, ids = top_tokens(logits, k)
     own = logits.gather(1, answers[:, None])
-    out = {"ids": ids, "answer_logit": own[:, 0], "rank": count_above(logits, own)}
+    out = {"ids": ids, "answer_logit": own[:, 0], "rank": count_above(logits, own, answers)}
 
     top = values[:, :1]
     raised = logits.sub_(top)  # in the memory of the logits, as is what follows

@@ -104,7 +104,7 @@ if __name__ == "__main__":
     name = slug(find_model(cfg.model))
     n_layers = model.cfg.n_layers
     row = encode(model, cfg.prompt)
-    if len(row) >= model.cfg.n_ctx:
+    if len(row) > model.cfg.n_ctx:
         fail(f"--prompt has {len(row)} tokens, the model reads {model.cfg.n_ctx}")
     tokens = [token_text(model, i) for i in row]
     print(f"{purple}=== {name}: {n_layers} layers, norm {cfg.norm}; {about_bos(model)} ==={endc}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils import (  # first: sets OpenMP's variables before torch is loaded
-    STARTED,
+    WRITTEN,
     endc,
     gray,
     in_kernel,
@@ -46,7 +46,7 @@ def figure_path(name: str) -> Path:
 
 def set_aside_earlier(folder: Path) -> None:
     """Figures of a run before this one go to folder/earlier, so that none stands beside this run's."""
-    before = [file for file in folder.glob("*.html") if file.stat().st_mtime < STARTED - 2]
+    before = [file for file in folder.glob("*.html") if file.absolute() not in WRITTEN]
     if not before:
         return
     earlier = folder / "earlier"
@@ -126,6 +126,7 @@ def show(fig: go.Figure, name: str, reading: str = "") -> None:
         return
     path = figure_path(name)
     write_plotly(path.parent)
+    WRITTEN.add(path.absolute())
     write_aside(path, lambda aside: fig.write_html(aside, include_plotlyjs="directory"))
     report = recorder()
     if report:
@@ -147,6 +148,7 @@ def show_page(page: str, name: str, reading: str = "") -> None:
         show_in_frame(page)
         return
     path = figure_path(name)
+    WRITTEN.add(path.absolute())
     write_aside(path, lambda aside: aside.write_text(page, encoding="utf-8"))
     report = recorder()
     if report:

@@ -6,11 +6,18 @@ layers tell a concept of new entities.
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from utils import fail, find_folder, load_model, seed_of  # first: sets OpenMP's variables before torch is loaded
+from utils import (
+    endc,
+    fail,
+    find_folder,
+    load_model,
+    seed_of,
+    yellow,
+)  # first: sets OpenMP's variables before torch is loaded
 from hooks import harvest, in_batches
 from data import Corpus
 from world import (
@@ -97,9 +104,17 @@ def random_twin(model: nn.Module, name: str, ours: tuple[type, ...], device: str
 def subject_position(tokenizer, prompt: Prompt, n_bos: int) -> int:
     """The last token of the entity that a fact's prompt asks about. n_bos: tokens that stand before the text."""
     subject = prompt.labels["capital" if prompt.task == "reverse" else "country"]
-    end_of_subject = prompt.text.index(subject) + len(subject)
+    start = prompt.text.index(subject)
     offsets = tokenizer.encode(prompt.text, add_special_tokens=False).offsets
-    return n_bos + next(i for i, (_, end) in enumerate(offsets) if end >= end_of_subject)
+    return n_bos + last_token(offsets, start, start + len(subject))
+
+
+def last_token(offsets: list[tuple[int, int]], start: int, end: int) -> int:
+    """The last token with characters from start to end; the pieces of one character (Chinese) share its offsets."""
+    inside = [i for i, (first, after) in enumerate(offsets) if first < end and after > start]
+    if not inside:
+        fail(f"no token stands in characters {start} to {end}: the tokenizer leaves them out")
+    return inside[-1]
 
 
 #%% Labels of one's own: texts, what each is, and of which stretch of it
@@ -164,7 +179,7 @@ def label_examples(tokenizer, examples: list[Example]) -> Labelled:
         tokenizer.encode_batch([e.text for e in examples], add_special_tokens=False), examples
     ):
         rows.append(encoding.ids)
-        pos.append(next(i for i, (_, end) in enumerate(encoding.offsets) if end >= example.end))
+        pos.append(last_token(encoding.offsets, example.start, example.end))
     role = np.array([example.label for example in examples])
     index = np.arange(len(examples))
     concepts = {}
@@ -300,15 +315,35 @@ def make_trial(concept: Concept, seed: int) -> Trial:
     return Trial(concept, parts, resamples, shuffled_labels(concept, rng))
 
 
-def refuse_one_sided(trial: Trial, label: str) -> None:
-    """A part of the split in which every token has the label, or none, tells nothing."""
+def one_sided_part(trial: Trial) -> str | None:
+    """A part of the split in which every token has the label, or none, so that it tells nothing."""
     for name, part in vars(trial.parts).items():
         y = trial.concept.y[part]
         if not len(y) or y.all() or not y.any():
-            fail(
-                f"label {label!r}: of the groups dealt to {name}, all examples or none have it: give more groups with it "
-                "and without it"
+            return name
+    return None
+
+
+def refuse_one_sided(trial: Trial, label: str) -> None:
+    name = one_sided_part(trial)
+    if name:
+        fail(
+            f"label {label!r}: of the groups dealt to {name}, all examples or none have it: give more groups with it "
+            "and without it"
+        )
+
+
+def without_one_sided(labelled: Labelled, seeds: list[int]) -> Labelled:
+    """The concepts that every split can tell, in training, validation and test; the others are left out, and said."""
+    kept = {}
+    for name, concept in labelled.concepts.items():
+        if any(one_sided_part(make_trial(concept, seed)) for seed in seeds):
+            print(
+                f"{yellow}{name} is left out: too few entities have it for {len(seeds)} splits (more --sentences){endc}"
             )
+        else:
+            kept[name] = concept
+    return replace(labelled, concepts=kept)
 
 
 def judged(

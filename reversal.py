@@ -258,7 +258,7 @@ def layer_curves(found: dict[str, Tensor], rows: pd.DataFrame) -> dict[str, list
     for name in ("entropy", "kl", "cosine"):
         by_layer[name] = found[name]
     curves = {name: x[:, rows.index].mean(1).tolist() for name, x in by_layer.items()}
-    median_rank = found["rank"][:, rows.index].float().median(1).values + 1
+    median_rank = np.median(found["rank"][:, rows.index].numpy(), 1) + 1
     curves["rank"] = median_rank.tolist()
     return curves
 
@@ -780,10 +780,8 @@ if __name__ == "__main__":
             f"answers, where both were taught {says_both}; no layer knows better (top-1 in at most {most:.1%}).{endc}"
         )
     else:
-        print(
-            f"{green}It says {says(recall['asked forward'], percent=True)} of the capitals and "
-            f"{says(recall['asked reverse'], percent=True)} of the countries asked for in reverse.{endc}"
-        )
+        said = "; ".join(f"{group} {says(x, percent=True)}" for group, x in recall.items())
+        print(f"{green}Of the answers it says: {said}.{endc}")
     settle = f"Answers settle at {says(study['depth'])} of the depth"
     if study["depth"][0] is None:
         settle = f"Only {says(study['settles'], percent=True)} of the answers settle: too few to say at what depth"

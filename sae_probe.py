@@ -37,6 +37,7 @@ from probes import (
     run_probes,
     single_feature,
     summarise_splits,
+    without_one_sided,
 )
 from llama_block import Llama
 
@@ -156,6 +157,9 @@ if __name__ == "__main__":
 #%% Labelled tokens: the codes of this SAE and of a random-weight model's, neurons, every layer's residual stream
 if __name__ == "__main__":
     labelled = labelled_tokens(subject.tokenizer, subject.corpus, cfg.sentences, cfg.seed, knows_world(model))
+    labelled = without_one_sided(labelled, [cfg.seed + s for s in range(cfg.seeds)])
+    if not labelled.concepts:
+        fail("no concept has enough entities for a split: give more --sentences")
     last_layer = model.cfg.n_layers - 1
     residual = [act_name("resid_pre", layer) for layer in range(model.cfg.n_layers)]
     residual.append(act_name("resid_post", last_layer))
@@ -304,7 +308,7 @@ if __name__ == "__main__" and not pretrained:
         for name, concept in labelled.concepts.items():
             trials = [make_trial(concept, cfg.seed + s) for s in range(cfg.seeds)]
             by_split = [single_feature(trial, other_codes)["test"] for trial in trials]
-            other_auroc[name] = float(np.mean(by_split))
+            other_auroc[name] = float(np.nanmean(by_split))
         variants[label_of(other)] = other_judged | {"single_feature_auroc": other_auroc}
     columns = {}
     for label, point in variants.items():
@@ -349,12 +353,13 @@ if __name__ == "__main__" and not pretrained:
 #%% The numbers for machines, and the conclusion
 if __name__ == "__main__":
     save_results("sae_probe", cfg, **numbers)
-    needed = {name: probes[name]["features_needed"] for name in ("country", "capital", "name", "place", "object")}
+    kinds = [name for name in ("country", "capital", "name", "place", "object") if name in probes]
+    needed = {name: probes[name]["features_needed"] for name in kinds}
     takes = ", ".join(f"{name} {k or f'more than {KS[-1]}'}" for name, k in needed.items())
     continents = [name for name in probes if name.startswith("in ")]
     saes = [best_auroc] if pretrained else [point["single_feature_auroc"] for point in variants.values()]
-    best_single = max(auroc[name] for auroc in saes for name in continents)
-    worst_dense = min(probes[name]["auroc"][f"dense {hook}"] for name in continents)
+    best_single = max((auroc[name] for auroc in saes for name in continents), default=np.nan)
+    worst_dense = min((probes[name]["auroc"][f"dense {hook}"] for name in continents), default=np.nan)
     print(
         f"{green}L0 {judged['l0']:.1f}, {judged['ce_recovered']:.1%} of the cross-entropy recovered, "
         f"{judged['dead_fraction']:.1%} dead. Features for AUROC 0.95 on new entities: {takes}."

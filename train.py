@@ -140,7 +140,7 @@ def keep_freed_memory() -> None:
 
 def bf16_is_faster(device: str) -> bool:
     if device != "cpu":
-        return device.startswith("cuda") and t.cuda.is_bf16_supported()
+        return device.startswith("cuda") and t.cuda.is_bf16_supported(including_emulation=False)
 
     def seconds(x: Tensor) -> float:
         times = []
@@ -614,7 +614,10 @@ def train(
                 saved = run.save(done)
             if stop:
                 give_way(stop, run.rank, f"{run.path} at step {done} of {cfg.steps}" if saved else "nothing new")
-    return run.finish()
+    history = run.finish()
+    if caught:  # during the last step, when no other would have looked
+        os.kill(os.getpid(), max(caught))
+    return history
 
 
 class Run:
@@ -705,9 +708,7 @@ class Run:
             self.watch(0, watch)
 
     def refuse_not_finite(self) -> None:
-        """The last step may break what the loss before it could not show."""
-        if self.cfg.fsdp:
-            return
+        """The last step may break what the loss before it could not show. Of fsdp's shards once they are collected."""
         for name, p in self.model.named_parameters():
             if not p.isfinite().all():
                 fail(f"the weights are NaN or infinite after training ({name}): lower --lr and --muon-lr")
@@ -753,9 +754,9 @@ class Run:
     def save(self, done: int) -> bool:
         """Whether the checkpoint stands; the first process writes it."""
         self.history["seconds"] = time.perf_counter() - self.start
-        self.refuse_not_finite()
         if self.cfg.fsdp:
             collect(self.model, self.work)
+        self.refuse_not_finite()
         states = [whole_state(optimizer) for optimizer in self.optimizers]
         if self.rank > 0:
             return True

@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,7 +41,7 @@ endc = "\033[0m"
 
 ROOT = Path(__file__).parent
 WORLD = ROOT / "models/world"
-STARTED = time.time()  # what was written before belongs to an earlier run
+WRITTEN: set[Path] = set()  # results and figures of this process: others in their folders belong to an earlier run
 
 # tqdm's settings: information on the left
 BAR = {
@@ -95,13 +94,20 @@ def pick_device(device: str = "auto") -> str:
         fail(f"unknown --device {device}: use auto, cuda, mps or cpu")
     if not usable[kind]:
         fail(f"--device {device}: torch {t.__version__} sees no {kind} here; use --device cpu or auto")
+    index = device.partition(":")[2]
+    if index and not (kind == "cuda" and index.isdecimal() and int(index) < t.cuda.device_count()):
+        fail(f"--device {device}: there is no such {kind} device")
     return device
 
 
 def pick_dtype(device: str, dtype: str = "auto") -> t.dtype:
     """auto is bfloat16 on a GPU that has it, else float32."""
     if dtype == "auto":
-        return t.bfloat16 if device.startswith("cuda") and t.cuda.is_bf16_supported() else t.float32
+        return (
+            t.bfloat16
+            if device.startswith("cuda") and t.cuda.is_bf16_supported(including_emulation=False)
+            else t.float32
+        )
     names = {"float32": t.float32, "bfloat16": t.bfloat16, "float16": t.float16}
     if dtype not in names:
         fail(f"unknown --dtype {dtype}: use auto, {', '.join(names)}")
@@ -145,7 +151,7 @@ def earlier_results(path: Path) -> Path:
 
 def keep_earlier(path: Path) -> None:
     """Results that a process before this one wrote are kept for compare.py."""
-    if not path.is_file() or path.stat().st_mtime >= STARTED - 2:
+    if path.absolute() in WRITTEN or not path.is_file():
         return
     kept = earlier_results(path)
     kept.parent.mkdir(exist_ok=True)
@@ -164,6 +170,7 @@ def save_results(script: str, config: object, **numbers) -> None:
         path.parent.mkdir(exist_ok=True)
         keep_earlier(path)
         write_aside(path, lambda aside: aside.write_text(text + "\n"))
+        WRITTEN.add(path.absolute())
     except OSError as error:
         fail(f"{path} was not written, what stood there before is whole: {error.strerror or error}")
     board = wandb_run()
@@ -429,7 +436,7 @@ def load_model(
                 model.folder = folder
                 model.register_forward_pre_hook(refuse_unreadable)
                 with t.no_grad():
-                    refuse_not_finite(model(a_row_of_tokens(model.cfg.d_vocab, device)), model)
+                    refuse_not_finite(model(a_row_of_tokens(model.cfg.d_vocab, model.cfg.n_ctx, device)), model)
                 return model
     dtype_name = str(torch_dtype).removeprefix("torch.")
     print(f"{gray}loading {name} ({architecture}, {dtype_name}, {device}) through TransformerBridge ...{endc}")
@@ -547,7 +554,7 @@ def open_bridge(source: str, hf_model: nn.Module, device: str, dtype: t.dtype) -
 
     hf_model.config.architectures = [type(hf_model).__name__]
     hf_model = hf_model.to(device=device, dtype=dtype)
-    row = a_row_of_tokens(hf_model.config.get_text_config().vocab_size, device)
+    row = a_row_of_tokens(hf_model.config.get_text_config().vocab_size, context_length(hf_model.config), device)
     reference = hf_model(row, use_cache=False).logits.float()
     refuse_not_finite(reference, hf_model)
     kind = type(hf_model).__name__
@@ -598,9 +605,9 @@ def refuse_unreadable(model: nn.Module, args: tuple) -> None:
         )
 
 
-def a_row_of_tokens(d_vocab: int, device: str) -> t.Tensor:
-    """16 tokens (1, pos), by which a model is judged at the door."""
-    return t.arange(1, 17, device=device)[None] % d_vocab
+def a_row_of_tokens(d_vocab: int, n_ctx: int, device: str) -> t.Tensor:
+    """16 tokens (1, pos), or as many as the model reads, by which it is judged at the door."""
+    return t.arange(1, min(16, n_ctx) + 1, device=device)[None] % d_vocab
 
 
 def refuse_not_finite(logits: t.Tensor, model: nn.Module) -> None:

@@ -176,15 +176,14 @@ class Streamed(nn.Module):
         return self.unembed.weight.T
 
     def forward(self, tokens: Tensor, stop_at_layer: int | None = None, **kwargs) -> Tensor:
-        """Logits; with stop_at_layer 0 the stream that enters the first block, before any block is read."""
-        if stop_at_layer is None:
+        """Logits; with stop_at_layer the stream that enters this block, before it is read."""
+        if stop_at_layer is None or stop_at_layer == len(self.layers):
             return self.hf(tokens, **{"use_cache": False} | kwargs).logits
-        assert stop_at_layer == 0
 
         def leave(module: nn.Module, args: tuple) -> None:
             raise Entered(args[0])
 
-        handle = self.layers[0].register_forward_pre_hook(leave, prepend=True)
+        handle = self.layers[stop_at_layer].register_forward_pre_hook(leave, prepend=True)
         try:
             self.hf(tokens, use_cache=False)
         except Entered as found:
@@ -492,7 +491,7 @@ def text_tokenizer(model: nn.Module) -> Tokenizer:
         return model.tokenizer
     if not hasattr(model, "text_tokenizer"):
         folder = getattr(model, "folder", None)
-        model.text_tokenizer = data.load_tokenizer(folder) if folder else model.tokenizer.backend_tokenizer
+        model.text_tokenizer = data.load_tokenizer(folder) if folder else data.unpadded(model.tokenizer)
     return model.text_tokenizer
 
 

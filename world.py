@@ -871,7 +871,7 @@ def asked_of_tokens(
 
     asked = {}
     for kind in entity_kinds:
-        asked[kind] = (role != "skip", role == kind)
+        asked[kind] = (~np.isin(role, ("skip", "singular", "plural")), role == kind)  # these are nouns of any kind
     continents = of_country("continent")
     for continent in sorted({row["continent"] for row in facts.values()}):
         asked[f"in {continent}"] = (is_country, continents == continent)

@@ -272,3 +272,23 @@ def test_bytes_of_all_parts_of_characters():
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         said = [token_text(tokenizer, i) for i in ids]
         assert bytes.fromhex("".join(re.findall("0x(..)", "".join(said)))) == text.encode()
+
+
+def test_padding_and_truncation_of_a_saved_tokenizer_are_not_its_own(tmp_path):
+    tokenizer = train_bpe(["a b c d"], 260)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    for text in ("a", "a b c d a b c d a b c d"):
+        assert loaded.decode(loaded.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_a_corpus_with_an_empty_part_opens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("some words to read, and more of them. " * 200)
+    (tmp_path / "texts/z.txt").write_text("")
+    for _ in range(2):  # tokenized, and found again
+        corpus = load_corpus("texts", vocab=270)
+        assert sum(len(part) for part in corpus.train.values()) > 100

@@ -15,7 +15,7 @@ from conftest import memory_for
 import lens as ls
 from data import put_first, train_bpe
 from hooks import HookPoint, peak_bytes
-from lens import Lens, Translator, read
+from lens import Lens, Translator, count_above, read
 from llama_block import Llama
 from utils import find_model, load_model
 from weights import Streamed, about_bos, answer_token, encode, model_key, open_model, token_text
@@ -632,3 +632,12 @@ def test_an_answer_is_one_token_or_its_first_is_named(made):
     assert token_text(model, answer_token(model, prompt, "Tokyo")) == " Tokyo"
     with pytest.raises(SystemExit, match="several tokens.*--answer"):
         answer_token(model, prompt, "Reykjavik")
+
+
+def test_of_equal_logits_the_first_is_the_top():
+    """Half precision has ties: greedy decoding takes the smaller id, and so does the rank."""
+    logits = t.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    answers = t.tensor([2, 3])
+    ranks = count_above(logits, logits.gather(1, answers[:, None]), answers)
+    assert ranks.tolist() == [1, 3]
+    assert count_above(logits, logits.gather(1, logits.argmax(1, keepdim=True)), logits.argmax(1)).tolist() == [0, 0]

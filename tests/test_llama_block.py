@@ -309,3 +309,13 @@ def test_sharded_folders_are_read_tensor_by_tensor(tmp_path):
     hf.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert {name for name, _ in read_tensors(str(tmp_path))} == set(hf.state_dict())
+
+
+def test_a_window_is_read_where_transformers_reads_one():
+    """A Llama's config can hold a window left over from Mistral; its attention sees all."""
+    sizes = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=24, vocab_size=50)
+    hf = tiny_hf("Llama", **sizes, num_key_value_heads=2, sliding_window=3)
+    ours = Llama.from_hf(hf)
+    assert not any(ours.cfg.windows)
+    tokens = t.randint(50, (2, 12), generator=t.Generator().manual_seed(0))
+    assert relative_error(ours(tokens), hf(tokens).logits) < 1e-5

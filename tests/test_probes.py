@@ -20,6 +20,8 @@ from llama_block import Llama
 from probes import (
     Example,
     label_examples,
+    last_token,
+    without_one_sided,
     probe_directions,
     refuse_one_sided,
     world_examples,
@@ -327,3 +329,24 @@ def test_a_probe_is_scikit_learns_pipeline_and_its_direction_the_gradient_of_its
     score = theirs.decision_function(np.eye(x.shape[1])) - theirs.decision_function(np.zeros((1, x.shape[1])))
     assert direction @ score / np.linalg.norm(score) > 0.999
     assert np.linalg.norm(direction) == pytest.approx(1)
+
+
+def test_a_stretch_ends_at_its_last_token():
+    """The pieces of one character share its offsets: a Chinese character of three tokens ends at the third."""
+    offsets = [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
+    assert last_token(offsets, 0, 2) == 3
+    assert last_token(offsets, 0, 1) == 0
+    assert last_token(offsets, 1, 3) == 4
+    with pytest.raises(SystemExit, match="no token stands in characters 3 to 5"):
+        last_token(offsets, 3, 5)
+
+
+def test_what_a_split_cannot_tell_is_left_out(capsys):
+    """Of three entities with a concept none is left for one of the parts; of sixty all parts have some."""
+    group = np.array([f"entity {i}" for i in range(120)])
+    index = np.arange(120)
+    few = Concept(index, index < 3, group)
+    many = Concept(index, index < 60, group)
+    labelled = Labelled([], index, index, np.array([""] * 120), {"few": few, "many": many})
+    assert list(without_one_sided(labelled, [0, 1]).concepts) == ["many"]
+    assert "few is left out" in capsys.readouterr().out
