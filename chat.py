@@ -106,14 +106,15 @@ def chat(model: nn.Module, lens: Lens, n: int) -> int:
                 print(f"{yellow}nothing was said yet{endc}")
             continue
         messages.append({"role": "user", "content": text})
-        asked = prompt_tokens(model, messages)
-        if len(asked) >= model.cfg.n_ctx:
+        prompt = prompt_tokens(model, messages)
+        if len(prompt) >= model.cfg.n_ctx:
             print(
-                f"{yellow}this conversation has {len(asked)} tokens, the model reads {model.cfg.n_ctx}: "
+                f"{yellow}this conversation has {len(prompt)} tokens, the model reads {model.cfg.n_ctx}: "
                 f"what was said is forgotten, ask again{endc}"
             )
             messages.clear()
             continue
+        asked = prompt  # with its answer what /lens reads
         answer, shown = say(model, asked, n)
         messages.append({"role": "assistant", "content": shown})
 

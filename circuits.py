@@ -596,7 +596,7 @@ if has_roles:
     print(f"{green}Of the roles in GPT-2's circuit this model has {have}; none is {lack}.{endc}")
 ahead, low, high = numbers["rankings"]["EAP"]["log_area_behind_eap_ig"]
 ranked = "EAP and EAP-IG rank edges alike, within the interval of their difference"
-if low > 0 or high < 0:
+if len(test_pairs) > 1 and (low > 0 or high < 0):
     ranked = f"{'EAP-IG' if low > 0 else 'EAP'} ranks edges better"
 inside = " ".join(name for i, name in enumerate(graph.writers) if circuit[i].any())
 over_clean = ""

@@ -31,9 +31,7 @@ def read_runs(path: Path) -> dict[str, dict]:
         fail(f"{path} is no result file: it holds no names")
     if "config" in found:
         return {str(path): found}
-    runs = {
-        f"{path.parent.name}/{name}": run for name, run in found.items() if isinstance(run, dict) and "config" in run
-    }
+    runs = {f"{path.parent}/{name}": run for name, run in found.items() if isinstance(run, dict) and "config" in run}
     if not runs:
         fail(f"{path} is no result file: no settings stand in it")
     return runs
@@ -133,7 +131,8 @@ class Config:
 
 
 def print_table(rows: list[list], names: list[str]) -> None:
-    print(tabulate(rows, headers=["", *names], floatfmt=".4g"))
+    shown = [[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows]
+    print(tabulate(shown, headers=["", *names], disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from data import text_of
 from weights import about_bos, model_key, open_model, text_tokenizer, token_text
 from launch import flags
 from lens import slug
-from pairs import read_pairs, share_out
+from pairs import read_pairs, share_out, refuse_misfits
 
 from alignment import (
     CAUSAL_MODELS,
@@ -95,7 +95,9 @@ if max(cfg.rank, min(cfg.ranks)) > d_model:
 if cfg.pairs:
     variable = "what differs in own pairs"
     words = "after the interchange the other answer is due, both ways"
-    rows, held_out_rows = share_out(read_pairs(cfg.pairs, model), cfg.n, cfg.held_out)
+    of_file = read_pairs(cfg.pairs, model)
+    refuse_misfits(model, of_file[: cfg.n + cfg.held_out])
+    rows, held_out_rows = share_out(of_file, cfg.n, cfg.held_out)
     if not held_out_rows:
         print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
     cases = cases_of_pairs(model, rows)
@@ -105,6 +107,9 @@ else:
     words = CAUSAL_MODELS[variable]
     cases = draw_cases(model, variable, cfg.n, cfg.seed, "find")
     test_cases = draw_cases(model, variable, cfg.held_out, cfg.seed, "test")
+judged_on = "entities not trained on"
+if cfg.pairs:
+    judged_on = "held-out pairs" if held_out_rows else "the pair that it was found on"
 places = [place for place in cases.base_places if place in test_cases.base_places]
 layer_names = [f"before L{layer}" for layer in range(n_layers)]
 
@@ -149,7 +154,7 @@ numbers["n_changing"] = int(changing.sum())
 print(
     f"{cyan}the model answers {agreement['held out'][0]:.1%} of the base prompts as the causal model does, and "
     f"{agreement['held out'][1]:.1%} of those with the value changed in the text; kept are {len(cases)} cases to find "
-    f"on, {len(test_cases)} about other entities to test on, of which {changing.sum()} should change their answer{endc}"
+    f"on, {len(test_cases)} of {judged_on} to test on, of which {changing.sum()} should change their answer{endc}"
 )
 
 #%% Gates: nothing interchanged is the base run, everything after the last block the source run
@@ -209,7 +214,7 @@ for layer in range(n_layers):
 print(tabulate(table, headers=["stream", "place", "DAS where found", *iia], floatfmt=".2f"))
 
 #%% ... as maps of layers and places
-about = f"{variable}, {Path(cfg.model).name}, n = {changing.sum()} cases about entities not trained on"
+about = f"{variable}, {Path(cfg.model).name}, n = {changing.sum()} cases of {judged_on}"
 fig = imshow(
     t.stack(list(iia.values())),
     title=(
@@ -346,13 +351,23 @@ show(
 )
 
 #%% The subspaces in a file, the numbers for machines, and the conclusion
-key = model_key(cfg.model, [variable, cfg.dtype, cfg.pairs, cfg.n, cfg.steps, cfg.batch, cfg.lr, cfg.seed])
+of_training = [cfg.n, cfg.rank, list(cfg.ranks), cfg.steps, cfg.batch, cfg.lr, cfg.seed]
+key = model_key(cfg.model, [variable, cfg.dtype, cfg.bos, of_file if cfg.pairs else None, *of_training])
 path = Path("checkpoints/das") / f"{slug(cfg.model)}-{slug(variable)}-{key}.safetensors"
 named = {}
 for (layer, place, *of_rank), subspace in subspaces.items():
     rank = of_rank[0] if of_rank else cfg.rank
     named[f"{act_name('resid_pre', layer)} {place} rank {rank}"] = subspace
-save_subspaces(path, named, model=cfg.model, variable=variable, causal_model=words, n=len(cases), seed=cfg.seed)
+save_subspaces(
+    path,
+    named,
+    model=cfg.model,
+    variable=variable,
+    causal_model=words,
+    best_place=best_place,
+    n=len(cases),
+    seed=cfg.seed,
+)
 again, _ = read_subspaces(path)
 assert all(subspace.cpu().equal(again[name]) for name, subspace in named.items()), "the file holds something else"
 numbers["worst_gate"] = max(gates.values())
@@ -364,22 +379,22 @@ ahead_layer, ahead_column = divmod(int(ahead.argmax()), len(places))
 ahead_at = f"{places[ahead_column]}, {layer_names[ahead_layer]},"
 print(f"{gray}{len(named)} subspaces: {path}{endc}")
 print(
-    f"{green}At {best}, {cfg.rank} of {d_model} dimensions carry {variable} for {das_share:.0%} of the cases about "
-    f"entities not trained on ({low:.0%} to {high:.0%}; where it was found {at_best['DAS']['iia_find']:.0%}); the whole "
+    f"{green}At {best}, {cfg.rank} of {d_model} dimensions carry {variable} for {das_share:.0%} of the cases of "
+    f"{judged_on} ({low:.0%} to {high:.0%}; where it was found {at_best['DAS']['iia_find']:.0%}); the whole "
     f"stream {whole:.0%}, the means of the values {at_best['means of the values']['iia'][0]:.0%}, the best of "
     f"{cfg.random} random subspaces {max(at_random):.0%}, DAS with shuffled sources {shuffled_share:.0%}. Gates: the "
     f"worst misses by {max(gates.values()):.0e}.{endc}"
 )
 if low <= max(shuffled_share, *at_random):
     print(
-        f"{yellow}That is no more than chance gives: of this rank there is no subspace that serves other entities too, "
+        f"{yellow}That is no more than chance gives: of this rank there is no subspace that serves {judged_on} too, "
         f"or too few cases to find it.{endc}"
     )
 cheap_shares = {method: at_best[method]["iia"][0] for method in ("means of the values", "principal components")}
 best_cheap = max(cheap_shares, key=cheap_shares.get)
 if cheap_shares[best_cheap] > das_share + 0.05:
     print(
-        f"{yellow}The {best_cheap} serve other entities better ({cheap_shares[best_cheap]:.0%}): DAS has fitted those that "
+        f"{yellow}The {best_cheap} serve {judged_on} better ({cheap_shares[best_cheap]:.0%}): DAS has fitted those that "
         f"it was found on.{endc}"
     )
 if ahead.max() > 0.1:

@@ -73,7 +73,7 @@ def read_contrasts(path: str) -> Contrasts:
     for name in ("positive", "negative"):
         if name not in rows[0]:
             fail(f"--contrasts {path} has no column {name} among {', '.join(map(str, rows[0]))}")
-        columns[name] = [str(row[name] or "") for row in rows]
+        columns[name] = [str(row.get(name) or "") for row in rows]
         empty = [i + 1 for i, text in enumerate(columns[name]) if not text.strip()]
         if empty:
             fail(f"--contrasts {path}: row {empty[0]} lacks {name}")
@@ -345,6 +345,11 @@ def ablating_everywhere(model: nn.Module, direction: Direction, device: str | t.
     return Edit(everywhere, partial(project_out, unit=direction.unit.to(device)))
 
 
+def first_tokens(model: nn.Module, text: str, words: tuple[str, ...]) -> list[int]:
+    """The tokens by which words begin after the text, each once."""
+    return list(dict.fromkeys(first_token(model, text, word) for word in words))
+
+
 #%% What an edit does: the probability of a class of words after prompts
 class Asked:
     """
@@ -369,8 +374,8 @@ class Asked:
         self.tokens = padded(self.rows, device)
         self.end = t.tensor([len(row) - 1 for row in self.rows], device=device)
         self.start = self.end if where == "end" else t.full_like(self.end, len(encode(model, "")))
-        self.target = [[first_token(model, text, word) for word in words] for text, words in zip(texts, target)]
-        self.other = [[first_token(model, text, word) for word in words] for text, words in zip(texts, other)]
+        self.target = [first_tokens(model, text, words) for text, words in zip(texts, target)]
+        self.other = [first_tokens(model, text, words) for text, words in zip(texts, other)]
         self.at_once = rows_that_fit(model, self.tokens.shape[1], memory_gb)
 
     def __len__(self) -> int:
@@ -539,17 +544,19 @@ def save_direction(path: Path, direction: Direction, **about) -> None:
 def read_directions(path: str, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """
     ({hook: unit (d_model)}, where they come from) of a file that steering.py, probing.py or das.py wrote; of subspaces
-    those of rank 1, of several at one hook the first.
+    those of rank 1, of several at one hook ('hook place rank 1') that of the place at which das.py found the variable.
     """
     try:
         columns, about = read_subspaces(path)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         fail(f"--direction {path} cannot be read as directions with where they come from: {error}")
     found: dict[str, Tensor] = {}
-    for name, x in columns.items():
+    best_place = about.get("best_place", "")
+    at_best_first = sorted(columns, key=lambda name: f" {best_place} rank " not in name)
+    for name in at_best_first:
         hook = name.split()[0]
-        if x.shape[1] == 1 and hook not in found:
-            found[hook] = F.normalize(x[:, 0].float(), dim=0)
+        if columns[name].shape[1] == 1 and hook not in found:
+            found[hook] = F.normalize(columns[name][:, 0].float(), dim=0)
     if not found:
         fail(f"--direction {path} holds no direction: every subspace has more than one dimension")
     known = hook_points(model)

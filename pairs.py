@@ -104,13 +104,18 @@ def without_common_ends(a: list[int], b: list[int]) -> tuple[list[int], list[int
     return a[: len(a) - same], b[: len(b) - same]
 
 
-def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs:
-    """rows of (clean, corrupt, answer, wrong), sorted by length."""
+def refuse_misfits(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> None:
+    """Rows that are no pairs: the first by its number, and how many."""
     errors = [pair_error(model, *row) for row in rows]
     misfits = [i for i, error in enumerate(errors) if error]
     if misfits:
         also = f" ({len(misfits)} of {len(rows)} pairs do not fit)" if len(misfits) > 1 else ""
         fail(f"pair {misfits[0] + 1}{also}: {errors[misfits[0]]}")
+
+
+def make_pairs(model: nn.Module, rows: list[tuple[str, str, str, str]]) -> Pairs:
+    """rows of (clean, corrupt, answer, wrong), sorted by length."""
+    refuse_misfits(model, rows)
     encoded = []
     for clean, corrupt, answer, wrong in rows:
         texts = (clean, corrupt, clean + answer, clean + wrong)
@@ -328,6 +333,7 @@ def read_task(model: nn.Module, cfg: Any) -> tuple[str, Pairs, Pairs]:
         )
     if len(rows) == 1:
         print(f"{yellow}one pair: what is found is tested on the same pair{endc}")
+    refuse_misfits(model, rows[: cfg.n + cfg.held_out])  # by their numbers in the file
     looked_at, tested = share_out(rows, cfg.n, cfg.held_out)
     pairs = make_pairs(model, looked_at)
     test_pairs = make_pairs(model, tested or rows)

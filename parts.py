@@ -239,7 +239,7 @@ def pieces_of(x: Tensor, parts: tuple[str, ...], heads: HeadShape) -> dict[str, 
     kinds = tuple(part.replace("b_", "W_", 1) for part in parts)
     if kinds == QKV:  # (all heads' queries, keys and values, d_model) or a bias
         pieces = split_qkv(rows, heads)
-    elif len(parts) == 2 and x.ndim <= 2:  # Phi-3: the gates' rows, then the neurons'
+    elif len(parts) == 2 and x.ndim == (1 if parts[0].startswith("b_") else 2):  # Phi-3: gates' rows, then neurons'
         pieces = rows.chunk(2)
     elif len(parts) == 2:  # of all experts in one
         return {" and ".join(parts): x}

@@ -491,9 +491,11 @@ for layer in range(n_layers):
         parts[f"L{layer}H{head}"] = Part("z", layer, partial(t.mul, this_head))
     parts[f"L{layer} MLP"] = Part("mlp_out", layer)
 ways = ["zero", "mean", "resample", "noise"]
-if len(few) < 2:
+if min(len(few), len(rows)) < 2:
     ways.remove("resample")
-    print(f"{yellow}resample is left out: it takes what another pair has there, and there is one pair{endc}")
+    print(
+        f"{yellow}resample is left out: it takes what another pair, or row of text, has there, and there is one{endc}"
+    )
 effects = {}  # {how: {part: (share of the metric lost, 0 = clean and 1 = corrupt; nats per token added)}}
 for how in ways:
     ablations = [(part, how, 1.0) for part in parts.values()]

@@ -1,5 +1,6 @@
 """Figures: heatmaps, lines, bars, labels, and pages to read by. A notebook shows them, a script writes them."""
 
+import contextlib
 import html
 import importlib.util
 import itertools
@@ -53,7 +54,8 @@ def set_aside_earlier(folder: Path) -> None:
     earlier.mkdir(exist_ok=True)
     write_plotly(earlier)
     for file in before:
-        os.replace(file, earlier / file.name)
+        with contextlib.suppress(FileNotFoundError):  # another run moved it
+            os.replace(file, earlier / file.name)
     print(f"{gray}figures of an earlier run: {earlier}{endc}")
 
 

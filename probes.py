@@ -157,7 +157,9 @@ def example_of(path: str, number: int, row: dict) -> Example:
     if not str(start).isdigit() or not str(end).isdigit() or not 0 <= int(start) < int(end) <= len(text):
         fail(f"--labels {path}: row {number}: characters {start} to {end} are no stretch of a text of {len(text)}")
     start, end = int(start), int(end)
-    group = row.get("group") or text[start:end].strip()
+    group = row.get("group")
+    if group is None or not str(group).strip():  # 0 is a group
+        group = text[start:end].strip()
     return Example(text, label, start, end, str(group))
 
 

@@ -283,7 +283,7 @@ for label, concept in labelled.concepts.items():
     for stream in streams:
         unit = probe_directions(concept, array(found[stream]), cfg.seed)[method]
         directions[stream] = t.from_numpy(unit).float()[:, None]
-    key = model_key(cfg.model, [about, label, cfg.dtype, len(examples), cfg.seed])
+    key = model_key(cfg.model, [label, cfg.dtype, cfg.bos, [vars(example) for example in examples], cfg.seed])
     path = Path("checkpoints/probing") / f"{slug(cfg.model)}-{slug(about)}-{slug(label)}-{key}.safetensors"
     save_subspaces(path, directions, model=cfg.model, labels=about, label=label, method=method, seed=cfg.seed)
     again, _ = read_subspaces(path)

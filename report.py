@@ -150,6 +150,17 @@ def may_be_names(line: str, rule: str) -> bool:
     return bool(line.strip()) and endc not in line and not is_rule(line) and fits(line, rule)
 
 
+WIDE_COLUMN = 16  # letters: a first column that is narrower is not broken into lines
+
+
+def goes_on(above: list[str], row: list[str], column: int, rule: str) -> bool:
+    """Whether a row's single text is what did not fit into the row above, and no row of its own."""
+    if column > 0:
+        return True
+    start, end = column_ends(rule)[0]
+    return end - start >= WIDE_COLUMN and len(above[0]) + len(row[0]) > end - start
+
+
 def rows_below(lines: list[str], rule_at: int) -> tuple[list[list[str]], int]:
     """
     The rows under a rule, and the line after them: an empty one, one that is coloured by itself, or the header of
@@ -166,7 +177,7 @@ def rows_below(lines: list[str], rule_at: int) -> tuple[list[list[str]], int]:
         ends_coloured = ESCAPE.search(lines[at])  # the table's colour ends with it
         row = cells_of_row(lines[at], rule)
         filled = [i for i, cell in enumerate(row) if cell]
-        if len(filled) == 1 and rows and len(row) > 2:
+        if len(filled) == 1 and rows and len(row) > 2 and goes_on(rows[-1], row, filled[0], rule):
             rows[-1][filled[0]] += f" {row[filled[0]]}"
         else:
             rows.append(row)

@@ -5,6 +5,7 @@ and writes. What that does is held against what it costs, against random directi
 The methods are in directions.py.
 """
 
+import math
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -221,7 +222,10 @@ def done_by(asked: Asked, edit: Edit | None) -> dict[str, float]:
 
 asked = ask(contrasts.negative, contrasts)
 test_asked = ask(test_contrasts.negative, test_contrasts)
-positive_asked = ask(*same_words(test_contrasts))
+positive_texts, positive_words = same_words(test_contrasts)
+if not positive_texts:
+    fail("after no positive text do target and other begin with tokens of their own: end the texts before a space")
+positive_asked = ask(positive_texts, positive_words)
 by_itself = done_by(test_asked, None)
 in_the_prompt = done_by(positive_asked, None)
 numbers = {"about": about, "measure": kind, "n": len(contrasts), "n_held_out": len(test_contrasts)}
@@ -300,11 +304,11 @@ at_1 = strengths.index(1.0)
 
 
 def best_on_find(method: str) -> float:
-    return swept_on_find[method][:, at_1].nan_to_num(-1).max().item()
+    return swept_on_find[method][:, at_1].nan_to_num(-math.inf).max().item()
 
 
 best_method = max(found, key=best_on_find)
-best_hook = places[int(swept_on_find[best_method][:, at_1].nan_to_num(-1).argmax())]
+best_hook = places[int(swept_on_find[best_method][:, at_1].nan_to_num(-math.inf).argmax())]
 best = found[best_method][best_hook]
 numbers |= {"strengths": strengths, "places": places, "swept": swept, "swept_on_find": swept_on_find}
 numbers |= {"best_method": best_method, "best_hook": best_hook}
@@ -446,7 +450,7 @@ for strength in tqdm(five, desc="writing", **BRIEF):
         drawn = write(model, ids, cfg.written, edit, start, cfg.temperature, generator)
         for how, answer in (("greedy", greedy), ("drawn", drawn)):
             said = text_of(tokenizer, answer)
-            loss = plain_loss(model, ids, answer) if answer else 0.0
+            loss = plain_loss(model, ids, answer) if answer else math.nan  # it ended the text at once
             score = float(judge(said)) if judge else float(says(said, test_asked.words[i]))
             writings[strength].append(
                 {"prompt": test_asked.texts[i], "how": how, "text": said, "loss": loss, "score": score}
@@ -454,8 +458,8 @@ for strength in tqdm(five, desc="writing", **BRIEF):
 
 
 def mean_of(strength: float, what: str, how: str) -> float:
-    values = [x[what] for x in writings[strength] if x["how"] == how]
-    return sum(values) / len(values)
+    values = [x[what] for x in writings[strength] if x["how"] == how and not math.isnan(x[what])]
+    return sum(values) / len(values) if values else math.nan
 
 
 scored = "judge" if judge else "says the target before the other"
@@ -520,10 +524,14 @@ numbers_said = (
     f"on other text"
 )
 print(f"{gray}direction: {path} (--direction opens it again){endc}")
-if done > by_chance + 0.05:
+without = max(by_chance, by_itself["p_target"])
+margin = 0.05 if has_words else 0.05 * max(abs(without), abs(done))  # a judge has a unit of its own
+if done > without + margin:
     print(
         f"{green}{best_method} at {best_hook} steers {about}: {numbers_said}. Gates: the worst misses by "
         f"{max(gates.values()):.0e}. Probes on labels of your own: probing.py.{endc}"
     )
 else:
-    print(f"{yellow}{best_method} at {best_hook} does no more than chance for {about}: {numbers_said}.{endc}")
+    print(
+        f"{yellow}{best_method} at {best_hook} does no more than random pushes or none for {about}: {numbers_said}.{endc}"
+    )

@@ -5,6 +5,7 @@ objective and its training for all layers at once, SAELens's folders and release
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -322,13 +323,16 @@ def fit_transcoders(
     coders = train_transcoders(pairs, cfg.d_sae, cfg.k, cfg.skip, cfg.steps, cfg.lr, cfg.dead_window)
     if not all(p.isfinite().all() for coder in coders for p in coder.parameters()):
         fail("training the transcoders diverged: lower --lr")
-    aside = folder.with_name(f".{folder.name}")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     for coder, hook_in, hook_out in zip(coders, enters, written):
         coder.hook_in = hook_in
         coder.hook_out = hook_out
         save_transcoder(coder, aside / f"layer_{coder.layer}", metadata)
-    aside.rename(folder)
+    if folder.is_dir():  # another run was as far before
+        shutil.rmtree(aside)
+    else:
+        aside.rename(folder)
     return open_folders(folder, device)
 
 

@@ -83,7 +83,15 @@ def test_what_is_no_result_is_one_line(words, why, folder):
 def test_what_is_not_in_both_differs():
     rows, same = table_of([{"a": 1, "b": 2}, {"a": 1}])
     assert rows == [["b", 2, ""]] and same == 1
+    assert differ(100_000, 100_001, 0.0)
     assert differ([1.0, None], [1.0, 0.0], 0.5) and not differ([1.0, None], [1.0, None], 0.0)
     nan, inf = float("nan"), float("inf")
     assert differ(nan, 0.5, 0.1) and differ(1.0, inf, 0.1) and not differ(nan, nan, 0.0) and not differ(inf, inf, 0.0)
     assert differ(True, 1.5, 1.0)
+
+
+def test_large_numbers_that_differ_are_shown_as_different(folder):
+    for name, steps in (("a", 100_000), ("b", 100_001)):
+        (folder / f"{name}.json").write_text(json.dumps({"loss": 1.5, "config": {"steps": steps}}))
+    code, said = compare("a.json", "b.json")
+    assert code == 0 and ["steps", "100000", "100001"] in [line.split() for line in said.splitlines()]

@@ -415,3 +415,20 @@ def test_a_file_of_another_model_or_of_none_gets_one_line(world, tmp_path):
     for broken in ("text.safetensors", "absent.safetensors"):
         with pytest.raises(SystemExit, match="cannot be read"):
             read_directions(str(tmp_path / broken), world)
+
+
+def test_words_that_begin_alike_count_once(world):
+    """A token that two words of a class begin with is one token, with one probability."""
+    text = "Then Mary left the park when"
+    once = Asked(world, [text], [(" she",)], [(" he",)]).log_p()
+    twice = Asked(world, [text], [(" she", " she")], [(" he", " he", " he")]).log_p()
+    t.testing.assert_close(once, twice)
+
+
+def test_of_a_das_file_the_direction_is_that_of_the_place_where_the_variable_stands(world, tmp_path):
+    """A file keeps its subspaces in the order of their names, not of their places."""
+    after, subject = unit_of(1), unit_of(2)
+    named = {f"{HOOK} {place} rank 1": unit[:, None] for place, unit in (("after", after), ("subject", subject))}
+    save_subspaces(tmp_path / "found.safetensors", named, best_place="subject")
+    found, _ = read_directions(str(tmp_path / "found.safetensors"), world)
+    t.testing.assert_close(found[HOOK], subject)

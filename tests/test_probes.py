@@ -4,6 +4,7 @@ from random import Random
 
 from types import SimpleNamespace
 
+import json
 import numpy as np
 import pytest
 import torch as t
@@ -21,6 +22,7 @@ from probes import (
     Example,
     label_examples,
     last_token,
+    read_labels,
     without_one_sided,
     probe_directions,
     refuse_one_sided,
@@ -350,3 +352,9 @@ def test_what_a_split_cannot_tell_is_left_out(capsys):
     labelled = Labelled([], index, index, np.array([""] * 120), {"few": few, "many": many})
     assert list(without_one_sided(labelled, [0, 1]).concepts) == ["many"]
     assert "few is left out" in capsys.readouterr().out
+
+
+def test_a_group_that_is_zero_is_a_group(tmp_path):
+    rows = [{"text": f"word {i} here", "label": "a" if i % 2 else "b", "group": i % 3} for i in range(6)]
+    (tmp_path / "labels.json").write_text(json.dumps(rows))
+    assert [example.group for example in read_labels(str(tmp_path / "labels.json"))] == ["0", "1", "2", "0", "1", "2"]

@@ -91,6 +91,12 @@ def test_names_and_cells_of_several_lines_are_one():
     ]
 
 
+def test_a_row_with_a_name_alone_is_a_row():
+    rows = [["first", 1.5, 2.5], ["second", None, None]]
+    (table,) = tables(tabulate(rows, headers=["name", "a", "b"]))
+    assert [row[0] for row in table["rows"]] == ["first", "second"]
+
+
 def test_chinese_words_stand_in_their_columns():
     assert tables(tabulate([["中国 a", 1.5, "x"], ["b", 2.5, "首都"]], headers=["词", "v", "w"])) == [
         {"header": ["词", "v", "w"], "rows": [["中国 a", "1.5", "x"], ["b", "2.5", "首都"]]}
