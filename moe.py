@@ -939,9 +939,9 @@ if __name__ == "__main__":
 #%% Knock an expert out, silence it, or force every token through it: what the loss does, by source
 CHANGES = {"knock_out": knock_out, "silence": silence, "force": force}
 WAYS = {
-    "knock_out": "knocked out: the next best is taken",
-    "silence": "silenced: chosen, writes nothing",
-    "force": "forced: every token through it alone",
+    "knock_out": "knocked out",
+    "silence": "silenced",
+    "force": "forced",
 }
 
 
@@ -993,8 +993,8 @@ if __name__ == "__main__":
     show(
         fig,
         "moe/knock_out",
-        "What text loses when one expert is changed; tokens that it would have taken lose most if it had learned "
-        "what no other did.",
+        "What text loses when one expert is knocked out (the next best is taken), silenced (chosen, it writes nothing), or "
+        "all tokens are forced through it alone. Its own tokens lose most where it had learned what no other did.",
     )
 
 #%% The numbers for machines, and the conclusion
